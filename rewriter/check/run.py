@@ -1,0 +1,1 @@
+"""Stub of the check stage's entry, replaced below."""

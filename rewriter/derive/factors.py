@@ -1,0 +1,164 @@
+"""Products and sums taken apart: what a reduction's body is made of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from rewriter.ir import Apply, Axis, Const, Node, Ref, TRUE, Where, apply, const, walk
+
+
+@dataclass
+class Product:
+    """body = predicate ? ∏ over / ∏ under : 0"""
+
+    over: list[Node] = field(default_factory=list)
+    under: list[Node] = field(default_factory=list)
+    predicate: Node = TRUE
+
+    def times(self, other: "Product") -> "Product":
+        both = apply("and", self.predicate, other.predicate)
+        return Product(self.over + other.over, self.under + other.under, both)
+
+    def inverse(self) -> "Product":
+        return Product(self.under, self.over, self.predicate)
+
+
+def is_float_cast(node: Node) -> bool:
+    """A conversion between floating types: rounding may be skipped."""
+    return isinstance(node, Apply) and node.op == "cast" and _float(node.dtype) and _float(node.args[0].dtype)
+
+
+def without_cast(node: Node) -> Node:
+    return without_cast(node.args[0]) if is_float_cast(node) else node
+
+
+def _float(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point
+
+
+def as_product(node: Node) -> Product:
+    """Flattens mul, div, neg and `where(p, x, 0)`; division keeps its predicate only in the numerator."""
+    if is_float_cast(node):
+        return as_product(node.args[0])
+    if isinstance(node, Where) and _is_zero(node.other):
+        inner = as_product(node.then)
+        return Product(inner.over, inner.under, apply("and", node.predicate, inner.predicate))
+    if isinstance(node, Apply) and node.dtype.is_floating_point:
+        if node.op == "mul":
+            return as_product(node.args[0]).times(as_product(node.args[1]))
+        if node.op == "div":
+            below = as_product(node.args[1])
+            if below.predicate is TRUE:
+                return as_product(node.args[0]).times(below.inverse())
+            return as_product(node.args[0]).times(Product(under=[node.args[1]]))
+        if node.op == "neg":
+            return Product([const(-1.0)]).times(as_product(node.args[0]))
+    return Product([node])
+
+
+def _is_zero(node: Node) -> bool:
+    return isinstance(node, Const) and node.value == 0
+
+
+def multiply(nodes: list[Node]) -> Node | None:
+    """The product of nodes in fp32, None for none."""
+    out: Node | None = None
+    for node in nodes:
+        out = node if out is None else apply("mul", out, node)
+    return out
+
+
+def quotient(over: list[Node], under: list[Node]) -> Node:
+    top = multiply(over) or const(1.0)
+    bottom = multiply(under)
+    return top if bottom is None else apply("div", top, bottom)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand, sign included."""
+
+    sign: int
+    node: Node
+
+
+def as_terms(node: Node) -> list[Term]:
+    """Flattens add, sub, neg, and multiplication or division of a sum by one factor."""
+    if is_float_cast(node):
+        return as_terms(node.args[0])
+    if not isinstance(node, Apply) or not node.dtype.is_floating_point:
+        return [Term(1, node)]
+    match node.op:
+        case "add":
+            return as_terms(node.args[0]) + as_terms(node.args[1])
+        case "sub":
+            return as_terms(node.args[0]) + negated(as_terms(node.args[1]))
+        case "neg":
+            return negated(as_terms(node.args[0]))
+        case "mul" | "div":
+            return _distributed(node)
+    return [Term(1, node)]
+
+
+def negated(terms: list[Term]) -> list[Term]:
+    return [Term(-t.sign, t.node) for t in terms]
+
+
+def _distributed(node: Apply) -> list[Term]:
+    left = as_terms(node.args[0])
+    if len(left) > 1:
+        return [Term(t.sign, apply(node.op, t.node, node.args[1])) for t in left]
+    right = as_terms(node.args[1])
+    if node.op == "mul" and len(right) > 1:
+        return [Term(t.sign, apply("mul", node.args[0], t.node)) for t in right]
+    return [Term(1, node)]
+
+
+def total(terms: list[Term]) -> Node:
+    """The sum of terms; 0 for none."""
+    ordered = sorted(terms, key=lambda t: -t.sign)
+    if not ordered:
+        return const(0.0)
+    out = ordered[0].node if ordered[0].sign > 0 else apply("neg", ordered[0].node)
+    for term in ordered[1:]:
+        out = apply("add" if term.sign > 0 else "sub", out, term.node)
+    return out
+
+
+def depends_on(node: Node, axis: Axis) -> bool:
+    return axis in node.free
+
+
+def has_refs(node: Node) -> bool:
+    """Whether a value depends on earlier reductions of the chain."""
+    return any(isinstance(n, Ref) for n in walk(node))
+
+
+def split_mask(node: Node) -> tuple[Node, Node]:
+    """(predicate, value): `where(p, s, -inf)` and `s + where(p, 0, -inf)` → (p, s), through casts and sums."""
+    predicate, kept = TRUE, []
+    for term in as_terms(node):
+        p, value = _unmasked(term)
+        predicate = apply("and", predicate, p)
+        if not _is_zero(value):
+            kept.append(Term(term.sign, value))
+    return (predicate, total(kept)) if predicate is not TRUE else (TRUE, node)
+
+
+def _unmasked(term: Term) -> tuple[Node, Node]:
+    node = term.node
+    if term.sign > 0 and isinstance(node, Where):
+        if _is_minus_inf(node.other):
+            inner, value = split_mask(node.then)
+            return apply("and", node.predicate, inner), value
+        if _is_minus_inf(node.then):
+            inner, value = split_mask(node.other)
+            return apply("and", apply("not", node.predicate), inner), value
+    return TRUE, node
+
+
+def _is_minus_inf(node: Node) -> bool:
+    return isinstance(node, Const) and node.value == -math.inf

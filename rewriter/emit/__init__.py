@@ -1,0 +1,7 @@
+"""Stage emit: kernel plans → readable Triton files."""
+
+from rewriter.emit.expr import NotEmittable
+from rewriter.emit.kernel_file import KernelFile, Source, emit_kernel
+from rewriter.emit.render import render
+
+__all__ = ["KernelFile", "NotEmittable", "Source", "emit_kernel", "render"]

@@ -1,0 +1,134 @@
+"""Triton text of pointwise nodes over tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rewriter.ir import Apply, Axis, Const, Node
+from rewriter.ir.integer import nonnegative, to_poly
+
+TRITON_DTYPES = {
+    torch.float32: "tl.float32",
+    torch.float16: "tl.float16",
+    torch.bfloat16: "tl.bfloat16",
+    torch.float64: "tl.float64",
+    torch.int64: "tl.int64",
+    torch.int32: "tl.int32",
+    torch.int16: "tl.int16",
+    torch.int8: "tl.int8",
+    torch.uint8: "tl.uint8",
+    torch.bool: "tl.int1",
+}
+INFIX = {"add": ("+", 5), "sub": ("-", 5), "mul": ("*", 6), "div": ("/", 6), "floordiv": ("//", 6), "mod": ("%", 6)}
+INFIX |= {"eq": ("==", 2), "ne": ("!=", 2), "lt": ("<", 2), "le": ("<=", 2), "gt": (">", 2), "ge": (">=", 2)}
+INFIX |= {"and": ("&", 4), "or": ("|", 3), "xor": ("^", 3)}
+CALLS = {n: f"tl.{n}" for n in "exp exp2 log log2 sqrt rsqrt sin cos sigmoid erf floor ceil abs maximum minimum".split()}
+ATOM = 9
+
+
+class NotEmittable(Exception):
+    """Something a tile of at most two dimensions, or Triton, does not express."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """An expression over a tile: `axes` are its dimensions in order, `level` how tightly it binds."""
+
+    code: str
+    axes: tuple[Axis, ...] = ()
+    level: int = ATOM
+
+    def tight(self, level: int) -> str:
+        return self.code if self.level >= level else f"({self.code})"
+
+
+def spread(text: Text, axes: tuple[Axis, ...]) -> str:
+    """`x[:, None]` and the like: the text as an operand of a tile over `axes`."""
+    if text.axes == axes or not text.axes:
+        return text.code if text.axes == axes else text.tight(6)
+    subscript = ", ".join(":" if a in text.axes else "None" for a in axes)
+    return f"{text.tight(ATOM)}[{subscript}]"
+
+
+def operand(text: Text, axes: tuple[Axis, ...], level: int) -> str:
+    if text.axes == axes or not text.axes:
+        return text.tight(level)
+    return spread(text, axes)
+
+
+def apply_text(node: Apply, args: list[Text], axes: tuple[Axis, ...], helpers: set[str], half: bool) -> Text:
+    """The text of one pointwise op; `helpers` collects functions the file must define."""
+    if node.op == "cast":
+        return _cast(node, args[0])
+    if node.op in ("floordiv", "mod") and not node.dtype.is_floating_point and not _plain_division(node):
+        return _helper({"floordiv": "floor_div", "mod": "floor_mod"}[node.op], args, axes, helpers)
+    if node.op in INFIX and not (node.op in ("floordiv", "mod") and node.dtype.is_floating_point):
+        symbol, level = INFIX[node.op]
+        left, right = operand(args[0], axes, level), operand(args[1], axes, level + 1)
+        return Text(f"{left} {symbol} {right}", axes, level)
+    if node.op in CALLS:
+        return Text(f"{CALLS[node.op]}({', '.join(spread_argument(a, axes) for a in args)})", axes)
+    return _spelled(node, args, axes, helpers, half)
+
+
+def spread_argument(text: Text, axes: tuple[Axis, ...]) -> str:
+    return text.code if text.axes == axes or not text.axes else spread(text, axes)
+
+
+def _helper(name: str, args: list[Text], axes: tuple[Axis, ...], helpers: set[str]) -> Text:
+    helpers.add(name)
+    return Text(f"{name}({', '.join(spread_argument(a, axes) for a in args)})", axes)
+
+
+def _plain_division(node: Apply) -> bool:
+    """Triton rounds towards zero, torch down: the same for what is proved not to be negative."""
+    return nonnegative(to_poly(node.args[0])) and nonnegative(to_poly(node.args[1]))
+
+
+def _cast(node: Apply, arg: Text) -> Text:
+    source = node.args[0].dtype
+    if source.is_floating_point and node.dtype.is_floating_point:
+        return arg
+    if isinstance(node.args[0], Const):
+        return arg
+    target = "tl.float32" if node.dtype.is_floating_point else TRITON_DTYPES[node.dtype]
+    return Text(f"{arg.tight(ATOM)}.to({target})", arg.axes) if arg.axes else Text(f"({arg.code}).to({target})", ())
+
+
+def _spelled(node: Apply, args: list[Text], axes: tuple[Axis, ...], helpers: set[str], half: bool) -> Text:
+    a = operand(args[0], axes, 7)
+    match node.op:
+        case "neg":
+            return Text(f"-{a}", axes, 7)
+        case "not":
+            return Text(f"{operand(args[0], axes, ATOM)} == 0", axes, 2)
+        case "isinf":
+            return Text(f"tl.abs({spread_argument(args[0], axes)}) == float('inf')", axes, 2)
+        case "isnan":
+            return Text(f"{operand(args[0], axes, 3)} != {operand(args[0], axes, 3)}", axes, 2)
+        case "sign":
+            return Text(f"({operand(args[0], axes, 3)} > 0).to(tl.float32) - ({operand(args[0], axes, 3)} < 0)", axes, 5)
+        case "tanh":
+            return _helper("fast_tanh" if half else "tanh", args, axes, helpers)
+        case "log1p":
+            return Text(f"tl.log(1.0 + {a})", axes)
+        case "expm1" | "truncdiv" | "pow" | "mod" | "floordiv":
+            return _helper(node.op if node.op not in ("mod", "floordiv") else f"float_{node.op}", args, axes, helpers)
+    raise NotEmittable(f"{node.op} has no Triton text")
+
+
+def constant(node: Const) -> str:
+    value = node.value
+    if isinstance(value, bool):
+        return "True" if value else "False"
+    if isinstance(value, float) and value != value:
+        return 'float("nan")'
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return f'float("{"-" if value < 0 else ""}inf")'
+    return repr(value)
+
+
+def dtype_text(node: Node) -> str:
+    return TRITON_DTYPES[node.dtype]

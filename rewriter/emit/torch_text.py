@@ -1,0 +1,161 @@
+"""Prints graph nodes as the PyTorch a person would write: `x.transpose(1, 2)`, `a @ b`, `torch.softmax(s, dim=-1)`."""
+
+from __future__ import annotations
+
+import inspect
+import keyword
+import math
+import re
+from typing import Any, Callable
+
+import torch
+from torch import fx
+
+from rewriter.ir import Node, Param, walk
+from rewriter.ir.printer import show
+from rewriter.lift.sizes import from_sympy
+
+_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@", "eq": "==", "ne": "!=", "lt": "<", "le": "<="}
+_INFIX |= {"gt": ">", "ge": ">=", "__and__": "&", "__or__": "|", "bitwise_and": "&", "bitwise_or": "|"}
+_FUNCTIONAL = {"scaled_dot_product_attention", "linear", "silu", "gelu", "softplus", "elu", "leaky_relu", "pad"}
+_FUNCTIONAL |= {"layer_norm", "rms_norm", "group_norm", "relu6", "hardtanh", "mish"}
+_UNSAID = {"layout", "pin_memory", "memory_format"}
+
+
+class TorchPrinter:
+    """Prints calls; `name_of` gives the variable of a tensor node, sizes print through `size_name`."""
+
+    def __init__(self, name_of: Callable[[fx.Node], str], size_name: Callable[[Param], str], device: str):
+        self.name_of, self.size_name, self.device = name_of, size_name, device
+
+    def call(self, node: fx.Node) -> str:
+        """The right-hand side of an assignment for one call."""
+        if node.target.__name__ == "getitem":
+            return f"{self.value(node.args[0])}[{node.args[1]}]"
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return f"{node.target.__module__}.{node.target.__name__}({self._arguments(node.args, node.kwargs)})"
+        name = node.target._schema.name.split("::")[1]
+        special = getattr(self, f"_{name}", None)
+        return special(node) if special else self._generic(node, name)
+
+    def is_infix(self, node: fx.Node) -> bool:
+        """Whether the text of a call needs parentheses as an operand."""
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return False
+        kwargs = {k: v for k, v in node.kwargs.items() if k not in _UNSAID and v is not None}
+        return node.target._schema.name.split("::")[1] in _INFIX and len(node.args) == 2 and not kwargs
+
+    def _generic(self, node: fx.Node, name: str) -> str:
+        kwargs = {k: v for k, v in node.kwargs.items() if k not in _UNSAID and v is not None}
+        if self.is_infix(node):
+            left, right = (self.value(a) for a in node.args)
+            return f"{left} {_INFIX[name]} {right}"
+        arguments = node.target._schema.arguments
+        if name in _FUNCTIONAL:
+            return f"torch.nn.functional.{name}({self._named(node, kwargs)})"
+        if arguments and arguments[0].name == "self" and self._is_method(node, name):
+            return f"{self.value(node.args[0])}.{name}({self._arguments(node.args[1:], kwargs)})"
+        if hasattr(torch, name) and not name.startswith("_") and node.target._overloadname in ("default", "self", ""):
+            return f"torch.{name}({self._arguments(node.args, kwargs)})"
+        return f"torch.ops.aten.{name}.{node.target._overloadname}({self._arguments(node.args, node.kwargs)})"
+
+    def _is_method(self, node: fx.Node, name: str) -> bool:
+        held = node.args and isinstance(node.args[0], fx.Node) and torch.is_tensor(node.args[0].meta.get("val"))
+        return bool(held) and hasattr(torch.Tensor, name) and not name.startswith("_")
+
+    def _named(self, node: fx.Node, kwargs: dict) -> str:
+        """Functional calls name what follows the tensors, as F's own signature does where the schema agrees."""
+        arguments = [self.value(a) for a in node.args]
+        schema = [a.name for a in node.target._schema.arguments]
+        function = getattr(torch.nn.functional, node.target._schema.name.split("::")[1])
+        known = _parameters(function)
+        for k, name in enumerate(schema[: len(arguments)]):
+            if k > 0 and name in known and not isinstance(node.args[k], fx.Node):
+                arguments[k] = f"{name}={arguments[k]}"
+        if known and len(schema) > len(known):
+            arguments = arguments[: len(known)]
+        return ", ".join([*arguments, *(f"{k}={self.value(v)}" for k, v in kwargs.items())])
+
+    def _slice(self, node: fx.Node) -> str:
+        tensor, dim, start, end, step = (*node.args, *(None, None, None, None))[:5]
+        rank = node.meta["val"].dim()
+        dim = (dim or 0) % rank
+        last = None if isinstance(end, int) and end >= 2**62 else end
+        first = None if isinstance(start, int) and start == 0 else start
+        text = f"{'' if first is None else self.value(first)}:{'' if last is None else self.value(last)}"
+        text += "" if step in (None, 1) else f":{self.value(step)}"
+        return f"{self.value(tensor)}[{', '.join([':'] * dim + [text])}]"
+
+    def _select(self, node: fx.Node) -> str:
+        tensor, dim, at = node.args
+        dim = dim % node.args[0].meta["val"].dim()
+        return f"{self.value(tensor)}[{', '.join([':'] * dim + [self.value(at)])}]"
+
+    def _index(self, node: fx.Node) -> str:
+        entries = [":" if i is None else self.value(i) for i in node.args[1]]
+        return f"{self.value(node.args[0])}[{', '.join(entries)}]"
+
+    def _arguments(self, args: tuple, kwargs: dict[str, Any]) -> str:
+        return ", ".join([*map(self.value, args), *(f"{k}={self.value(v)}" for k, v in kwargs.items())])
+
+    def value(self, value: Any) -> str:
+        """Any argument of a call as source text."""
+        if isinstance(value, fx.Node):
+            held = value.meta.get("val")
+            return self.size(held) if isinstance(held, (torch.SymInt, int)) and not torch.is_tensor(held) else self.name_of(value)
+        if isinstance(value, torch.SymInt):
+            return self.size(value)
+        if isinstance(value, (tuple, list)):
+            inner = ", ".join(map(self.value, value))
+            return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
+        if isinstance(value, torch.device):
+            return self.device
+        if isinstance(value, float) and not math.isfinite(value):
+            return f'float("{value}")'
+        return str(value) if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)) else repr(value)
+
+    def size(self, value: torch.SymInt | int) -> str:
+        if isinstance(value, int):
+            return str(value)
+        return self.size_node(from_sympy(value.node.expr))
+
+    def size_node(self, node: Node) -> str:
+        """An integer node as Python, sizes by their variables."""
+        text = show(node)
+        for param in (n for n in walk(node) if isinstance(n, Param)):
+            text = _replace_word(text, param.name, self.size_name(param))
+        return text
+
+
+def _parameters(function: Callable) -> list[str]:
+    try:
+        return list(inspect.signature(function).parameters)
+    except ValueError:
+        return []
+
+
+def _replace_word(text: str, old: str, new: str) -> str:
+    return re.sub(rf"\b{re.escape(old)}\b", new, text)
+
+
+class Variables:
+    """Python variable names for graph nodes: the user's where known, never the same name for two live values."""
+
+    def __init__(self, reserved: set[str]):
+        self.taken = set(reserved)
+        self.names: dict[fx.Node, str] = {}
+
+    def of(self, node: fx.Node) -> str:
+        return self.names[node]
+
+    def assign(self, node: fx.Node, wanted: str) -> str:
+        name, k = wanted, 2
+        while name in self.taken or keyword.iskeyword(name) or not name.isidentifier():
+            name, k = f"{wanted}_{k}" if wanted.isidentifier() else f"t_{k}", k + 1
+        self.taken.add(name)
+        self.names[node] = name
+        return name
+
+    def adopt(self, node: fx.Node, text: str) -> None:
+        """A node that is written as `text` (an attribute, an argument) wherever it is used."""
+        self.names[node] = text

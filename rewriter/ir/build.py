@@ -1,0 +1,164 @@
+"""Constructors that keep values in normal form: integers as polynomials, constants folded, trivial choices taken.
+
+No rule here changes a floating-point result.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rewriter.ir import integer
+from rewriter.ir.nodes import FALSE, TRUE, Apply, Axis, Const, Index, Node, Where, reduce_over
+from rewriter.ir.ops import OPS
+
+_FLIP = {"gt": "lt", "ge": "le"}
+
+
+def const(value: int | float | bool, dtype: torch.dtype | None = None) -> Const:
+    """A constant; its dtype follows Python's type where none is given (float: fp32)."""
+    if dtype is None:
+        dtype = {bool: torch.bool, int: torch.int64, float: torch.float32}[type(value)]
+    if dtype.is_floating_point:
+        value = float(value)
+    elif dtype is torch.bool:
+        value = bool(value)
+    else:
+        value = int(value)
+    return Const(value, dtype)
+
+
+def is_int(node: Node) -> bool:
+    return not (node.dtype.is_floating_point or node.dtype is torch.bool)
+
+
+def apply(op: str, *args: Node, dtype: torch.dtype | None = None) -> Node:
+    """`Apply` in normal form. `dtype` defaults to what torch's promotion of the arguments gives."""
+    dtype = dtype or result_dtype(op, args)
+    if all(isinstance(a, Const) for a in args) and op != "cast":
+        return _folded(op, args, dtype)
+    if not (dtype.is_floating_point or dtype is torch.bool) and all(is_int(a) for a in args):
+        return _integer(op, args, dtype)
+    if dtype is torch.bool:
+        return _logical(op, args)
+    if op == "cast":
+        return _cast(args[0], dtype)
+    return Apply(op, args, dtype)
+
+
+def result_dtype(op: str, args: tuple[Node, ...]) -> torch.dtype:
+    kind = OPS[op].kind
+    if kind == "bool":
+        return torch.bool
+    dtype = args[0].dtype
+    for arg in args[1:]:
+        dtype = torch.promote_types(dtype, arg.dtype)
+    return torch.float32 if kind == "float" and not dtype.is_floating_point else dtype
+
+
+def _folded(op: str, args: tuple[Node, ...], dtype: torch.dtype) -> Node:
+    wide = torch.float64 if dtype.is_floating_point else None
+    values = [
+        torch.tensor(a.value, dtype=wide if wide and a.dtype.is_floating_point else a.dtype)
+        for a in args
+    ]
+    return const(OPS[op].torch(*values).item(), dtype)
+
+
+def _integer(op: str, args: tuple[Node, ...], dtype: torch.dtype) -> Node:
+    match op:
+        case "add" | "sub" | "mul" | "neg":
+            return integer.from_poly(integer.to_poly(Apply(op, args, dtype)))
+        case "floordiv":
+            return integer.floordiv(*args)
+        case "mod":
+            return integer.mod(*args)
+        case "cast":
+            return args[0]
+    return Apply(op, args, dtype)
+
+
+def _logical(op: str, args: tuple[Node, ...]) -> Node:
+    if op in _FLIP:
+        return _logical(_FLIP[op], args[::-1])
+    if op in ("lt", "le", "eq", "ne") and all(map(is_int, args)):
+        return _compared(op, *args)
+    if op in ("and", "or"):
+        return _junction(op, *args)
+    if op == "not" and isinstance(args[0], Apply):
+        return _negated(args[0])
+    if op == "cast" and args[0].dtype is torch.bool:
+        return args[0]
+    return Apply(op, args, torch.bool)
+
+
+def _compared(op: str, a: Node, b: Node) -> Node:
+    """Comparisons of integers that hold (or fail) for every index become constants."""
+    if op == "ne":
+        return _negated(_compared("eq", a, b))
+    negation = {"lt": ("le", b, a), "le": ("lt", b, a)}
+    if integer.proves(op, a, b):
+        return TRUE
+    if op in negation and integer.proves(*negation[op]):
+        return FALSE
+    return Apply(op, (a, b), torch.bool)
+
+
+def _junction(op: str, a: Node, b: Node) -> Node:
+    neutral, absorbing = (TRUE, FALSE) if op == "and" else (FALSE, TRUE)
+    if a is b or b is neutral:
+        return a
+    if a is neutral:
+        return b
+    if absorbing in (a, b):
+        return absorbing
+    return Apply(op, (a, b), torch.bool)
+
+
+def _negated(node: Node) -> Node:
+    if isinstance(node, Const):
+        return const(not node.value, torch.bool)
+    if isinstance(node, Apply) and node.op == "not":
+        return node.args[0]
+    if isinstance(node, Apply) and node.op in ("lt", "le") and all(map(is_int, node.args)):
+        return _compared("le" if node.op == "lt" else "lt", node.args[1], node.args[0])
+    return Apply("not", (node,), torch.bool)
+
+
+def _cast(node: Node, dtype: torch.dtype) -> Node:
+    if node.dtype is dtype:
+        return node
+    if isinstance(node, Const):
+        return const(node.value, dtype)
+    return Apply("cast", (node,), dtype)
+
+
+def cast(node: Node, dtype: torch.dtype) -> Node:
+    """`node` as `dtype`; integer widths are not distinguished (indices are 64-bit)."""
+    return apply("cast", node, dtype=dtype)
+
+
+def where(predicate: Node, then: Node, other: Node) -> Node:
+    """A lazy choice, taken at once where the predicate is a constant."""
+    if then is other or predicate is TRUE:
+        return then
+    if predicate is FALSE:
+        return other
+    if isinstance(predicate, Apply) and predicate.op == "not":
+        return where(predicate.args[0], other, then)
+    return Where(predicate, then, other)
+
+
+def reduce(op: str, axes: tuple[Axis, ...], body: Node, predicate: Node = TRUE) -> Node:
+    """⊕ over `axes`; a reduction over one element is that element."""
+    for axis in axes:
+        if axis.extent is Const(1) and predicate is TRUE:
+            from rewriter.ir.nodes import substitute
+
+            body = substitute(body, {axis: Const(0)})
+    axes = tuple(a for a in axes if not (a.extent is Const(1) and predicate is TRUE))
+    return reduce_over(op, axes, body, predicate) if axes else body
+
+
+def index(axis: Axis) -> Node:
+    """The position along an axis; an axis of one element is always at 0."""
+    return Const(0) if axis.extent is Const(1) else Index(axis)

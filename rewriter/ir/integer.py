@@ -1,0 +1,211 @@
+"""Normal form of integer nodes: polynomials over sizes, axis positions and loaded integers, with floor-division by sizes.
+
+sympy keeps `floor(j / h)` although 0 ≤ j < h, so the rules that need ranges are here:
+
+    (a·D + r) // D  →  a + r // D          r // D  →  0   where 0 ≤ r < D
+    (a·D + r) %  D  →  r % D               r %  D  →  r   where 0 ≤ r < D
+    (x // A) // B   →  x // (A·B)          (x % (A·B)) // A  stays
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import lru_cache
+from typing import Iterable
+
+import torch
+
+from rewriter.ir.nodes import Apply, Const, Index, Node, Param
+
+Monomial = tuple[Node, ...]
+Poly = dict[Monomial, int]
+
+
+def _order(node: Node) -> str:
+    return repr(node)
+
+
+def to_poly(node: Node) -> Poly:
+    """The polynomial of an integer node; what is no polynomial becomes an atom."""
+    if isinstance(node, Const):
+        return {(): int(node.value)} if node.value else {}
+    if isinstance(node, Apply) and node.op in ("add", "sub", "mul", "neg"):
+        parts = [to_poly(a) for a in node.args]
+        match node.op:
+            case "add":
+                return plus(parts[0], parts[1])
+            case "sub":
+                return plus(parts[0], parts[1], -1)
+            case "mul":
+                return times(parts[0], parts[1])
+            case "neg":
+                return plus({}, parts[0], -1)
+    return {(node,): 1}
+
+
+def plus(a: Poly, b: Poly, sign: int = 1) -> Poly:
+    out = Counter(a)
+    for monomial, coefficient in b.items():
+        out[monomial] += sign * coefficient
+    return {m: c for m, c in out.items() if c}
+
+
+def times(a: Poly, b: Poly) -> Poly:
+    out: Counter = Counter()
+    for m1, c1 in a.items():
+        for m2, c2 in b.items():
+            out[tuple(sorted(m1 + m2, key=_order))] += c1 * c2
+    return {m: c for m, c in out.items() if c}
+
+
+def from_poly(poly: Poly) -> Node:
+    """The canonical node: terms sorted, positive ones first."""
+    terms = sorted(poly.items(), key=lambda t: (t[1] < 0, not t[0], [_order(n) for n in t[0]]))
+    out: Node | None = None
+    for monomial, coefficient in terms:
+        factors = list(monomial)
+        size = abs(coefficient) if out is not None else coefficient
+        if size != 1 or not factors:
+            factors.append(Const(size))
+        term = factors[0]
+        for factor in factors[1:]:
+            term = Apply("mul", (term, factor), torch.int64)
+        if out is None:
+            out = term
+        else:
+            out = Apply("sub" if coefficient < 0 else "add", (out, term), torch.int64)
+    return Const(0) if out is None else out
+
+
+def _bound(node: Node) -> tuple[Node | None, Node | None]:
+    """(least, greatest) value of an atom, None where unknown."""
+    if isinstance(node, Index):
+        return Const(0), from_poly(plus(to_poly(node.axis.extent), {(): 1}, -1))
+    if isinstance(node, Param):
+        return Const(1), None
+    if isinstance(node, Apply) and node.op == "mod" and nonnegative(to_poly(node.args[1])):
+        return Const(0), from_poly(plus(to_poly(node.args[1]), {(): 1}, -1))
+    if isinstance(node, Apply) and node.op == "floordiv" and nonnegative(to_poly(node.args[0])):
+        return Const(0), _greatest_quotient(node)
+    return None, None
+
+
+def _greatest_quotient(node: Apply) -> Node | None:
+    top = extreme(to_poly(node.args[0]), greatest=True)
+    return None if top is None else floordiv(from_poly(top), node.args[1])
+
+
+def extreme(poly: Poly, greatest: bool) -> Poly | None:
+    """A polynomial in the sizes alone that bounds `poly` from above (or below); None where no bound is known."""
+    out: Poly = {}
+    for monomial, coefficient in poly.items():
+        term: Poly = {(): coefficient}
+        for atom in monomial:
+            low, high = _bound(atom)
+            if isinstance(atom, Param):
+                term = times(term, {(atom,): 1})
+                continue
+            pick = high if (coefficient > 0) == greatest else low
+            if low is None or pick is None or not nonnegative(to_poly(low)):
+                return None
+            term = times(term, to_poly(pick))
+        out = plus(out, term)
+    return out
+
+
+@lru_cache(maxsize=None)
+def _nonnegative(items: frozenset) -> bool:
+    bottom = extreme(dict(items), greatest=False)
+    if bottom is None:
+        return False
+    shifted: Poly = {}
+    for monomial, coefficient in bottom.items():
+        term: Poly = {(): coefficient}
+        for atom in monomial:
+            term = times(term, {(atom,): 1, (): 1})
+        shifted = plus(shifted, term)
+    return all(c >= 0 for c in shifted.values())
+
+
+def nonnegative(poly: Poly) -> bool:
+    """True where 0 ≤ poly is proved, every size being at least 1 and every index within its extent."""
+    return _nonnegative(frozenset(poly.items()))
+
+
+def proves(op: str, a: Node, b: Node) -> bool:
+    """True where `a op b` (op in 'lt', 'le', 'eq') holds for all sizes and indices."""
+    if op == "eq":
+        return a is b or not plus(to_poly(a), to_poly(b), -1)
+    gap = plus(to_poly(b), to_poly(a), -1)
+    return nonnegative(plus(gap, {(): 1}, -1) if op == "lt" else gap)
+
+
+def _split(poly: Poly, divisor: Poly) -> tuple[Poly, Poly] | None:
+    """poly = quotient·divisor + rest for a divisor of one term; None for longer divisors."""
+    if len(divisor) != 1:
+        return ({(): 1}, {}) if poly == divisor else None
+    (dm, dc), need = next(iter(divisor.items())), Counter()
+    need.update(dm)
+    quotient: Poly = {}
+    rest: Poly = {}
+    for monomial, coefficient in poly.items():
+        have = Counter(monomial)
+        if all(have[a] >= k for a, k in need.items()) and coefficient % dc == 0:
+            left = tuple(sorted((have - need).elements(), key=_order))
+            quotient[left] = coefficient // dc
+        else:
+            rest[monomial] = coefficient
+    return quotient, rest
+
+
+def floordiv(a: Node, b: Node) -> Node:
+    """a // b in normal form (rounding down)."""
+    pa, pb = to_poly(a), to_poly(b)
+    if pb == {(): 1} or not pa:
+        return from_poly(pa)
+    if isinstance(a, Const) and isinstance(b, Const):
+        return Const(int(a.value) // int(b.value))
+    split = _split(pa, pb)
+    if split:
+        quotient, rest = split
+        if nonnegative(rest) and nonnegative(plus(plus(pb, rest, -1), {(): 1}, -1)):
+            return from_poly(quotient)
+        if quotient:
+            return from_poly(plus(quotient, to_poly(floordiv(from_poly(rest), b))))
+    a = from_poly(pa)
+    if (
+        isinstance(a, Apply)
+        and a.op == "floordiv"
+        and nonnegative(plus(to_poly(a.args[1]), {(): 1}, -1))
+    ):
+        return floordiv(a.args[0], from_poly(times(to_poly(a.args[1]), pb)))
+    return Apply("floordiv", (a, from_poly(pb)), torch.int64)
+
+
+def mod(a: Node, b: Node) -> Node:
+    """a % b in normal form (the sign of b, as torch.remainder)."""
+    pa, pb = to_poly(a), to_poly(b)
+    if pb == {(): 1} or not pa:
+        return Const(0)
+    if isinstance(a, Const) and isinstance(b, Const):
+        return Const(int(a.value) % int(b.value))
+    split = _split(pa, pb)
+    rest = split[1] if split else pa
+    if not rest or (nonnegative(rest) and nonnegative(plus(plus(pb, rest, -1), {(): 1}, -1))):
+        return from_poly(rest)
+    rest_node = from_poly(rest)
+    if (
+        isinstance(rest_node, Apply)
+        and rest_node.op == "mod"
+        and rest_node.args[1] is from_poly(pb)
+    ):
+        return rest_node
+    return Apply("mod", (rest_node, from_poly(pb)), torch.int64)
+
+
+def product(nodes: Iterable[Node]) -> Node:
+    """The product of integer nodes in normal form."""
+    out: Poly = {(): 1}
+    for node in nodes:
+        out = times(out, to_poly(node))
+    return from_poly(out)

@@ -1,0 +1,5 @@
+"""Stage lift: FX graph → index notation, for what is wide."""
+
+from rewriter.lift.region import LiftResult, Region, lift
+
+__all__ = ["LiftResult", "Region", "lift"]

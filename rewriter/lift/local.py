@@ -1,0 +1,80 @@
+"""Lifts every FX node by itself: its operands are Loads of the tensors that feed it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from rewriter.ir import Load, Tensor
+from rewriter.lift import generators, pointwise, reductions, views  # noqa: F401  (they fill the registry)
+from rewriter.lift.registry import Context, rule_for
+from rewriter.lift.sizes import shape_of
+from rewriter.lift.values import Lifted, NotLiftable, fresh_axes, positions
+from rewriter.trace.source import origin_of
+
+
+@dataclass(frozen=True)
+class LocalLift:
+    """`value` where the node is expressible in index notation, else `reason`."""
+
+    value: Lifted | tuple | None
+    reason: str = ""
+
+
+def load_of(node: fx.Node) -> Lifted:
+    """The tensor a node holds, read where asked."""
+    value = node.meta["val"]
+    axes = fresh_axes(shape_of(value))
+    return Lifted(axes, Load(Tensor(node.name, shape_of(value), value.dtype), positions(axes)))
+
+
+def lift_locally(graph: fx.Graph) -> dict[fx.Node, LocalLift]:
+    """A `LocalLift` for every call that returns a tensor (or a tuple of them)."""
+    return {n: _lift(n) for n in graph.nodes if n.op == "call_function" and _holds_tensors(n)}
+
+
+def _holds_tensors(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return torch.is_tensor(value) or (isinstance(value, (tuple, list)) and all(map(torch.is_tensor, value)))
+
+
+def _lift(node: fx.Node) -> LocalLift:
+    try:
+        if node.target.__name__ == "getitem":
+            return _item(node)
+        rule = rule_for(node)
+        if rule is None:
+            return LocalLift(None, f"{node.target} is not expressed in index notation")
+        _refuse_wide_types(node)
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), _argument)
+        return LocalLift(rule(Context(node), *args, **kwargs))
+    except (NotLiftable, TypeError, AttributeError, KeyError) as error:
+        return LocalLift(None, f"{node.target}: {error}")
+
+
+def _refuse_wide_types(node: fx.Node) -> None:
+    values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
+    for value in values:
+        if value.dtype in (torch.float64, torch.complex64, torch.complex128):
+            raise NotLiftable(f"{value.dtype} arithmetic")
+
+
+def _item(node: fx.Node) -> LocalLift:
+    source = _lift(node.args[0])
+    if source.value is None:
+        return source
+    value = source.value[node.args[1]]
+    return LocalLift(value, "" if value else "the positions of a maximum stay eager")
+
+
+def _argument(value: Any) -> Any:
+    if not isinstance(value, fx.Node):
+        return value
+    held = value.meta.get("val")
+    return load_of(value) if torch.is_tensor(held) else held
+
+
+__all__ = ["LocalLift", "lift_locally", "load_of", "origin_of"]

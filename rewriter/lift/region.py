@@ -1,0 +1,239 @@
+"""Cuts wide regions out of the graph and writes each as a `Program`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from rewriter.errors import Reason, Site
+from rewriter.ir import Load, Node, Origin, Output, Program, Reduce, index, transform, walk
+from rewriter.lift.local import LocalLift, lift_locally, load_of
+from rewriter.lift.tags import Tags, covers, tag
+from rewriter.lift.values import Lifted
+from rewriter.trace import TracedModule
+from rewriter.trace.source import origin_of, user_names
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """A part of the graph that one chain replaces: `outputs` are computed from `inputs`, the nodes `inside` vanish."""
+
+    program: Program
+    outputs: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    inside: frozenset[fx.Node]
+    wide: tuple[fx.Node, ...]
+    display: dict[str, str]
+
+
+@dataclass(frozen=True)
+class LiftResult:
+    """The regions found, and what was wide but stays eager, with the reason."""
+
+    regions: tuple[Region, ...]
+    unfused: tuple[Reason, ...]
+
+
+def lift(traced: TracedModule) -> LiftResult:
+    """Finds every wide region of a traced module."""
+    graph = traced.graph
+    local = lift_locally(graph)
+    moving = _moving(graph, traced)
+    names = user_names(graph)
+    tags = tag(graph, local, moving, frozenset())
+    cutter = _Cutter(graph, local, tags, names)
+    regions, unfused = [], [Reason(r, site_of(n)) for n, r in tags.reasons.items()]
+    for roots in _components(tags):
+        regions.append(cutter.cut(roots, f"chain_{len(regions)}"))
+    return LiftResult(tuple(regions), tuple(unfused))
+
+
+def site_of(node: fx.Node) -> Site | None:
+    origin = origin_of(node)
+    return Site(origin.file, origin.line) if origin.file else None
+
+
+def _moving(graph: fx.Graph, traced: TracedModule) -> set[fx.Node]:
+    """Nodes whose value depends on a tensor the caller gives."""
+    out: set[fx.Node] = set()
+    given = {name for name in traced.inputs if name}
+    for node in graph.nodes:
+        if node.name in given or any(a in out for a in node.all_input_nodes):
+            out.add(node)
+    return out
+
+
+def _components(tags: Tags) -> list[list[fx.Node]]:
+    """Roots grouped by the wide values they share, in graph order."""
+    parent: dict[fx.Node, fx.Node] = {}
+
+    def find(n: fx.Node) -> fx.Node:
+        while parent.setdefault(n, n) is not n:
+            n = parent[n]
+        return n
+
+    wide = set(tags.wide)
+    for node in [*tags.wide, *tags.roots]:
+        for source in node.all_input_nodes:
+            if source in wide:
+                parent[find(node)] = find(source)
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for root in tags.roots:
+        groups.setdefault(find(root), []).append(root)
+    return list(groups.values())
+
+
+class _Cutter:
+    """Inlines what a region computes and stops at what it reads."""
+
+    def __init__(self, graph: fx.Graph, local: dict[fx.Node, LocalLift], tags: Tags, names: dict[fx.Node, str]):
+        self.graph, self.local, self.tags, self.names = graph, local, tags, names
+        self.by_name = {n.name: n for n in graph.nodes}
+        self.order = {n: k for k, n in enumerate(graph.nodes)}
+        self.origins: dict[Node, Origin] = {}
+        self.memo: dict[fx.Node, Lifted] = {}
+        self.generated: dict[fx.Node, bool] = {}
+
+    def cut(self, roots: list[fx.Node], name: str) -> Region:
+        self.origins, self.memo = {}, {}
+        self.roots = set(roots)
+        outputs = _live_outputs(self._grown(roots), self.tags)
+        self.claimed = self._between(roots, outputs) | self.roots
+        lifted = [(node, self._inlined(node)) for node in outputs]
+        program = Program(name, tuple(self._output(n, v) for n, v in lifted), self.origins)
+        inside = frozenset(self.memo) - {n for n in self.memo if n.op == "placeholder"}
+        inputs = tuple(dict.fromkeys(self.by_name[t.name] for t in program.tensors))
+        wide = tuple(n for n in self.memo if self.tags.is_wide(n))
+        display = {n.name: name for n, name in self.names.items()}
+        return Region(program, tuple(outputs), inputs, inside - set(inputs), wide, display)
+
+    def _output(self, node: fx.Node, value: Lifted) -> Output:
+        return Output(self.names.get(node, node.name), value.axes, value.body, node.meta["val"].dtype)
+
+    def _grown(self, roots: list[fx.Node]) -> list[fx.Node]:
+        """Follows pointwise ops and views that join several results of the region: `acc / l[:, None]`."""
+        reached: dict[fx.Node, frozenset[fx.Node]] = {r: frozenset([r]) for r in roots}
+        outside = self._descendants(roots)
+        for node in self.graph.nodes:
+            if node in reached or not self._joins(node, reached, outside):
+                continue
+            reached[node] = frozenset().union(*(reached[s] for s in node.all_input_nodes if s in reached))
+        joins = [n for n, origin in reached.items() if self._is_join(n, reached)]
+        return list(dict.fromkeys([*roots, *joins]))
+
+    def _is_join(self, node: fx.Node, reached) -> bool:
+        inputs = [reached[s] for s in node.all_input_nodes if s in reached]
+        return len(inputs) > 1 and any(a != b for a in inputs for b in inputs)
+
+    def _joins(self, node: fx.Node, reached, outside: set[fx.Node]) -> bool:
+        """Pointwise or a view, over the region's results and values that do not come after them."""
+        value = self.local[node].value if node in self.local else None
+        if not isinstance(value, Lifted) or _reduces(value.body):
+            return False
+        sources = node.all_input_nodes
+        return any(s in reached for s in sources) and all(s in reached or s not in outside for s in sources)
+
+    def _descendants(self, roots: list[fx.Node]) -> set[fx.Node]:
+        out = set(roots)
+        for node in self.graph.nodes:
+            if any(s in out for s in node.all_input_nodes):
+                out.add(node)
+        return out
+
+    def _between(self, roots: list[fx.Node], outputs: list[fx.Node]) -> set[fx.Node]:
+        """Nodes on a path from a root to an output."""
+        after = self._descendants(roots)
+        inside, todo = set(), [n for n in outputs]
+        while todo:
+            node = todo.pop()
+            if node in after and node not in inside:
+                inside.add(node)
+                todo += node.all_input_nodes
+        return inside
+
+    def _inlined(self, node: fx.Node) -> Lifted:
+        if node not in self.memo:
+            local = self.local[node].value
+            inside = self.tags.is_wide(node)
+            body = self._expanded(local, node, inside)
+            origin = origin_of(node)
+            self.memo[node] = Lifted(local.axes, body)
+            self.origins.setdefault(
+                body, Origin(origin.file, origin.line, origin.text, self.names.get(node, ""))
+            )
+        return self.memo[node]
+
+    def _expanded(self, local: Lifted, node: fx.Node, in_wide: bool) -> Node:
+        dims = self.tags.dims.get(node, ())
+        sides = dict(zip(local.axes, dims))
+
+        def rule(n: Node) -> Node:
+            if not isinstance(n, Load) or n.tensor.name not in self.by_name:
+                return n
+            source = self.by_name[n.tensor.name]
+            if self._goes_inside(source, n, sides):
+                return self._inlined(source).at(n.index)
+            return n
+
+        return transform(local.body, rule)
+
+    def _goes_inside(self, source: fx.Node, load: Load, sides) -> bool:
+        """Whether a value read by the region is computed in it rather than loaded."""
+        if source in self.claimed or self.tags.is_wide(source):
+            return True
+        local = self.local[source].value if source in self.local else None
+        if not isinstance(local, Lifted) or _reduces(local.body):
+            return False
+        return _has_both(load, sides) or self._is_cheaper_than_stored(source)
+
+    def _is_cheaper_than_stored(self, source: fx.Node) -> bool:
+        """True where a value repeats or generates its elements: masks from positions, heads repeated by a view."""
+        if source not in self.generated:
+            value = self._unstored(source)
+            loads = [n for n in walk(value.body) if isinstance(n, Load)]
+            everything = frozenset(a for a in value.axes if index(a).free)
+            self.generated[source] = not any(covers(load, everything) for load in loads)
+        return self.generated[source]
+
+    def _unstored(self, source: fx.Node) -> Lifted:
+        """The value with every operand that is cheaper than stored written out."""
+        local = self.local[source].value if source in self.local else None
+        if not isinstance(local, Lifted) or _reduces(local.body):
+            return load_of(source)
+
+        def rule(n: Node) -> Node:
+            if isinstance(n, Load) and self._is_cheaper_than_stored(self.by_name[n.tensor.name]):
+                return self._unstored(self.by_name[n.tensor.name]).at(n.index)
+            return n
+
+        return Lifted(local.axes, transform(local.body, rule))
+
+
+def _reduces(body: Node) -> bool:
+    return any(isinstance(n, Reduce) for n in walk(body))
+
+
+def _has_both(load: Load, sides) -> bool:
+    tags = frozenset().union(frozenset(), *(sides.get(a, frozenset()) for a in load.free))
+    return any((o, "rows") in tags and (o, "stream") in tags for o, _ in tags)
+
+
+def _live_outputs(nodes: list[fx.Node], tags: Tags) -> list[fx.Node]:
+    """Those that something outside the others reads."""
+    known = set(nodes)
+    wide = set(tags.wide)
+
+    def is_live(node: fx.Node) -> bool:
+        return any(not _leads_only_to(u, known, wide) for u in node.users)
+
+    return [n for n in nodes if is_live(n)]
+
+
+def _leads_only_to(user: fx.Node, known: set[fx.Node], wide: set[fx.Node]) -> bool:
+    """True where a use ends in another result of the region."""
+    if user in known or user in wide:
+        return True
+    if user.op == "output":
+        return False
+    return bool(user.users) and all(_leads_only_to(u, known, wide) for u in user.users)

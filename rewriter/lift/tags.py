@@ -1,0 +1,133 @@
+"""Which values are wide: rows × stream.
+
+A node is an *origin* when it combines two tensors of which each has an axis the other lacks (scores from q and k, a document
+mask from two views of the ids). Its axes are tagged by side, and tags follow the axes through everything computed from it. A
+value is *wide* while it has axes of both sides of one origin; a value computed from wide ones that has lost a side is a *root*.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from rewriter.ir import Axis, Load, Node, Reduce, open_reduce, walk
+from rewriter.ir.integer import product, proves
+from rewriter.lift.local import LocalLift
+from rewriter.lift.values import Lifted
+
+Tag = tuple[int, str]
+
+
+@dataclass
+class Tags:
+    """`dims[node]` holds a set of tags per dimension; `roots` and `wide` in graph order."""
+
+    dims: dict[fx.Node, tuple[frozenset[Tag], ...]] = field(default_factory=dict)
+    wide: list[fx.Node] = field(default_factory=list)
+    roots: list[fx.Node] = field(default_factory=list)
+    reasons: dict[fx.Node, str] = field(default_factory=dict)
+
+    def is_wide(self, node: fx.Node) -> bool:
+        return _both_sides(frozenset().union(*self.dims.get(node, ())))
+
+
+def _both_sides(tags: frozenset[Tag]) -> bool:
+    return any((origin, "rows") in tags and (origin, "stream") in tags for origin, _ in tags)
+
+
+def sources(lifted: Lifted, by_name: dict[str, fx.Node]) -> list[tuple[fx.Node, Load]]:
+    """The reads of a local lift, with the nodes that are read."""
+    return [(by_name[n.tensor.name], n) for n in walk(lifted.body) if isinstance(n, Load)]
+
+
+def covers(load: Load, axes: frozenset[Axis]) -> bool:
+    """True where the tensor read has at least as many elements as `axes` have positions, and each of them moves the read."""
+    return axes <= load.free and proves("le", product(a.extent for a in axes), product(load.tensor.shape))
+
+
+def tag(graph: fx.Graph, local: dict[fx.Node, LocalLift], moving: set[fx.Node], stopped: set[fx.Node]) -> Tags:
+    """Tags every node. `moving`: nodes that depend on the model's inputs; `stopped`: nodes taken as they are stored."""
+    by_name = {n.name: n for n in graph.nodes}
+    tags = Tags()
+    for order, node in enumerate(graph.nodes):
+        lifted = local[node].value if node in local else None
+        if not isinstance(lifted, Lifted) or node in stopped:
+            continue
+        reads = sources(lifted, by_name)
+        dims = _inherited(lifted, reads, tags)
+        lost = any(tags.is_wide(y) for y, _ in reads) and not _both_sides(frozenset().union(*dims))
+        if not lost:
+            dims = _with_origin(order, lifted, reads, moving, dims)
+        if lost or (not _both_sides(frozenset().union(*dims)) and _is_chain(lifted, reads, moving)):
+            tags.roots.append(node)
+        elif _both_sides(frozenset().union(*dims)):
+            reason = _escape(node, local)
+            if reason:
+                if any(tags.is_wide(y) for y, _ in reads):
+                    tags.reasons[node] = reason
+                continue
+            tags.wide.append(node)
+        tags.dims[node] = dims
+    return tags
+
+
+def _inherited(lifted: Lifted, reads, tags: Tags) -> tuple[frozenset[Tag], ...]:
+    """Each axis takes the tags of every dimension it indexes."""
+    out: dict[Axis, set[Tag]] = {a: set() for a in lifted.axes}
+    for source, load in reads:
+        for entry, held in zip(load.index, tags.dims.get(source, ())):
+            for axis in entry.free & out.keys():
+                out[axis] |= held
+    return tuple(frozenset(out[a]) for a in lifted.axes)
+
+
+def _with_origin(order: int, lifted: Lifted, reads, moving: set[fx.Node], dims):
+    """Adds this node's own pair of sides, where it is an origin."""
+    sides = _outer_pair(frozenset(lifted.axes), reads, moving)
+    if not sides:
+        return dims
+    rows, stream = sides
+    side = lambda a: {(order, "rows")} if a in rows else {(order, "stream")} if a in stream else set()  # noqa: E731
+    return tuple(held | side(axis) for axis, held in zip(lifted.axes, dims))
+
+
+def _outer_pair(axes: frozenset[Axis], reads, moving: set[fx.Node]) -> tuple[frozenset[Axis], frozenset[Axis]] | None:
+    """(axes only the first read has, axes only the second has) of two reads that vary with the input."""
+    used = frozenset().union(*(load.free for _, load in reads)) & axes
+    if any(used <= load.free for _, load in reads):
+        return None
+    live = [load.free & axes for node, load in reads if node in moving]
+    for i, first in enumerate(live):
+        for second in live[i + 1 :]:
+            if first - second and second - first:
+                return first - second, second - first
+    return None
+
+
+def _is_chain(lifted: Lifted, reads, moving: set[fx.Node]) -> bool:
+    """True for an op that is rows, stream and reduction in one: `scaled_dot_product_attention`, a long einsum."""
+    by_name = {load.tensor.name: node for node, load in reads}
+    for reduce in (n for n in walk(lifted.body) if isinstance(n, Reduce)):
+        bound, _, body = open_reduce(reduce)
+        inner = [n for n in walk(body) if isinstance(n, Load)]
+        live = [n.free for n in inner if by_name.get(n.tensor.name) in moving]
+        for a in live:
+            for b in live:
+                if (a - b) & frozenset(lifted.axes) and (b - a) & frozenset(bound):
+                    return _has_inner_reduce(body)
+    return False
+
+
+def _has_inner_reduce(body: Node) -> bool:
+    return any(isinstance(n, Reduce) for n in walk(body))
+
+
+def _escape(node: fx.Node, local: dict[fx.Node, LocalLift]) -> str:
+    """Why a wide value must be written anyway: something outside index notation reads it."""
+    for user in node.users:
+        if user.op == "output":
+            return "it is returned, so it is written anyway"
+        if user in local and local[user].value is None:
+            return f"it is read by an op that stays eager ({local[user].reason})"
+    return ""

@@ -1,0 +1,61 @@
+"""The files of OUT: module, kernels, test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rewriter.emit import KernelFile, render
+from rewriter.errors import RewriteError
+from rewriter.lift import Region
+from rewriter.patch.forward import ForwardPrinter, attribute_path
+from rewriter.patch.guards import guards_of
+from rewriter.patch.signature import signature_of
+from rewriter.trace import Attribute, TracedModule
+
+INLINE_CONSTANT = 64
+
+
+@dataclass(frozen=True)
+class Patched:
+    """A host module with its rewritten forward as text."""
+
+    class_name: str
+    text: str
+
+
+def patch(traced: TracedModule, regions: tuple[Region, ...], kernels: list[KernelFile], title: str) -> Patched:
+    """The text of `module.py`. Raises RewriteError where the forward cannot be written down."""
+    signature = signature_of(traced)
+    printer = ForwardPrinter(traced, kernels, regions, signature.leaves, lambda a: _attribute_text(traced, a))
+    forward = printer.print()
+    is_module = isinstance(traced.module, nn.Module)
+    name = type(traced.module).__name__ if is_module else traced.module.__name__
+    text = render(
+        "module.py.jinja",
+        title=title,
+        name=name,
+        is_module=is_module,
+        signature=signature,
+        parameters=[attribute_path(a.path) for a in traced.attributes.values() if a.path not in traced.constants],
+        guards=guards_of(traced, signature),
+        lines=forward.lines,
+        kernels=[k.name for k in {k.name: k for k in kernels}.values()],
+        qualified=f"{type(traced.module).__qualname__}" if is_module else name,
+    )
+    return Patched(name, text)
+
+
+def _attribute_text(traced: TracedModule, attribute: Attribute) -> str:
+    value = traced.constants.get(attribute.path)
+    if value is None:
+        return attribute_path(attribute.path)
+    if value.numel() > INLINE_CONSTANT:
+        raise RewriteError(f"a constant tensor of {value.numel()} elements made in forward")
+    return f"torch.tensor({_listed(value)}, dtype={value.dtype})"
+
+
+def _listed(value: torch.Tensor) -> str:
+    return str(value.tolist()).replace("-inf", 'float("-inf")').replace(" inf", ' float("inf")').replace("nan", 'float("nan")')

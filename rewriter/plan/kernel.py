@@ -1,0 +1,60 @@
+"""What planning decides for one kernel: the role of every axis, the tile sizes, and how contractions become `tl.dot`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rewriter.derive import Chain
+from rewriter.ir import Axis, Const, Node, Reduce
+
+
+@dataclass(frozen=True)
+class Dot:
+    """An inner contraction sum_d left[row, d] · right[stream, d] as one matrix product of two tiles."""
+
+    node: Reduce
+    axis: Axis
+    left: Node
+    right: Node
+    scale: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch parameters. `block_m` rows and `block_n` stream positions a tile; warps and pipeline stages as Triton's."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """One kernel of one pass. `features` are kept whole in a tile, padded to the power of two in `padded`."""
+
+    name: str
+    chain: Chain
+    grid: tuple[Axis, ...]
+    row: Axis
+    stream: Axis
+    features: tuple[Axis, ...]
+    dots: tuple[Dot, ...]
+    config: Config
+    dtype: torch.dtype
+
+    def padded(self, axis: Axis) -> int:
+        return padded(axis)
+
+    @property
+    def tile_axes(self) -> tuple[Axis, ...]:
+        """In the order of a tile's dimensions."""
+        return (self.row, self.stream, *self.features)
+
+
+def padded(axis: Axis) -> int:
+    """The power of two, at least 16 (what `tl.dot` takes), that holds a feature axis."""
+    assert isinstance(axis.extent, Const)
+    return max(16, 1 << (int(axis.extent.value) - 1).bit_length())

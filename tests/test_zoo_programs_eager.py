@@ -1,0 +1,130 @@
+"""The zoo itself: every program runs in plain PyTorch, as it says it does, and has nothing in it that is not used."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from zoo import Program, Sizes, programs
+
+ALL = programs()
+BY_NAME = {program.name: program for program in ALL}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+TOLERANCES = {"fp16": 0.02, "bf16": 0.1, "fp64": 1e-5}
+
+every_program = pytest.mark.parametrize("program", ALL, ids=lambda program: program.name)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread_without_gradients():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors this small take 7 times as long on two
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(threads)
+
+
+def flat(output) -> torch.Tensor:
+    """What a program returned, as one row of numbers."""
+    parts = (output,) if isinstance(output, torch.Tensor) else output
+    return torch.cat([part.flatten() for part in parts])
+
+
+def call(module, inputs) -> torch.Tensor:
+    """The output for copies of the inputs: a program may write into them."""
+    return flat(module(*(tensor.clone() for tensor in inputs)))
+
+
+def cast(value, dtype: torch.dtype):
+    """A module or an input at another dtype; integers and booleans stay."""
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value).to(dtype)
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.to(dtype)
+    return value
+
+
+def run_at(program: Program, module, sizes: Sizes, dtype: torch.dtype) -> torch.Tensor:
+    inputs = [cast(tensor, dtype) for tensor in program.inputs(sizes, module)]
+    return call(cast(module, dtype), inputs)
+
+
+def test_names_families_and_twins_are_consistent():
+    assert len(BY_NAME) == len(ALL)
+    for program in ALL:
+        assert program.name.replace("_", "").isalnum() and program.name.islower()
+        assert program.others and program.traced not in program.others
+        assert not program.twin or BY_NAME[program.twin].family == program.family
+
+
+def test_some_program_is_traced_at_batch_one_and_called_at_three():
+    grown = [p for p in ALL if p.traced.batch == 1 and any(s.batch == 3 for s in p.others)]
+    assert len(grown) > len(ALL) // 3
+
+
+@every_program
+def test_runs_at_every_size(program):
+    module = program.build()
+    for sizes in (program.traced, *program.others):
+        output = call(module, program.inputs(sizes, module))
+        assert output.numel() > 0 and not output.isinf().any()
+        assert output.isnan().any() == program.nan_rows, sizes
+        assert not output.isnan().all(), sizes
+
+
+@every_program
+def test_built_twice_is_the_same(program):
+    first = program.build()
+    outputs = [call(m, program.inputs(program.traced, m)) for m in (first, program.build())]
+    torch.testing.assert_close(*outputs, rtol=0, atol=0, equal_nan=True)
+
+
+@every_program
+def test_output_depends_on_every_input(program):
+    module = program.build()
+    inputs = program.inputs(program.traced, module)
+    before = call(module, inputs).nan_to_num()
+    for index, tensor in enumerate(inputs):
+        changed = torch.ones_like(tensor)
+        if tensor.is_floating_point():
+            changed = tensor + 0.5 * torch.randn(tensor.shape)
+        after = call(module, (*inputs[:index], changed, *inputs[index + 1 :])).nan_to_num()
+        assert (after - before).norm() > 1e-3 * before.norm(), f"input {index} is not used"
+
+
+@every_program
+def test_no_parameter_is_constant(program):
+    module = program.build()
+    if isinstance(module, nn.Module):
+        for name, parameter in module.named_parameters():
+            assert parameter.abs().min() > 0 or parameter.numel() > 1000, name
+            assert parameter.numel() == 1 or parameter.std() > 0, name
+
+
+@pytest.mark.parametrize("program", [p for p in ALL if p.twin], ids=lambda program: program.name)
+def test_twins_agree(program):
+    twin = BY_NAME[program.twin]
+    module, other = program.build(), twin.build()
+    if isinstance(module, nn.Module) and isinstance(other, nn.Module):
+        other.load_state_dict(module.state_dict())
+    for sizes in (program.traced, *program.others):
+        inputs = program.inputs(sizes, module)
+        expected = call(other, inputs).nan_to_num()
+        torch.testing.assert_close(call(module, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+@every_program
+@pytest.mark.parametrize("name", DTYPES)
+def test_other_precisions_are_as_declared(program, name):
+    module = program.build()
+    exact = run_at(program, module, program.traced, torch.float32)
+    if name not in (*program.dtypes, "fp64"):
+        with pytest.raises(RuntimeError, match="overflow|dtype"):
+            run_at(program, module, program.traced, DTYPES[name])
+        return
+    output = run_at(program, module, program.traced, DTYPES[name]).float()
+    assert torch.equal(output.isnan(), exact.isnan())
+    error = (output - exact).nan_to_num().norm() / exact.nan_to_num().norm()
+    assert error < TOLERANCES[name]
