@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable
 
+import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from rewriter.derive import Chain, NotDerivable, derive
-from rewriter.emit import KernelFile, NotEmittable, Source, emit_kernel
+from rewriter.emit import KernelFile, NotEmittable, Source, emit_kernel, render
 from rewriter.errors import ExitCode, Reason, RewriteError
 from rewriter.ir.printer import show_output, show_program
 from rewriter.lift import Region, lift
 from rewriter.lift.region import site_of
+from rewriter.options import STAGES
 from rewriter.patch import Patched, patch
 from rewriter.plan import KernelPlan, NeedsFixed, NotPlannable, plan
 from rewriter.trace import Dimension, TracedModule, capture
@@ -78,6 +82,7 @@ def rewrite_module(
         return Rewritten(traced, (), None, tuple(unfused), printed)
     progress("derive")
     fused = _each(lifted.regions, lambda r: Fused(r, derive(r.program)), lambda r: r, unfused)
+    fused = [f for f in fused if not f.region.tentative or f.chain.is_dependent]
     printed["derive"] = "\n\n".join(_show_chain(f.chain) for f in fused)
     if stop_after == "derive":
         return Rewritten(traced, tuple(fused), None, tuple(unfused), printed)
@@ -116,7 +121,8 @@ def _each(items, step: Callable, region_of: Callable, unfused: list[Reason]) -> 
         try:
             out.append(step(item))
         except (NotDerivable, NotPlannable, NotEmittable) as reason:
-            unfused.append(Reason(str(reason), site_of(region_of(item).outputs[0])))
+            if not region_of(item).tentative:
+                unfused.append(Reason(str(reason), site_of(region_of(item).outputs[0])))
     return out
 
 
@@ -132,12 +138,15 @@ def _planned(item: Fused, name: str, traced: TracedModule, needed: set[Dimension
 def _kernel_names(module: Callable, fused: list[Fused]) -> list[str]:
     """The innermost module class around a chain, in snake case, numbered where it repeats."""
     names: list[str] = []
+    function = module.forward if isinstance(module, nn.Module) else module
+    taken = set(inspect.signature(function).parameters)
     for item in fused:
         stack = item.region.outputs[0].meta.get("nn_module_stack") or {}
         owner = list(stack.values())[-1][1] if stack else type(module)
         text = owner if isinstance(owner, str) else owner.__name__
         text = text.split(".")[-1] if isinstance(module, nn.Module) else module.__name__
         base = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", text).lower().strip("_") or "chain"
+        base = f"{base}_chain" if base in taken else base
         name, k = base, 2
         while name in names:
             name, k = f"{base}_{k}", k + 1
@@ -191,7 +200,9 @@ def package_files(rewritten: Rewritten, title: str) -> dict[str, str]:
     """The importable part of OUT."""
     name = rewritten.patched.class_name
     files = {
-        "__init__.py": f'"""{title}"""\n\nfrom .module import apply\n\n__all__ = ["apply"]\n',
+        "__init__.py": render(
+            "init.py.jinja", title=title, name=name, is_module=isinstance(rewritten.traced.module, nn.Module)
+        ),
         "module.py": rewritten.patched.text,
         "kernels/__init__.py": f'"""Triton kernels of `{name}`, one chain a file."""\n',
     }
@@ -204,28 +215,38 @@ def run(loaded, options, progress: Callable[[str], None]) -> Outcome:
     from rewriter.emit.test_file import equivalence_test
     from rewriter.report import chain_report, report_files
 
+    if options.stop_after == "load":
+        return Outcome({}, (), ExitCode.DONE, _printed({"load": _show_loaded(loaded)}, options))
     title = f"`{loaded.class_name}` of {Path(loaded.shown).name}, its reduction chains as Triton kernels."
-    rewritten = rewrite_module(
-        loaded.module, loaded.args, loaded.kwargs, title=title, stop_after=options.stop_after, progress=progress
-    )
+    try:
+        rewritten = rewrite_module(
+            loaded.module, loaded.args, loaded.kwargs, title=title, stop_after=options.stop_after, progress=progress
+        )
+    except RewriteError as error:
+        site = _shown(error.reason, loaded).site or loaded.site(loaded.line)
+        raise RewriteError(error.reason.text, site=site, code=error.code) from error
     unfused = [_shown(r, loaded) for r in rewritten.unfused]
-    printed = _printed(rewritten.printed, options)
+    printed = {"load": _show_loaded(loaded)} | rewritten.printed
+    if rewritten.patched is None and not options.writes:
+        return Outcome({}, tuple(unfused), ExitCode.DONE, _printed(printed, options))
     if rewritten.patched is None:
-        code = ExitCode.DONE if options.stop_after else ExitCode.NOTHING_TO_FUSE
         nothing = Reason("no chain of reductions keeps a wide tensor from being written", loaded.site(loaded.line))
-        return Outcome({}, tuple(unfused) if options.stop_after else (nothing, *unfused), code, printed)
+        return Outcome({}, (nothing, *unfused), ExitCode.NOTHING_TO_FUSE, _printed(printed, options))
     files = package_files(rewritten, title)
     files["test_equivalence.py"] = equivalence_test(loaded, options)
     chains = [chain_report(f.region, f.chain, f.kernel, loaded.class_name) for f in rewritten.fused]
     verdict, code = None, ExitCode.DONE
-    if options.check:
+    if options.check or options.stop_after == "check":
         progress("check")
         verdict = check_package(files, rewritten.kernels, loaded, options)
         code = ExitCode.DONE if verdict["ok"] else ExitCode.CHECK_FAILED
+        printed["check"] = json.dumps(verdict, indent=2, ensure_ascii=False)
     progress("report")
     files |= report_files(title, chains, unfused, list(rewritten.traced.fixed), verdict)
-    failed = [Reason(text, loaded.site(loaded.line)) for text in (verdict or {}).get("failures", [])]
-    return Outcome(files, (*unfused, *failed), code, printed)
+    printed["report"] = files["report.md"].strip()
+    said = (*verdict["failures"], *verdict["notes"]) if verdict else ()
+    checked = [Reason(text, loaded.site(loaded.line)) for text in said]
+    return Outcome(files, (*unfused, *checked), code, _printed(printed, options))
 
 
 def _shown(reason: Reason, loaded) -> Reason:
@@ -235,15 +256,27 @@ def _shown(reason: Reason, loaded) -> Reason:
     return reason
 
 
+def _show_loaded(loaded) -> str:
+    leaves, _ = pytree.tree_flatten_with_path((list(loaded.args), loaded.kwargs))
+    whole = ("args", "kwargs")
+    shown = [f"{whole[path[0].idx]}{pytree.keystr(path[1:])}: {_show_input(leaf)}" for path, leaf in leaves]
+    return "\n".join([f"{loaded.class_name} of {loaded.shown}, called with", *shown])
+
+
+def _show_input(leaf: Any) -> str:
+    return f"{leaf.dtype} {tuple(leaf.shape)}" if torch.is_tensor(leaf) else repr(leaf)
+
+
 def _printed(printed: dict[str, str], options) -> str:
+    """What `--explain`, `--print-ir` and `--stop-after` ask for."""
+    wanted: list[str] = []
     if options.explain:
-        return "\n".join(f"# {stage}\n{printed[stage]}" for stage in ("derive", "plan") if stage in printed) + "\n"
-    if not options.print_ir and not options.stop_after:
-        return ""
-    wanted = [options.print_ir] if options.print_ir in printed else list(printed)
-    if options.stop_after and not options.print_ir:
+        wanted = ["derive", "plan"]
+    elif options.print_ir:
+        wanted = [options.print_ir] if options.print_ir in STAGES else list(printed)
+    elif options.stop_after:
         wanted = [options.stop_after]
-    return "\n".join(f"# {stage}\n{printed[stage]}" for stage in wanted if stage in printed) + "\n"
+    return "\n\n".join(f"# {stage}\n{printed[stage]}" for stage in wanted if printed.get(stage))
 
 
 __all__ = ["Outcome", "Rewritten", "RewriteError", "package_files", "rewrite_module", "run"]

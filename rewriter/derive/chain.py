@@ -69,6 +69,11 @@ class Chain:
         roots = [n for d in self.definitions for n in (d.predicate, d.body)] + [o.body for o in self.outputs]
         return tuple(dict.fromkeys(n.tensor for n in walk(*roots) if isinstance(n, Load)))
 
+    @property
+    def is_dependent(self) -> bool:
+        """Whether a reduction reads another: what eager cannot do in one sweep."""
+        return any(d.shift for d in self.definitions)
+
     def definition(self, name: str) -> Definition:
         return next(d for d in self.definitions if d.name == name)
 

@@ -6,14 +6,15 @@ the stream out of sums (hoist); write what depends on earlier reductions as exp(
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from rewriter.derive.chain import Chain, Definition, Shift
-from rewriter.derive.factors import Product, Term, as_product, as_terms, depends_on, has_refs, multiply, quotient
+from rewriter.derive.factors import Product, Term, as_product, as_terms, cancelled, depends_on, has_refs, multiply, quotient
 from rewriter.derive.factors import split_mask, total, without_cast
-from rewriter.derive.splits import split_concatenations
-from rewriter.ir import Apply, Axis, Const, Node, Output, Program, Reduce, Ref, apply, const, fresh_axis
+from rewriter.derive.normal import is_bilinear, normalise
+from rewriter.ir import TRUE, Apply, Axis, Const, Where, where, Node, Output, Program, Reduce, Ref, apply, const, fresh_axis
 from rewriter.ir import open_reduce, rebuild, substitute, walk, index
 
 
@@ -23,8 +24,10 @@ class NotDerivable(Exception):
 
 def derive(program: Program) -> Chain:
     """The chain of a program. Raises NotDerivable."""
-    outputs = _aligned(tuple(replace(o, body=split_concatenations(o.body)) for o in program.outputs))
-    builder = _Builder(outputs[0].axes)
+    outputs = _aligned(tuple(replace(o, body=normalise(o.body)) for o in program.outputs))
+    if all(is_bilinear(o.body) for o in outputs):
+        raise NotDerivable("a chain of matrix products without anything between them is left to the matrix products")
+    builder = _Builder(max((o.axes for o in outputs), key=len))
     bodies = [builder.resolved(o.body) for o in outputs]
     if not builder.definitions:
         raise NotDerivable("no reduction is left over a stream")
@@ -42,7 +45,7 @@ def derive(program: Program) -> Chain:
 def _aligned(outputs: tuple[Output, ...]) -> tuple[Output, ...]:
     """Gives all outputs the axes of the longest one, matched in order by extent."""
     longest = max(outputs, key=lambda o: len(o.axes))
-    return tuple([longest] + [_renamed(o, longest.axes) for o in outputs if o is not longest])
+    return tuple(o if o is longest else _renamed(o, longest.axes) for o in outputs)
 
 
 def _renamed(output: Output, axes: tuple[Axis, ...]) -> Output:
@@ -87,9 +90,23 @@ class _Builder:
         if node.op == "max":
             mask, body = split_mask(body)
             predicate = apply("and", predicate, mask)
+        if node.op in ("max", "min"):
+            return self._extremum(node.op, predicate, body)
         if has_refs(body) or has_refs(predicate):
             raise NotDerivable(f"{node.op} of a value that depends on an earlier reduction needs another pass")
         return self._add(node.op, predicate, (body,), None, body)
+
+    def _extremum(self, op: str, predicate: Node, body: Node) -> Node:
+        """max_n (x + r) → max_n x + r"""
+        moving = [t for t in as_terms(body) if depends_on(t.node, self.stream)]
+        row = [t for t in as_terms(body) if not depends_on(t.node, self.stream)]
+        if not any(has_refs(t.node) for t in row):
+            moving, row = as_terms(body), []
+        inner = total(moving) if row else body
+        if has_refs(inner) or has_refs(predicate):
+            raise NotDerivable(f"{op} of a value that depends on an earlier reduction needs another pass")
+        reduced = self._add(op, predicate, (inner,), None, inner)
+        return total([Term(1, reduced), *row])
 
     def _stream_of(self, node: Reduce) -> Axis:
         if len(node.axes) != 1:
@@ -117,18 +134,30 @@ class _Builder:
 
     def _sum(self, body: Node, predicate: Node) -> Node:
         """sum_n over/under → (row factors) · sum_n (stream factors)"""
-        parts = self._distributed(as_product(body))
+        parts = [_without_logs(p) for p in self._distributed(as_product(body))]
         if len(parts) > 1:
             terms = [Term(1, self._sum(quotient(p.over, p.under), apply("and", predicate, p.predicate))) for p in parts]
             return total(terms)
         product = parts[0]
         predicate = apply("and", predicate, product.predicate)
+        gate, predicate = self._row_part(predicate)
         row_over, over = self._sorted(product.over)
         row_under, under = self._sorted(product.under)
         if row_over or row_under:
             self.notes.append("hoist: factors that do not depend on the stream are taken out of the sum")
         reduced = self._one_sum(over, under, predicate)
-        return quotient([*row_over, reduced], row_under)
+        out = _quotient(row_over, reduced, row_under)
+        return out if gate is TRUE else where(gate, out, const(0.0))
+
+    def _row_part(self, predicate: Node) -> tuple[Node, Node]:
+        """(what does not depend on the stream, the rest) of a conjunction."""
+        rows, rest = TRUE, TRUE
+        for part in _conjuncts(predicate):
+            if depends_on(part, self.stream) or not has_refs(part):
+                rest = apply("and", rest, part)
+            else:
+                rows = apply("and", rows, part)
+        return rows, rest
 
     def _sorted(self, factors: list[Node]) -> tuple[list[Node], list[Node]]:
         """(those that do not depend on the stream, those that do)"""
@@ -162,12 +191,13 @@ class _Builder:
         if not has_refs(shift.phi):
             return self._add("sum", predicate, (apply("exp", inner), *rest), None, body)
         self._check_shift(shift, predicate)
-        return self._add("sum", predicate, tuple(rest), shift, body)
+        return _poisoned(self._add("sum", predicate, tuple(rest), shift, body), shift)
 
     def _shift(self, terms: list[Term]) -> tuple[Shift, Node]:
         """exp(e − Φ): Φ is what depends on earlier reductions; a −inf mask in e becomes a predicate."""
         if any(has_refs(t.node) and depends_on(t.node, self.stream) for t in terms):
             raise NotDerivable("an exponent in which the stream multiplies an earlier reduction needs another pass")
+        terms = cancelled([s for t in terms for s in _settled(t)])
         shifted = [Term(-t.sign, t.node) for t in terms if has_refs(t.node)]
         mask, exponent = split_mask(total([t for t in terms if not has_refs(t.node)]))
         return Shift(total(shifted), exponent), mask
@@ -195,6 +225,49 @@ class _Builder:
         definition = Definition(name, op, axes, predicate, rest, shift, body)
         self.definitions.append(definition)
         return definition.ref
+
+
+def _without_logs(product: Product) -> Product:
+    """exp(x - log y) → exp(x) / y where y is a row's value"""
+    out = Product([], list(product.under), product.predicate)
+    for factor in product.over:
+        if not _is_exp(factor):
+            out.over.append(factor)
+            continue
+        terms = as_terms(factor.args[0])
+        logs = [t for t in terms if isinstance(t.node, Apply) and t.node.op == "log" and has_refs(t.node)]
+        out.over += [t.node.args[0] for t in logs if t.sign > 0]
+        out.under += [t.node.args[0] for t in logs if t.sign < 0]
+        out.over.append(apply("exp", total([t for t in terms if t not in logs])) if logs else factor)
+    return out
+
+
+def _settled(term: Term) -> list[Term]:
+    """where(isinf(R), 0, R) → R: a running shift is settled to 0 for rows that are all -inf anyway"""
+    node = term.node
+    if isinstance(node, Where) and isinstance(node.predicate, Apply) and node.predicate.op == "isinf":
+        if node.predicate.args[0] is node.other and isinstance(node.then, Const) and node.then.value == 0:
+            return [Term(term.sign * t.sign, t.node) for t in as_terms(node.other)]
+    return [Term(term.sign * t.sign, t.node) for t in as_terms(node)]
+
+
+def _conjuncts(predicate: Node) -> list[Node]:
+    if isinstance(predicate, Apply) and predicate.op == "and":
+        return [p for a in predicate.args for p in _conjuncts(a)]
+    return [predicate]
+
+
+def _poisoned(total: Node, shift: Shift) -> Node:
+    """A row whose shift is -inf saw only -inf: eager's exp(-inf + inf) is NaN there, where the kernel summed zeros."""
+    return where(apply("eq", shift.phi, const(-math.inf)), const(math.nan), total)
+
+
+def _quotient(over: list[Node], reduced: Node, under: list[Node]) -> Node:
+    """acc / l needs no poison of its own: 0 / 0 is NaN for the same rows."""
+    same = [u for u in under if isinstance(u, Where) and isinstance(reduced, Where) and u.predicate is reduced.predicate]
+    if same and len(same) == len(under):
+        return quotient([*over, reduced.other], [u.other for u in under])
+    return quotient([*over, reduced], under)
 
 
 def _is_exp(node: Node) -> bool:

@@ -46,6 +46,9 @@ def as_product(node: Node) -> Product:
     if isinstance(node, Where) and _is_zero(node.other):
         inner = as_product(node.then)
         return Product(inner.over, inner.under, apply("and", node.predicate, inner.predicate))
+    if isinstance(node, Where) and _is_zero(node.then):
+        inner = as_product(node.other)
+        return Product(inner.over, inner.under, apply("and", apply("not", node.predicate), inner.predicate))
     if isinstance(node, Apply) and node.dtype.is_floating_point:
         if node.op == "mul":
             return as_product(node.args[0]).times(as_product(node.args[1]))
@@ -100,6 +103,8 @@ def as_terms(node: Node) -> list[Term]:
             return negated(as_terms(node.args[0]))
         case "mul" | "div":
             return _distributed(node)
+        case "maximum":
+            return _common(node)
     return [Term(1, node)]
 
 
@@ -117,9 +122,28 @@ def _distributed(node: Apply) -> list[Term]:
     return [Term(1, node)]
 
 
+def _common(node: Apply) -> list[Term]:
+    """maximum(a + c, b + c) → maximum(a, b) + c"""
+    left, right = (as_terms(a) for a in node.args)
+    shared = [t for t in left if t in right and not isinstance(t.node, Const)]
+    if not shared:
+        return [Term(1, node)]
+    rest = [total([t for t in side if t not in shared]) for side in (left, right)]
+    return [Term(1, apply("maximum", *rest)), *shared]
+
+
+def cancelled(terms: list[Term]) -> list[Term]:
+    """x - x → nothing (both are the same value, so also the same infinity or NaN decided elsewhere)"""
+    left: list[Term] = []
+    for term in terms:
+        opposite = Term(-term.sign, term.node)
+        left.remove(opposite) if opposite in left else left.append(term)
+    return left
+
+
 def total(terms: list[Term]) -> Node:
     """The sum of terms; 0 for none."""
-    ordered = sorted(terms, key=lambda t: -t.sign)
+    ordered = sorted(cancelled(terms), key=lambda t: -t.sign)
     if not ordered:
         return const(0.0)
     out = ordered[0].node if ordered[0].sign > 0 else apply("neg", ordered[0].node)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from rewriter.ir import Apply, Axis, Const, Index, Node, Reduce, Where, apply, fresh_axis, index, open_reduce, reduce
 from rewriter.ir import substitute, transform, walk
-from rewriter.ir.integer import proves
+from rewriter.ir.integer import from_poly, plus, proves, to_poly
 from rewriter.ir.ops import MONOIDS
 
 
@@ -30,13 +30,35 @@ def _split(node: Node) -> Node:
 
 
 def _boundary(axis: Axis, body: Node) -> Node | None:
-    """A row-independent position strictly inside the axis at which some `where` changes its branch."""
+    """A row-independent position strictly inside the axis at which a `where` changes from one piece to the next."""
     for node in walk(body):
-        if isinstance(node, Where) and isinstance(node.predicate, Apply) and node.predicate.op == "lt":
-            left, right = node.predicate.args
-            if left is Index(axis) and not right.free and proves("lt", Const(0), right) and proves("lt", right, axis.extent):
-                return right
+        if isinstance(node, Where) and isinstance(node.predicate, Apply) and node.predicate.op in ("lt", "le"):
+            at = _change(axis, node.predicate)
+            if at is not None and proves("lt", Const(0), at) and proves("lt", at, axis.extent):
+                if _is_seam(node, axis, at):
+                    return at
     return None
+
+
+def _change(axis: Axis, predicate: Apply) -> Node | None:
+    """The first position at which `a < b` (or `a <= b`) differs from its value at 0, for a - b = ±i + constant."""
+    gap = plus(to_poly(predicate.args[1]), to_poly(predicate.args[0]), -1)  # holds where gap > 0 (or >= 0)
+    slope = gap.pop((Index(axis),), 0)
+    rest = from_poly(gap)
+    if abs(slope) != 1 or rest.free:
+        return None
+    strict = predicate.op == "lt"
+    if slope < 0:  # rest - i > 0 up to i = rest - 1
+        return rest if strict else apply("add", rest, Const(1))
+    start = apply("sub", Const(1 if strict else 0), rest)  # i + rest > 0 from i = 1 - rest
+    return start
+
+
+def _is_seam(node: Where, axis: Axis, at: Node) -> bool:
+    """Two pieces of a concatenation rather than a mask: a piece of one element, or values on both sides."""
+    one = Const(1)
+    single = at is one or proves("eq", apply("sub", axis.extent, at), one)
+    return single or not (isinstance(node.then, Const) or isinstance(node.other, Const))
 
 
 def _parts(axis: Axis, at: Node) -> list[tuple[Node, Node]]:

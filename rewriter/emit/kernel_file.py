@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass, field
 
 import torch
+from torch import fx
 
 from rewriter.emit.names import Names
 from rewriter.emit.origins import Origins
@@ -74,14 +75,20 @@ class _View:
         self.chain = plan.chain
         self.known_sizes, self.passed_sizes = self._size_sources()
 
-    def _size_sources(self) -> tuple[dict[Param, str], list[Param]]:
-        """Sizes read off a tensor's shape, and those the caller must pass."""
-        known: dict[Param, str] = {}
+    def _size_sources(self) -> tuple[dict[Node, str], list[Param]]:
+        """Where each named size is read off a tensor's shape, and the sizes the caller must pass."""
+        shapes: dict[Node, str] = {}
         for tensor, name in self.names.tensors.items():
             for k, extent in enumerate(tensor.shape):
-                if isinstance(extent, Param):
-                    known.setdefault(extent, f"{name}.shape[{k}]")
-        return known, [p for p in self.names.sizes if p not in known]
+                shapes.setdefault(extent, f"{name}.shape[{k}]")
+        known = {n: shapes[n] for n in self.names.sizes if n in shapes}
+        passed = [n for n in self.names.sizes if n not in known and isinstance(n, Param)]
+        for node in self.names.sizes:
+            if node not in known and node not in passed:
+                parts = [p for p in walk(node) if isinstance(p, Param) and p not in known and p not in passed]
+                passed += [p for p in parts if p not in self.names.sizes]
+                known[node] = show(node)
+        return known, passed
 
     def values(self) -> dict[str, object]:
         plan, names = self.plan, self.names
@@ -109,9 +116,9 @@ class _View:
             "epilogue": _commented(self.writer.epilogue.lines),
             "config": plan.config,
             "arguments": self._arguments(),
-            "sizes": [(names.sizes[p], e) for p, e in self.known_sizes.items() if p in names.sizes],
-            "passed_sizes": [names.sizes[p] for p in self.passed_sizes],
-            "outputs": [self._output(o, n) for o, n in zip(self.chain.outputs, names.outputs)],
+            "sizes": [(names.sizes[p], e) for p, e in self.known_sizes.items()],
+            "passed_sizes": [names.sizes.get(p, p.name) for p in self.passed_sizes],
+            "outputs": [self._output(*o) for o in zip(self.chain.outputs, names.outputs, self._nodes())],
             "launch": self._launch(),
             "blocks": [(f"BLOCK_{names.axes[a].upper()}", plan.padded(a)) for a in plan.features],
             "reference": self._reference(),
@@ -122,6 +129,11 @@ class _View:
 
     def _axis_names(self) -> dict[Axis, str]:
         return self.names.axes
+
+    def _nodes(self) -> list[fx.Node]:
+        """The graph node of each output of the chain."""
+        by_axes = dict(zip((o.name for o in self.region.program.outputs), self.region.outputs))
+        return [by_axes[o.name] for o in self.chain.outputs]
 
     def _math(self) -> list[str]:
         tensors = self.names
@@ -134,7 +146,7 @@ class _View:
         import re
 
         table = {t.name: n for t, n in self.names.tensors.items()}
-        table |= self.names.state | {p.name: n for p, n in self.names.sizes.items()}
+        table |= self.names.state | {p.name: n for p, n in self.names.sizes.items() if isinstance(p, Param)}
         table |= {f"r{k}_0": self.names.axes[a] for k, a in enumerate(d.axis for d in self.plan.dots[:1])}
         return re.sub(r"[A-Za-z_]\w*", lambda m: table.get(m[0], m[0]), line)
 
@@ -171,9 +183,17 @@ class _View:
             for t, n in self.names.tensors.items()
         ]
 
-    def _output(self, output: Output, name: str) -> dict[str, str]:
-        shape = ", ".join(self.text(a.extent) for a in output.axes)
-        return {"name": name, "shape": f"({shape}{',' * (len(output.axes) == 1)})", "dtype": str(output.dtype)}
+    def _output(self, output: Output, name: str, node: fx.Node) -> dict[str, str]:
+        """Shape and allocation; dimensions lie in memory as eager lays them out, so that a `.view` after it still works."""
+        extents = [self.text(a.extent) for a in output.axes]
+        order = memory_order(node.meta["val"])
+        made = f"torch.empty({_tuple([extents[d] for d in order])}, device={self._first()}.device, dtype={output.dtype})"
+        if order != sorted(order):
+            made += f".permute({', '.join(str(order.index(d)) for d in range(len(order)))})"
+        return {"name": name, "shape": _tuple(extents), "dtype": str(output.dtype), "made": made}
+
+    def _first(self) -> str:
+        return next(iter(self.names.tensors.values()))
 
     def _launch(self) -> list[str]:
         args = [*self.names.tensors.values(), *self.names.outputs, *self.writer.strides.values()]
@@ -187,6 +207,16 @@ class _View:
         from rewriter.emit.signature import kernel_signature
 
         return kernel_signature(self.names, self.writer.strides, self.chain.outputs)
+
+
+def _tuple(items: list[str]) -> str:
+    return f"({', '.join(items)}{',' * (len(items) == 1)})"
+
+
+def memory_order(value: torch.Tensor) -> list[int]:
+    """Dimensions from the outermost to the innermost in memory."""
+    strides = [s.node.hint if isinstance(s, torch.SymInt) else s for s in value.stride()]
+    return sorted(range(value.dim()), key=lambda d: (-strides[d], d))
 
 
 def _axes_doc(tensor: Tensor) -> str:

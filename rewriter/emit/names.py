@@ -42,15 +42,14 @@ class Names:
         self.taken |= set(out.values())
         return out
 
-    def _sizes(self, plan: KernelPlan) -> dict[Param, str]:
-        """Names of the sizes known only at the call; the row's and the stream's extent may be the same symbol."""
-        out: dict[Param, str] = {}
+    def _sizes(self, plan: KernelPlan) -> dict[Node, str]:
+        """Names of the extents known only at the call, and of the sizes other expressions mention."""
+        out: dict[Node, str] = {}
         for axis in (plan.row, plan.stream, *plan.grid):
-            if isinstance(axis.extent, Param):
+            if not isinstance(axis.extent, Const):
                 out.setdefault(axis.extent, self.axes[axis].upper())
-        roots = _all_nodes(plan)
-        for param in dict.fromkeys(n for n in walk(*roots) if isinstance(n, Param)):
-            if param not in out:
+        for param in dict.fromkeys(n for n in walk(*_all_nodes(plan)) if isinstance(n, Param)):
+            if param not in out and _is_mentioned(param, plan, out):
                 out[param] = self.unique(param.name.upper())
         self.taken |= set(out.values())
         return out
@@ -75,9 +74,19 @@ def _base(definition: Definition, plan: KernelPlan) -> str:
 def _all_nodes(plan: KernelPlan) -> list[Node]:
     chain = plan.chain
     roots = [n for d in chain.definitions for n in (d.predicate, d.body)] + [o.body for o in chain.outputs]
-    extents = [a.extent for a in (*plan.grid, plan.row, plan.stream)]
-    shapes = [s for t in chain.tensors for s in t.shape]
-    return roots + extents + shapes
+    shapes = [s for t in chain.tensors for s in t.shape] + [a.extent for o in chain.outputs for a in o.axes]
+    return roots + shapes
+
+
+def _is_mentioned(param: Param, plan: KernelPlan, named: dict[Node, str]) -> bool:
+    """Whether a size occurs other than inside an extent that has a name."""
+    return any(_mentions(root, param, named) for root in _all_nodes(plan))
+
+
+def _mentions(node: Node, param: Param, named: dict[Node, str]) -> bool:
+    if node is param:
+        return True
+    return node not in named and any(_mentions(c, param, named) for c in node.children)
 
 
 def _identifier(name: str) -> str:

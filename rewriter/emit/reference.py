@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from rewriter.emit.names import Names
 from rewriter.emit.torch_text import TorchPrinter, Variables
-from rewriter.ir import Param
+from rewriter.ir import Node, Param
 from rewriter.lift import Region
+from rewriter.trace.calls import value_inputs
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Reference:
     returns: tuple[str, ...]
 
 
-def reference_of(region: Region, names: Names, known_sizes: dict[Param, str]) -> Reference:
+def reference_of(region: Region, names: Names, known_sizes: dict[Node, str]) -> Reference:
     variables = Variables({*names.tensors.values(), *names.sizes.values(), "torch"})
     for tensor, name in names.tensors.items():
         variables.adopt(_node(region, tensor.name), name)
@@ -30,8 +32,8 @@ def reference_of(region: Region, names: Names, known_sizes: dict[Param, str]) ->
     return Reference(tuple(lines), tuple(variables.of(o) for o in region.outputs))
 
 
-def _size(names: Names, known: dict[Param, str], param: Param) -> str:
-    return names.sizes.get(param) or known[param]
+def _size(names: Names, known: dict[Node, str], param: Param) -> str:
+    return names.sizes.get(param) or known.get(param, param.name)
 
 
 def _node(region: Region, name: str) -> fx.Node:
@@ -39,9 +41,19 @@ def _node(region: Region, name: str) -> fx.Node:
 
 
 def ordered(region: Region) -> list[fx.Node]:
-    """The region's calls in graph order."""
-    graph = region.outputs[0].graph
-    return [n for n in graph.nodes if n in region.inside]
+    """The calls that lead from the region's inputs to its outputs, in graph order."""
+    needed: set[fx.Node] = set()
+    todo = list(region.outputs)
+    while todo:
+        node = todo.pop()
+        if node.op == "call_function" and node not in needed and node not in region.inputs and not _is_size(node):
+            needed.add(node)
+            todo += value_inputs(node)
+    return [n for n in region.outputs[0].graph.nodes if n in needed]
+
+
+def _is_size(node: fx.Node) -> bool:
+    return not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list))
 
 
 def _line(node: fx.Node, printer: TorchPrinter, variables: Variables, region: Region) -> str:

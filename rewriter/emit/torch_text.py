@@ -11,9 +11,10 @@ from typing import Any, Callable
 import torch
 from torch import fx
 
+from rewriter.trace.calls import FILLS, call_name, reads_shape_only
 from rewriter.ir import Node, Param, walk
 from rewriter.ir.printer import show
-from rewriter.lift.sizes import from_sympy
+from rewriter.trace.sizes import from_sympy
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@", "eq": "==", "ne": "!=", "lt": "<", "le": "<="}
 _INFIX |= {"gt": ">", "ge": ">=", "__and__": "&", "__or__": "|", "bitwise_and": "&", "bitwise_or": "|"}
@@ -34,8 +35,10 @@ class TorchPrinter:
             return f"{self.value(node.args[0])}[{node.args[1]}]"
         if not isinstance(node.target, torch._ops.OpOverload):
             return f"{node.target.__module__}.{node.target.__name__}({self._arguments(node.args, node.kwargs)})"
+        if reads_shape_only(node):
+            return self._filled(node)
         name = node.target._schema.name.split("::")[1]
-        special = getattr(self, f"_{name}", None)
+        special = self._to_copy if name == "_to_copy" else getattr(self, f"_{name}", None)
         return special(node) if special else self._generic(node, name)
 
     def is_infix(self, node: fx.Node) -> bool:
@@ -75,6 +78,43 @@ class TorchPrinter:
         if known and len(schema) > len(known):
             arguments = arguments[: len(known)]
         return ", ".join([*arguments, *(f"{k}={self.value(v)}" for k, v in kwargs.items())])
+
+    def _filled(self, node: fx.Node) -> str:
+        value = FILLS[call_name(node)] or self.value(node.args[-1] if len(node.args) > 1 else node.kwargs["fill_value"])
+        held = node.meta["val"]
+        shape = f"({', '.join(map(self.size, held.shape))}{',' * (held.dim() == 1)})"
+        return f"torch.full({shape}, {value}, dtype={held.dtype}, device={self.device})"
+
+    def _type_as(self, node: fx.Node) -> str:
+        return f"{self.value(node.args[0])}.to({node.meta['val'].dtype})"
+
+    def _expand_as(self, node: fx.Node) -> str:
+        return f"{self.value(node.args[0])}.expand({self._shape(node)})"
+
+    def _view_as(self, node: fx.Node) -> str:
+        return f"{self.value(node.args[0])}.reshape({self._shape(node)})"
+
+    _reshape_as = _view_as
+
+    def _clone(self, node: fx.Node) -> str:
+        """A copy that is asked to be contiguous says so: a view may follow."""
+        asked = node.kwargs.get("memory_format") is torch.contiguous_format
+        return f"{self.value(node.args[0])}.{'contiguous' if asked else 'clone'}()"
+
+    def _to_copy(self, node: fx.Node) -> str:
+        return self._type_as(node)
+
+    def _rsub(self, node: fx.Node) -> str:
+        return f"({self.value(node.args[1])} - {self.value(node.args[0])})"
+
+    def _shape(self, node: fx.Node) -> str:
+        return ", ".join(map(self.size, node.meta["val"].shape))
+
+    def _mT(self, node: fx.Node) -> str:
+        return f"{self.value(node.args[0])}.mT"
+
+    def _numpy_T(self, node: fx.Node) -> str:
+        return f"{self.value(node.args[0])}.T"
 
     def _slice(self, node: fx.Node) -> str:
         tensor, dim, start, end, step = (*node.args, *(None, None, None, None))[:5]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -13,6 +12,7 @@ from rewriter.emit.expr import ATOM, NotEmittable, Text, apply_text, constant, o
 from rewriter.emit.names import Names, stride_name
 from rewriter.emit.origins import Origins
 from rewriter.ir import TRUE, Apply, Axis, Const, Index, Load, Node, Output, Param, Reduce, Ref, Where, walk
+from rewriter.ir.integer import proves
 from rewriter.plan import Dot, KernelPlan
 
 
@@ -45,7 +45,7 @@ class Writer:
         self.uses = self._use_counts()
         self.dots = {d.node: d for d in plan.dots}
         self.needs_offsets: set[Axis] = set()
-        self.holders: dict[str, Node] = {}
+        self.holders: dict[str, tuple[Node, Scope]] = {}
 
     def write(self) -> None:
         for definition in self.plan.chain.definitions:
@@ -73,11 +73,11 @@ class Writer:
         return text
 
     def _simple(self, node: Node) -> Text | None:
+        if node in self.names.sizes:
+            return Text(self.names.sizes[node])
         match node:
             case Const():
                 return Text(constant(node), (), 7 if str(node.value).startswith("-") else ATOM)
-            case Param():
-                return Text(self.names.sizes[node])
             case Index():
                 return self._position(node.axis)
         return None
@@ -148,17 +148,18 @@ class Writer:
         return self.uses[node] > 1 or home is not scope or bool(origin and origin.name) or len(text.code) > 90
 
     def _named(self, node: Node, text: Text, home: Scope) -> Text:
-        name = self._name_for(node)
+        name = self._name_for(node, home)
         origin = self.origins.of(node)
         home.lines.append(Line(f"{name} = {text.code}", self.shape(text.axes), origin.source if origin else ""))
-        self.holders[name] = node
+        self.holders[name] = (node, home)
         return Text(name, text.axes)
 
-    def _name_for(self, node: Node) -> str:
+    def _name_for(self, node: Node, home: Scope) -> str:
+        """The user's variable where there is one; it is assigned again where its last value has no other reader."""
         origin = self.origins.of(node)
         wanted = origin.name if origin and origin.name else self._default_name(node)
-        holder = self.holders.get(wanted)
-        if holder is not None and self.uses[holder] == 1 and holder in set(walk(node)):
+        holder, scope = self.holders.get(wanted, (None, None))
+        if scope is home and self.uses[holder] == 1 and holder is not node and holder in set(walk(node)):
             return wanted
         return self.names.unique(wanted) if wanted in self.names.taken else self._take(wanted)
 
@@ -187,12 +188,23 @@ class Writer:
         name = self.names.tensors[node.tensor]
         axes = self._joined([self.value(i, scope) for i in node.index])
         pointer = self._pointer(f"{name}_ptr", name, node.index, axes, scope)
-        mask = self._bounds(node.free, axes)
+        mask = " & ".join(filter(None, [self._bounds(node.free, axes), *self._unproved(node, axes, scope)]))
         extra = f", mask={mask}, other=0" if mask else ""
         code = f"tl.load({pointer}{extra})"
         if node.tensor.dtype is torch.bool:
             code = f"{code} != 0"
         return Text(code, axes, 2 if node.tensor.dtype is torch.bool else ATOM)
+
+    def _unproved(self, node: Load, axes: tuple[Axis, ...], scope: Scope) -> list[str]:
+        """Bounds of index entries that are not proved to be inside: gathers, and branches of a choice not taken."""
+        out = []
+        for entry, extent in zip(node.index, node.tensor.shape):
+            text, limit = self.value(entry, scope), self.value(extent, self.prologue)
+            if not proves("le", Const(0), entry):
+                out.append(f"({spread(text, axes)} >= 0)" if text.axes else f"({text.code} >= 0)")
+            if not proves("lt", entry, extent):
+                out.append(f"({spread(text, axes) if text.axes else text.code} < {limit.tight(5)})")
+        return out
 
     def _pointer(self, base: str, name: str, index: tuple[Node, ...], axes: tuple[Axis, ...], scope: Scope) -> str:
         letters = self._letters(index)
@@ -231,7 +243,7 @@ class Writer:
                 limit = self.value(axis.extent, self.prologue)
                 inside = spread(self._position(axis), axes)
                 parts.append(f"({inside} < {limit.tight(5)})")
-        return " & ".join(parts) if len(parts) != 1 else parts[0][1:-1]
+        return " & ".join(parts)
 
     def _fills(self, axis: Axis) -> bool:
         """True where a padded feature axis has no padding."""
@@ -288,12 +300,12 @@ class Writer:
             predicate = self.value(definition.predicate, self.loop) if definition.predicate is not TRUE else Text("")
             axes = self._joined([value, predicate, Text("", (self.plan.stream,))])
             keep = self._keep(definition, axes)
-            name = self._name_for(node) if not isinstance(node, Const) else self.names.unique("w")
+            name = self._name_for(node, self.loop) if not isinstance(node, Const) else self.names.unique("w")
             origin = self.origins.of(node)
             full = spread_argument(value, axes)
             code = f"{name} = tl.where({keep}, {full}, {neutral})"
             self.loop.lines.append(Line(code, self.shape(axes), origin.source if origin else ""))
-            self.holders[name] = node
+            self.holders[name] = (node, self.loop)
             self.loop.known[key] = Text(name, axes)
         return self.loop.known[key]
 
@@ -440,6 +452,3 @@ class Writer:
             value = f"({value})"
         cast = f"{value}.to({name}_ptr.dtype.element_ty)"
         self.epilogue.lines.append(Line(f"tl.store({pointer}, {cast}{f', mask={mask}' if mask else ''})"))
-
-
-__all__ = ["Line", "Writer", "math"]

@@ -86,8 +86,8 @@ def _logical(op: str, args: tuple[Node, ...]) -> Node:
         return _junction(op, *args)
     if op == "not" and isinstance(args[0], Apply):
         return _negated(args[0])
-    if op == "cast" and args[0].dtype is torch.bool:
-        return args[0]
+    if op == "cast":
+        return args[0] if args[0].dtype is torch.bool else _cast(args[0], torch.bool)
     return Apply(op, args, torch.bool)
 
 
@@ -143,6 +143,10 @@ def where(predicate: Node, then: Node, other: Node) -> Node:
         return then
     if predicate is FALSE:
         return other
+    if other is FALSE:
+        return apply("and", predicate, then)
+    if then is TRUE:
+        return apply("or", predicate, other)
     if isinstance(predicate, Apply) and predicate.op == "not":
         return where(predicate.args[0], other, then)
     return Where(predicate, then, other)

@@ -11,7 +11,7 @@ from torch import fx
 from rewriter.ir import Load, Tensor
 from rewriter.lift import generators, pointwise, reductions, views  # noqa: F401  (they fill the registry)
 from rewriter.lift.registry import Context, rule_for
-from rewriter.lift.sizes import shape_of
+from rewriter.trace.sizes import UnknownSize, shape_of
 from rewriter.lift.values import Lifted, NotLiftable, fresh_axes, positions
 from rewriter.trace.source import origin_of
 
@@ -51,7 +51,7 @@ def _lift(node: fx.Node) -> LocalLift:
         _refuse_wide_types(node)
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), _argument)
         return LocalLift(rule(Context(node), *args, **kwargs))
-    except (NotLiftable, TypeError, AttributeError, KeyError) as error:
+    except (NotLiftable, UnknownSize, TypeError, AttributeError, KeyError) as error:
         return LocalLift(None, f"{node.target}: {error}")
 
 

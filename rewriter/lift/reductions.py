@@ -7,7 +7,7 @@ from typing import Callable
 
 import torch
 
-from rewriter.ir import Axis, Const, Node, apply, cast, const, fresh_axis, index, reduce, where
+from rewriter.ir import Axis, Const, Node, Param, apply, cast, const, fresh_axis, index, reduce, where
 from rewriter.lift.registry import Context, lifts
 from rewriter.lift.values import Lifted, NotLiftable, broadcast_at, fresh_axes, positions
 
@@ -218,10 +218,11 @@ def scaled_dot_product_attention(
     key = broadcast_at(k, (*kv_lead, index(n), index(d)))
     if scale is None:
         extent = q.axes[-1].extent
-        if not isinstance(extent, Const):
-            raise NotLiftable("attention over a head dimension that is not fixed")
-        scale = 1 / math.sqrt(extent.value)
-    s = _mul(reduce("sum", (d,), _mul(query, key)), const(float(scale), query.dtype))
+        fixed = isinstance(extent, Const)
+        scale = const(1 / math.sqrt(extent.value), query.dtype) if fixed else Param(f"<{extent!r}**-0.5>", query.dtype)
+    else:
+        scale = const(float(scale), query.dtype)
+    s = _mul(reduce("sum", (d,), _mul(query, key)), scale)
     s = _masked(s, attn_mask, is_causal, (*lead, m, index(n)))
     top, weight = _stable(s, (n,))
     value = broadcast_at(v, (*kv_lead, index(n), e))

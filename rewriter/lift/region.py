@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from rewriter.errors import Reason, Site
 from rewriter.ir import Load, Node, Origin, Output, Program, Reduce, index, transform, walk
 from rewriter.lift.local import LocalLift, lift_locally, load_of
-from rewriter.lift.tags import Tags, covers, tag
+from rewriter.lift.tags import Tags, covers, sources, tag
 from rewriter.lift.values import Lifted
 from rewriter.trace import TracedModule
+from rewriter.trace.calls import call_name, value_inputs
 from rewriter.trace.source import origin_of, user_names
 
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """A part of the graph that one chain replaces: `outputs` are computed from `inputs`, the nodes `inside` vanish."""
+    """A part of the graph that one chain replaces: `outputs` are computed from `inputs`, the nodes `inside` vanish.
+
+    A `tentative` one may be a plain dense layer: it is fused only if its reductions depend on each other."""
 
     program: Program
     outputs: tuple[fx.Node, ...]
@@ -25,6 +29,7 @@ class Region:
     inside: frozenset[fx.Node]
     wide: tuple[fx.Node, ...]
     display: dict[str, str]
+    tentative: bool
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,18 @@ def lift(traced: TracedModule) -> LiftResult:
     local = lift_locally(graph)
     moving = _moving(graph, traced)
     names = user_names(graph)
-    tags = tag(graph, local, moving, frozenset())
+    tags = tag(graph, local, moving, set(), one_sided=False)
+    regions = _cut_all(graph, local, tags, names)
+    unfused = [Reason(r, site_of(n)) for n, r in tags.reasons.items()]
+    taken = set().union(*({*r.inside, *r.outputs} for r in regions))
+    more = _cut_all(graph, local, tag(graph, local, moving, taken, one_sided=True), names, len(regions), tentative=True)
+    return LiftResult((*regions, *more), tuple(unfused))
+
+
+def _cut_all(graph, local, tags: Tags, names, first: int = 0, tentative: bool = False) -> list[Region]:
     cutter = _Cutter(graph, local, tags, names)
-    regions, unfused = [], [Reason(r, site_of(n)) for n, r in tags.reasons.items()]
-    for roots in _components(tags):
-        regions.append(cutter.cut(roots, f"chain_{len(regions)}"))
-    return LiftResult(tuple(regions), tuple(unfused))
+    groups = _components(tags, cutter.reads_of)
+    return [cutter.cut(roots, f"chain_{first + k}", tentative) for k, roots in enumerate(groups)]
 
 
 def site_of(node: fx.Node) -> Site | None:
@@ -59,12 +70,13 @@ def _moving(graph: fx.Graph, traced: TracedModule) -> set[fx.Node]:
     out: set[fx.Node] = set()
     given = {name for name in traced.inputs if name}
     for node in graph.nodes:
-        if node.name in given or any(a in out for a in node.all_input_nodes):
+        is_value = isinstance(node.meta.get("val"), (torch.Tensor, tuple, list))
+        if node.name in given or (is_value and any(a in out for a in value_inputs(node))):
             out.add(node)
     return out
 
 
-def _components(tags: Tags) -> list[list[fx.Node]]:
+def _components(tags: Tags, reads_of) -> list[list[fx.Node]]:
     """Roots grouped by the wide values they share, in graph order."""
     parent: dict[fx.Node, fx.Node] = {}
 
@@ -75,7 +87,7 @@ def _components(tags: Tags) -> list[list[fx.Node]]:
 
     wide = set(tags.wide)
     for node in [*tags.wide, *tags.roots]:
-        for source in node.all_input_nodes:
+        for source in reads_of(node):
             if source in wide:
                 parent[find(node)] = find(source)
     groups: dict[fx.Node, list[fx.Node]] = {}
@@ -95,7 +107,11 @@ class _Cutter:
         self.memo: dict[fx.Node, Lifted] = {}
         self.generated: dict[fx.Node, bool] = {}
 
-    def cut(self, roots: list[fx.Node], name: str) -> Region:
+    def reads_of(self, node: fx.Node) -> list[fx.Node]:
+        """The values a lifted node is computed from."""
+        return [source for source, _ in sources(self.local[node].value, self.by_name)]
+
+    def cut(self, roots: list[fx.Node], name: str, tentative: bool) -> Region:
         self.origins, self.memo = {}, {}
         self.roots = set(roots)
         outputs = _live_outputs(self._grown(roots), self.tags)
@@ -106,7 +122,7 @@ class _Cutter:
         inputs = tuple(dict.fromkeys(self.by_name[t.name] for t in program.tensors))
         wide = tuple(n for n in self.memo if self.tags.is_wide(n))
         display = {n.name: name for n, name in self.names.items()}
-        return Region(program, tuple(outputs), inputs, inside - set(inputs), wide, display)
+        return Region(program, tuple(outputs), inputs, inside - set(inputs), wide, display, tentative)
 
     def _output(self, node: fx.Node, value: Lifted) -> Output:
         return Output(self.names.get(node, node.name), value.axes, value.body, node.meta["val"].dtype)
@@ -189,6 +205,8 @@ class _Cutter:
 
     def _is_cheaper_than_stored(self, source: fx.Node) -> bool:
         """True where a value repeats or generates its elements: masks from positions, heads repeated by a view."""
+        if source not in self.generated and call_name(source) in ("cat", "stack"):
+            self.generated[source] = not any(isinstance(n, Load) for n in walk(self._unstored(source).body))
         if source not in self.generated:
             value = self._unstored(source)
             loads = [n for n in walk(value.body) if isinstance(n, Load)]

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from rewriter.ir import Node, Param, const
-from rewriter.lift.sizes import shape_of, size_node
+from rewriter.trace.sizes import shape_of, size_node
 from rewriter.lift.values import Lifted, NotLiftable
 
 RULES: dict[str, Callable] = {}

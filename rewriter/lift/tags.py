@@ -46,8 +46,15 @@ def covers(load: Load, axes: frozenset[Axis]) -> bool:
     return axes <= load.free and proves("le", product(a.extent for a in axes), product(load.tensor.shape))
 
 
-def tag(graph: fx.Graph, local: dict[fx.Node, LocalLift], moving: set[fx.Node], stopped: set[fx.Node]) -> Tags:
-    """Tags every node. `moving`: nodes that depend on the model's inputs; `stopped`: nodes taken as they are stored."""
+def tag(
+    graph: fx.Graph, local: dict[fx.Node, LocalLift], moving: set[fx.Node], stopped: set[fx.Node], one_sided: bool
+) -> Tags:
+    """Tags every node.
+
+    moving: nodes that depend on the model's inputs; an origin combines two of them, or, where `one_sided`, a contraction one
+    of them with parameters (learned queries, or a dense layer: only what is derived from it tells).
+    stopped: nodes taken as they are stored.
+    """
     by_name = {n.name: n for n in graph.nodes}
     tags = Tags()
     for order, node in enumerate(graph.nodes):
@@ -57,9 +64,11 @@ def tag(graph: fx.Graph, local: dict[fx.Node, LocalLift], moving: set[fx.Node], 
         reads = sources(lifted, by_name)
         dims = _inherited(lifted, reads, tags)
         lost = any(tags.is_wide(y) for y, _ in reads) and not _both_sides(frozenset().union(*dims))
-        if not lost:
-            dims = _with_origin(order, lifted, reads, moving, dims)
-        if lost or (not _both_sides(frozenset().union(*dims)) and _is_chain(lifted, reads, moving)):
+        is_root = lost or (not _both_sides(frozenset().union(*dims)) and _is_chain(lifted, reads, moving))
+        if not is_root:
+            alive = {n for n, _ in reads} if one_sided and _is_half_fixed(lifted, reads, moving) else moving
+            dims = _with_origin(order, lifted, reads, alive, dims)
+        if is_root:
             tags.roots.append(node)
         elif _both_sides(frozenset().union(*dims)):
             reason = _escape(node, local)
@@ -70,6 +79,11 @@ def tag(graph: fx.Graph, local: dict[fx.Node, LocalLift], moving: set[fx.Node], 
             tags.wide.append(node)
         tags.dims[node] = dims
     return tags
+
+
+def _is_half_fixed(lifted: Lifted, reads, moving: set[fx.Node]) -> bool:
+    """A contraction of something that moves with something that does not."""
+    return isinstance(lifted.body, Reduce) and len({n in moving for n, _ in reads}) == 2
 
 
 def _inherited(lifted: Lifted, reads, tags: Tags) -> tuple[frozenset[Tag], ...]:

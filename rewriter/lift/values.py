@@ -36,7 +36,9 @@ def positions(axes: tuple[Axis, ...]) -> tuple[Node, ...]:
 
 
 def broadcast_at(value: Lifted, indices: tuple[Node, ...]) -> Node:
-    """The value at `indices`, torch's broadcasting applied: trailing dimensions align, extent 1 repeats."""
+    """The value at `indices`, torch's broadcasting applied: trailing dimensions align, extent 1 repeats.
+
+    A symbolic extent never broadcasts: tracing keeps a size that does so at 1."""
     tail = indices[len(indices) - len(value.axes) :]
     return value.at(tuple(Const(0) if a.extent is Const(1) else i for a, i in zip(value.axes, tail)))
 

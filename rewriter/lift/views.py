@@ -5,7 +5,7 @@ from __future__ import annotations
 from rewriter.ir import Const, Node, apply, const, where
 from rewriter.ir.integer import product, proves
 from rewriter.lift.registry import Context, lifts, scalar
-from rewriter.lift.sizes import shape_of
+from rewriter.trace.sizes import shape_of
 from rewriter.lift.values import Lifted, NotLiftable, broadcast_at, fresh_axes, positions, remap
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 FROM_FILE, FROM_OPTIONS = "get_inputs", "--input"
+LIST, DICT, PAIR = "list", "dict", "pair"  # [args], {kwargs}, [[args], {kwargs}]
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Loaded:
     """A module (or plain function) that runs on `args` and `kwargs`, and where it came from.
 
     `file` is absolute, as frames and `inspect` have it; `shown` is as the user wrote it. `line` is
-    where the class or function is defined, 0 where that is another file.
+    where the class or function is defined, 0 where that is another file. `init_form` and `inputs_form`
+    say how `get_init_inputs` and `get_inputs` give arguments, "" where they were not asked.
     """
 
     module: nn.Module | Callable[..., Any]
@@ -32,6 +34,8 @@ class Loaded:
     module_name: str
     inputs_from: str
     line: int = 0
+    init_form: str = ""
+    inputs_form: str = ""
     notes: tuple[Reason, ...] = ()
 
     def site(self, line: int = 0) -> Site:

@@ -22,6 +22,8 @@ from rewriter.load.source import Source
 
 Model = nn.Module | Callable[..., Any]
 
+NOT_RUN = "not run at this dtype"  # how the note begins where PyTorch lacks a kernel for it here
+
 
 def for_inference(source: Source, model: Model, line: int) -> list[Reason]:
     """Call `eval()` unless the file did; the note says so where that changes what it computes."""
@@ -94,11 +96,7 @@ def prove(source: Source, model: Model, call: Call, line: int, *, was_cast: bool
         cause = error.__cause__
         if not (was_cast and cause and "not implemented for" in str(cause)):
             raise
-        return [
-            Reason(
-                f"not run at this dtype, which PyTorch lacks here: {said(cause)}", error.reason.site
-            )
-        ]
+        return [Reason(f"{NOT_RUN}, which PyTorch lacks here: {said(cause)}", error.reason.site)]
     return []
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from rewriter.errors import RewriteError
-from rewriter.load.build import Call, construct, definition_line, given_inputs, seed
+from rewriter.load.build import Given, construct, definition_line, given_inputs, init_inputs, seed
 from rewriter.load.inputs import random_inputs
 from rewriter.load.loaded import FROM_FILE, FROM_OPTIONS, Loaded
 from rewriter.load.prepare import Model, cast, for_inference, prove
@@ -33,10 +33,11 @@ def load_source(source: Source, options: Options) -> Loaded:
         line = _forward_line(source, target)
         if not options.inputs and not hasattr(module, INPUTS):
             raise _no_inputs(source, target, line)
-        model = construct(source, module, target)
-        call = _inputs(source, module, model, options, line)
+        init = init_inputs(source, module, target)
+        model = construct(source, target, init)
+        given = _inputs(source, module, model, options, line)
         notes = for_inference(source, model, source.line_of(target.__name__))
-        call = cast(model, call, options.dtype)
+        call = cast(model, given.call, options.dtype)
         notes += prove(source, model, call, line, was_cast=options.dtype is not None)
     args, kwargs = call
     return Loaded(
@@ -49,6 +50,8 @@ def load_source(source: Source, options: Options) -> Loaded:
         module_name=module.__name__,
         inputs_from=FROM_OPTIONS if options.inputs else FROM_FILE,
         line=source.line_of(target.__name__),
+        init_form=init.form,
+        inputs_form=given.form,
         notes=tuple(notes),
     )
 
@@ -58,10 +61,10 @@ def _forward_line(source: Source, target: Target) -> int:
     return definition_line(source, forward) or source.line_of(target.__name__)
 
 
-def _inputs(source: Source, module: ModuleType, model: Model, options: Options, line: int) -> Call:
+def _inputs(source: Source, module: ModuleType, model: Model, options: Options, line: int) -> Given:
     forward: Callable[..., Any] = model.forward if isinstance(model, nn.Module) else model
     if options.inputs:
-        return random_inputs(options.inputs, forward, source.site(line))
+        return Given(*random_inputs(options.inputs, forward, source.site(line)))
     return given_inputs(source, module, forward)
 
 

@@ -12,7 +12,7 @@ from rewriter.emit import KernelFile
 from rewriter.emit.torch_text import TorchPrinter, Variables
 from rewriter.errors import RewriteError
 from rewriter.ir import Param
-from rewriter.lift.sizes import shape_of
+from rewriter.trace.sizes import shape_of
 from rewriter.patch.units import Unit, units_of
 from rewriter.trace import TracedModule
 from rewriter.trace.source import statement_key, user_names

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
+import sympy
 import torch
 from torch import nn
 
+from rewriter.errors import RewriteError
 from rewriter.ir import Const, Node, Param
-from rewriter.lift.sizes import shape_of
+from rewriter.ir.printer import show
+from rewriter.trace.sizes import from_sympy, shape_of
 from rewriter.patch.signature import Signature
 from rewriter.trace import TracedModule
 
@@ -30,7 +34,7 @@ def guards_of(traced: TracedModule, signature: Signature) -> tuple[Guard, ...]:
     first: dict[Node, str] = {}
     for name, text in signature.leaves.items():
         out += _tensor_guards(traced.placeholders[name].meta["val"], text, first)
-    out += _bounds(traced, first)
+    out += _conditions(traced, first)
     return tuple(out)
 
 
@@ -55,12 +59,23 @@ def _tensor_guards(value: torch.Tensor, text: str, first: dict[Node, str]) -> li
     return out
 
 
-def _bounds(traced: TracedModule, first: dict[Node, str]) -> list[Guard]:
+_RELATIONS = {"Eq": "==", "Ne": "!="}
+
+
+def _conditions(traced: TracedModule, first: dict[Node, str]) -> list[Guard]:
+    """The user's own branches on sizes, as they were taken."""
     out = []
-    for symbol, (low, high) in traced.bounds.items():
-        here = first.get(Param(symbol))
-        if here and low > 1:
-            out.append(Guard(f"{here} >= {low}", f"{here} is below {low}"))
-        if here and high is not None:
-            out.append(Guard(f"{here} <= {high}", f"{here} is above {high}"))
+    for condition in traced.conditions:
+        relation = _RELATIONS.get(type(condition).__name__, getattr(condition, "rel_op", ""))
+        text = f"{_text(condition.lhs, first)} {relation} {_text(condition.rhs, first)}"
+        out.append(Guard(text, f"{text} does not hold"))
     return out
+
+
+def _text(expr: sympy.Expr, first: dict[Node, str]) -> str:
+    text = show(from_sympy(expr))
+    for symbol in expr.free_symbols:
+        if Param(symbol.name) not in first:
+            raise RewriteError(f"a branch on a size ({symbol}) that no input has")
+        text = re.sub(rf"\b{symbol.name}\b", first[Param(symbol.name)], text)
+    return text

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from rewriter.lift import Region
 from rewriter.trace import TracedModule
+from rewriter.trace.calls import value_inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ def units_of(traced: TracedModule, regions: tuple[Region, ...]) -> dict[fx.Node,
             out |= {n: unit for n in unit.nodes}
     for node in traced.graph.nodes:
         if node.op == "call_function" and node not in out:
-            out[node] = Unit(frozenset([node]), tuple(node.all_input_nodes), (node,))
+            out[node] = Unit(frozenset([node]), tuple(value_inputs(node)), (node,))
     return out
 
 

@@ -41,7 +41,7 @@ def chain_report(region: Region, chain: Chain, kernel: KernelFile, host: str) ->
 
 def _size(node) -> str:
     from rewriter.ir import Const, apply
-    from rewriter.lift.sizes import shape_of
+    from rewriter.trace.sizes import shape_of
 
     value = node.meta["val"]
     total = Const(value.dtype.itemsize)

@@ -6,22 +6,29 @@ user's code. Sizes are `Dim.AUTO` under `backed_size_oblivious`, or a batch of 1
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import io
+import itertools
 import logging
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Callable
 
+import sympy
 import torch
 import torch.fx.experimental._config as symbolic_config
 from torch import fx, nn
 from torch.export import Dim
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import Reason, RewriteError, Site
 from rewriter.ir import Param
-from rewriter.lift.sizes import shape_of
-from rewriter.trace.inplace import without_inplace
-from rewriter.trace.source import user_site
+from rewriter.trace.sizes import clamped, shape_of
+from rewriter.trace.ones import Dimension, enlarge
+from rewriter.trace.source import is_user_file, user_site
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class TracedModule:
     constants: dict[str, torch.Tensor]
     out_spec: pytree.TreeSpec
     fixed: tuple[Reason, ...]
-    bounds: dict[str, tuple[int, int | None]]
+    conditions: tuple[sympy.Expr, ...]
 
     def dimensions_of(self, size: Param) -> frozenset[Dimension]:
         """The input dimensions that have a symbolic size."""
@@ -77,9 +84,6 @@ class _Function(nn.Module):
         return self.function(*args, **kwargs)
 
 
-Dimension = tuple[int, int]  # (which leaf of the arguments, which of its dimensions)
-
-
 def capture(
     module: Callable, args: tuple, kwargs: dict[str, Any], bound: frozenset[Dimension] = frozenset()
 ) -> TracedModule:
@@ -89,7 +93,6 @@ def capture(
     traced_as = module if isinstance(module, nn.Module) else _Function(module)
     program = _export(traced_as, args, kwargs, bound)
     graph = program.graph_module.graph
-    without_inplace(graph)
     signature = program.graph_signature
     leaves, _ = pytree.tree_flatten((args, kwargs))
     user_inputs = list(signature.user_inputs)
@@ -110,8 +113,8 @@ def capture(
         attributes,
         constants,
         program.call_spec.out_spec,
-        _fixed_sizes(graph, inputs, leaves, module),
-        _bounds(program),
+        _fixed_sizes(graph, inputs, leaves, bound),
+        _conditions(graph),
     )
 
 
@@ -122,39 +125,49 @@ def _refuse_mutation(signature) -> None:
 
 
 def _export(module: nn.Module, args: tuple, kwargs: dict, bound: frozenset[Dimension]):
-    """Exports with as many sizes of 1 symbolic as the program allows; a size it broadcasts stays 1."""
-    ones = [
-        (k, d)
-        for k, leaf in enumerate(pytree.tree_leaves((args, kwargs)))
-        if torch.is_tensor(leaf)
-        for d, size in enumerate(leaf.shape)
-        if size == 1 and (k, d) not in bound
-    ]
+    """Exports with every size symbolic that the program leaves free, and in-place ops made functional."""
+    grown_args, grown_kwargs, ones = enlarge(module, args, kwargs)
     try:
-        return _try_export(module, args, kwargs, bound)
+        program = _try_export(module, grown_args, grown_kwargs, bound | ones)
     except Exception as error:
-        if not ones:
-            raise _trace_error(error) from error
-    static = bound | frozenset(ones)
-    program = _traced_or_error(module, args, kwargs, static)
-    for one in ones:
+        program = _export_piecewise(module, grown_args, grown_kwargs, bound | ones, error)
+    if any(_is_inplace(n) for n in program.graph.nodes):
+        with _quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = program.run_decompositions({})
+    return program
+
+
+def _is_inplace(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _export_piecewise(module, args: tuple, kwargs: dict, bound: frozenset[Dimension], error: Exception):
+    """Where a size cannot be symbolic (a branch on it that export does not take), the others still can: equal sizes are
+    freed together, one after the other."""
+    leaves = pytree.tree_leaves((args, kwargs))
+    sizes: dict[int, set[Dimension]] = {}
+    for k, leaf in enumerate(leaves):
+        for d, n in enumerate(leaf.shape if torch.is_tensor(leaf) else ()):
+            if (k, d) not in bound:
+                sizes.setdefault(n, set()).add((k, d))
+    static = bound.union(*sizes.values())
+    try:
+        program = _try_export(module, args, kwargs, static)
+    except Exception:
+        raise _trace_error(error) from error
+    for group in sizes.values():
         try:
-            program = _try_export(module, args, kwargs, static - {one})
-            static -= {one}
+            program = _try_export(module, args, kwargs, static - group)
+            static -= group
         except Exception:
             continue
     return program
 
 
-def _traced_or_error(module, args, kwargs, static):
-    try:
-        return _try_export(module, args, kwargs, static)
-    except Exception as error:
-        raise _trace_error(error) from error
-
-
 def _try_export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[Dimension]):
-    position = iter(range(1 << 30))
+    position = itertools.count()
 
     def dims(leaf: Any):
         k = next(position)
@@ -162,11 +175,19 @@ def _try_export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[
             return None
         return {d: Dim.STATIC if (k, d) in static else Dim.AUTO for d in range(leaf.dim())}
 
-    specs = pytree.tree_map(dims, (args, kwargs))
-    named = _by_parameter(module, args, specs)
+    named = _by_parameter(module, args, pytree.tree_map(dims, (args, kwargs)))
     with symbolic_config.patch(backed_size_oblivious=True), warnings.catch_warnings(), torch.no_grad(), _quiet():
         warnings.simplefilter("ignore")
-        return torch.export.export(module, args, kwargs, dynamic_shapes=named, strict=False)
+        with _Decided():
+            return torch.export.export(module, args, kwargs, dynamic_shapes=named, strict=False)
+
+
+class _Decided(TorchFunctionMode):
+    """Decides symbolic truth values at calls: `is_causal=length > 1` is a branch of the program, and guarded as one."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = {k: bool(v) if isinstance(v, torch.SymBool) else v for k, v in (kwargs or {}).items()}
+        return function(*args, **kwargs)
 
 
 def _by_parameter(module: nn.Module, args: tuple, specs: tuple):
@@ -176,21 +197,20 @@ def _by_parameter(module: nn.Module, args: tuple, specs: tuple):
         return {"args": positional, "kwargs": keywords} if keywords else {"args": positional}
     if not keywords:
         return positional
-    import inspect
-
     names = list(inspect.signature(module.forward).parameters)
     return {**dict(zip(names, positional)), **keywords}
 
 
-class _quiet:
-    """torch.export logs each guard it finds; a failed attempt is not worth the user's attention."""
-
-    def __enter__(self):
-        self.level = logging.root.manager.disable
-        logging.disable(logging.ERROR)
-
-    def __exit__(self, *_):
-        logging.disable(self.level)
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export logs each guard it finds and prints the graph it gave up on; that is not worth the user's attention."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(level)
 
 
 def _trace_error(error: Exception) -> RewriteError:
@@ -201,41 +221,49 @@ def _trace_error(error: Exception) -> RewriteError:
     )
 
 
-def _fixed_sizes(graph: fx.Graph, inputs, leaves, module) -> tuple[Reason, ...]:
-    """Sizes of inputs that tracing fixed although they were free to vary."""
-    values = {n.name: n.meta.get("val") for n in graph.nodes if n.op == "placeholder"}
-    environment = next((s.node.shape_env for v in values.values() for s in _symbols(v)), None)
-    causes = {}
-    for guard in environment.guards if environment else ():
-        site = _guard_site(guard)
-        for symbol in guard.expr.free_symbols:
-            if site:
-                causes[symbol.name] = site
+def _environment(graph: fx.Graph):
+    """The tracer's record of guards, None for a program without symbolic sizes."""
+    values = (n.meta.get("val") for n in graph.nodes if n.op == "placeholder")
+    symbols = (s for v in values if torch.is_tensor(v) for s in v.shape if isinstance(s, torch.SymInt))
+    first = next(symbols, None)
+    return first.node.shape_env if first is not None else None
+
+
+def _user_guards(graph: fx.Graph) -> list[tuple[sympy.Expr, Site]]:
+    """Conditions on sizes that the user's own lines decided; torch's own are about speed, not meaning."""
+    environment = _environment(graph)
     out = []
-    for name, leaf in zip(inputs, leaves):
+    for guard in environment.guards if environment else ():
+        frame = guard.sloc.framework_loc
+        if frame is not None and is_user_file(getattr(frame, "filename", "<")):
+            out.append((guard.expr, Site(frame.filename, frame.lineno)))
+    return out
+
+
+def _fixed_sizes(graph: fx.Graph, inputs, leaves, bound: frozenset[Dimension]) -> tuple[Reason, ...]:
+    """Sizes of inputs that are numbers in the kernels, with the user's line that made them so where one did."""
+    values = {n.name: n.meta.get("val") for n in graph.nodes if n.op == "placeholder"}
+    lines = {int(g.rhs): site for g, site in _user_guards(graph) if isinstance(g, sympy.Eq) and g.rhs.is_Integer}
+    out = []
+    for k, name in enumerate(inputs):
         for d, size in enumerate(values[name].shape if name else ()):
-            if isinstance(size, int) and leaf.dim() and not _is_feature(size, d, leaf):
-                out.append(Reason(f"{name}.shape[{d}] is fixed to {size}", None))
+            if isinstance(size, int):
+                why = "kept whole by a kernel" if (k, d) in bound else "fixed by the program"
+                out.append(Reason(f"{name}.shape[{d}] = {size}, {why}", lines.get(size)))
     return tuple(out)
 
 
-def _symbols(value: Any) -> list[torch.SymInt]:
-    return [s for s in value.shape if isinstance(s, torch.SymInt)] if torch.is_tensor(value) else []
+def _conditions(graph: fx.Graph) -> tuple[sympy.Expr, ...]:
+    """What must hold of the sizes for the traced branches to be the right ones."""
+    environment = _environment(graph)
+    conditions = [environment.replace(g) for g, _ in _user_guards(graph)]
+    sizes = {s for n in graph.nodes for s in _sizes(n.meta.get("val"))}
+    for size in sizes:
+        for least in size.atoms(sympy.Function):
+            if type(least).__name__ in ("Min", "Max"):
+                conditions.append(environment.replace(clamped(least)[1]))
+    return tuple(dict.fromkeys(c for c in conditions if c.free_symbols))
 
 
-def _guard_site(guard) -> Site | None:
-    frame = getattr(getattr(guard, "sloc", None), "maybe_user_loc", None)
-    return Site(str(frame)) if frame else None
-
-
-def _is_feature(size: int, dim: int, leaf: torch.Tensor) -> bool:
-    return False
-
-
-def _bounds(program) -> dict[str, tuple[int, int | None]]:
-    """The range of each symbol that the program's own branches impose."""
-    out = {}
-    for symbol, limits in program.range_constraints.items():
-        upper = int(limits.upper) if limits.upper.is_Integer and limits.upper < 2**60 else None
-        out[str(symbol)] = (int(limits.lower) if limits.lower.is_Integer else 0, upper)
-    return out
+def _sizes(value: Any) -> list[sympy.Expr]:
+    return [s.node.expr for s in value.shape if isinstance(s, torch.SymInt)] if torch.is_tensor(value) else []

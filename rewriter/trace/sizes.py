@@ -6,7 +6,10 @@ import sympy
 import torch
 
 from rewriter.ir import Const, Node, Param, apply
-from rewriter.lift.values import NotLiftable
+
+
+class UnknownSize(Exception):
+    """A size of a form that index arithmetic does not have."""
 
 
 def size_node(size: int | torch.SymInt) -> Node:
@@ -21,11 +24,13 @@ def shape_of(value: torch.Tensor) -> tuple[Node, ...]:
 
 
 def from_sympy(expr: sympy.Expr) -> Node:
-    """Raises NotLiftable for forms other than + - * // % and whole powers."""
+    """Raises UnknownSize for forms other than + - * // % and whole powers."""
     if expr.is_Integer:
         return Const(int(expr))
     if expr.is_Symbol:
         return Param(expr.name)
+    if type(expr).__name__ in ("Min", "Max"):
+        return from_sympy(clamped(expr)[0])
     args = [from_sympy(a) for a in expr.args] if not expr.is_Pow else []
     name = type(expr).__name__
     if expr.is_Pow and expr.exp.is_Integer and int(expr.exp) > 0:
@@ -36,7 +41,17 @@ def from_sympy(expr: sympy.Expr) -> Node:
         return apply("floordiv", *args)
     if name in ("Mod", "PythonMod"):
         return apply("mod", *args)
-    raise NotLiftable(f"a size of the form {expr}")
+    raise UnknownSize(f"a size of the form {expr}")
+
+
+def clamped(expr: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
+    """Min(128, s) → (s, s ≤ 128): a buffer's slice is taken to be as long as asked; the condition is guarded."""
+    symbolic = [a for a in expr.args if not a.is_Integer]
+    numbers = [a for a in expr.args if a.is_Integer]
+    if len(symbolic) != 1 or len(numbers) != 1:
+        raise UnknownSize(f"a size of the form {expr}")
+    relation = sympy.Le if type(expr).__name__ == "Min" else sympy.Ge
+    return symbolic[0], relation(symbolic[0], numbers[0])
 
 
 def _fold(op: str, nodes: list[Node]) -> Node:

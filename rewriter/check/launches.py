@@ -1,0 +1,90 @@
+"""Which kernels a rewritten module launches, and with what: proof that they ran, and what to compile them for.
+
+A launch specialises a kernel by its arguments: integers that are 1, multiples of 16, aligned pointers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+ALIGNMENT = 16  # what Triton looks for in pointers and integers
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The arguments of one launch by name. `aligned` are the tensors whose pointer is a multiple of 16."""
+
+    programs: int
+    values: dict[str, Any]
+    aligned: tuple[str, ...]
+
+
+@dataclass
+class Recorder:
+    """Stands in for the kernels of a package; `launches` has the first of each since `clear`.
+
+    While `dry`, nothing runs: results are whatever their memory held, shapes and guards are real.
+    """
+
+    dry: bool = False
+    launches: dict[str, Launch] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        self.launches.clear()
+
+    @contextmanager
+    def dry_run(self) -> Iterator[None]:
+        """Launch nothing inside the block."""
+        before, self.dry = self.dry, True
+        try:
+            yield
+        finally:
+            self.dry = before
+
+    @property
+    def programs(self) -> int:
+        return sum(launch.programs for launch in self.launches.values())
+
+
+def record(package: ModuleType, kernels: Sequence[str]) -> Recorder:
+    """Put a recorder in front of `<name>_kernel` in each `kernels/<name>.py` of an imported package."""
+    __import__(f"{package.__name__}.module")
+    recorder = Recorder()
+    for name in kernels:
+        file = sys.modules[f"{package.__name__}.kernels.{name}"]
+        kernel = getattr(file, f"{name}_kernel")
+        setattr(file, f"{name}_kernel", _Recorded(name, kernel, recorder))
+    return recorder
+
+
+class _Recorded:
+    """`kernel[grid](...)` as the emitted launch function writes it."""
+
+    def __init__(self, name: str, kernel: Any, recorder: Recorder):
+        self._name, self._kernel, self._recorder = name, kernel, recorder
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            named = dict(zip(self._kernel.arg_names, args, strict=False)) | kwargs
+            self._recorder.launches.setdefault(self._name, _launch(grid, named))
+            if not self._recorder.dry:
+                self._kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+def _launch(grid: tuple[int, ...], named: dict[str, Any]) -> Launch:
+    programs = 1
+    for extent in grid:
+        programs *= extent
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    aligned = tuple(n for n, t in tensors.items() if t.data_ptr() % ALIGNMENT == 0)
+    values = {name: value for name, value in named.items() if name not in tensors}
+    return Launch(programs, values, aligned)

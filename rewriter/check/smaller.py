@@ -1,0 +1,72 @@
+"""The user's inputs cut to smaller sizes, where program and kernels take them.
+
+A kernel must be right at sizes it was not traced at, and Triton's interpreter takes minutes for what a GPU does in
+microseconds. Which sizes are free is found by trying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+SHORT_BATCH, SHORT_LENGTH = (
+    2,
+    97,
+)  # for the interpreter: more than one tile each way, and no multiple of one
+
+
+def other_sizes(call: Call, fits: Callable[[Call], bool]) -> Call | None:
+    """The inputs with every free size a third smaller, so that tiles are left half full; None if none is free."""
+    return _cut(call, lambda size, _: size - size // 3, fits)
+
+
+def short_sizes(call: Call, fits: Callable[[Call], bool]) -> Call | None:
+    """The inputs with free sizes of at most SHORT_BATCH or SHORT_LENGTH; None if none gets smaller."""
+
+    def shorter(size: int, is_batch: bool) -> int:
+        return min(size, SHORT_BATCH if is_batch else SHORT_LENGTH)
+
+    return _cut(call, shorter, fits)
+
+
+def _cut(
+    call: Call, shorter: Callable[[int, bool], int], fits: Callable[[Call], bool]
+) -> Call | None:
+    """Cuts one size after the other, each in every tensor that has it, and keeps what fits."""
+    found, batches = call, _batches(call)
+    for size in _sizes(call):
+        new = shorter(size, size in batches)
+        if new < size and fits(cut := _resized(found, size, new)):
+            found = cut
+    return None if found is call else found
+
+
+def _tensors(call: Call) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
+
+
+def _sizes(call: Call) -> list[int]:
+    return sorted({size for tensor in _tensors(call) for size in tensor.shape}, reverse=True)
+
+
+def _batches(call: Call) -> set[int]:
+    return {tensor.shape[0] for tensor in _tensors(call) if tensor.dim() > 2}
+
+
+def _resized(call: Call, old: int, new: int) -> Call:
+    def cut(tensor: Tensor) -> Tensor:
+        for dim, size in enumerate(tensor.shape):
+            tensor = tensor.narrow(dim, 0, new) if size == old else tensor
+        return tensor.clone()
+
+    return tree_map_only(Tensor, cut, call)
+
+
+def shown_sizes(call: Call) -> str:
+    """`(2, 97, 64), (2, 97)`: the shapes of the inputs."""
+    return ", ".join(str(tuple(tensor.shape)) for tensor in _tensors(call))

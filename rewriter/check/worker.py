@@ -1,0 +1,204 @@
+"""The process behind `run.py`: runs the original, its float64 form and the rewritten module, and compares.
+
+A process of its own, because whether Triton interprets is settled when Triton is imported, and so that a kernel that
+crashes takes only this process with it. `python -m rewriter.check.worker FOLDER` reads FOLDER/request.pickle and the
+package in FOLDER/package, and writes FOLDER/result.json.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickle
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
+
+from rewriter.api import import_package
+from rewriter.check.launches import Launch, Recorder, record
+from rewriter.check.messages import Request, Result
+from rewriter.check.numerics import compare, run_float64
+from rewriter.check.smaller import Call, other_sizes, short_sizes, shown_sizes
+from rewriter.load import load
+from rewriter.load.running import said
+
+FALLBACK = "runs its original code"  # what the patched module warns of
+MOST_INTERPRETED = 64  # programs of all kernels; Triton's interpreter takes about 50 ms for one
+
+
+class _Failure(Exception):
+    """The rewritten module did not run as it should; the text says how."""
+
+
+@dataclass(frozen=True)
+class _Programs:
+    """Original and rewritten, side by side, on one device."""
+
+    original: Callable[..., Any]
+    rewritten: Callable[..., Any]
+    kernels: tuple[str, ...]
+    recorder: Recorder
+
+    def eager(self, call: Call) -> Any:
+        return _run(self.original, call)
+
+    def eager_error(self, call: Call) -> str:
+        """Why the original does not run at all; too little memory is another matter."""
+        try:
+            self.eager(call)
+        except torch.OutOfMemoryError:
+            return ""
+        except Exception as error:
+            return said(error)
+        return ""
+
+    def has_memory(self, call: Call) -> bool:
+        """Whether the float64 run, the largest of all, fits the device."""
+        try:
+            run_float64(self.original, *call)
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    def kernelised(self, call: Call) -> Any:
+        """The rewritten module's result. Raises _Failure unless every kernel ran."""
+        self.recorder.clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                out = _run(self.rewritten, call)
+            except Exception as error:
+                raise _Failure(f"the rewritten program raised {said(error)}") from error
+        fallbacks = [str(w.message) for w in caught if FALLBACK in str(w.message)]
+        if fallbacks:
+            raise _Failure(fallbacks[0])
+        idle = [name for name in self.kernels if name not in self.recorder.launches]
+        if idle:
+            raise _Failure(f"kernels that never ran: {', '.join(idle)}")
+        return out
+
+    def launches(self, call: Call) -> dict[str, Launch]:
+        """What each kernel would be launched with. Raises _Failure."""
+        with self.recorder.dry_run():
+            self.kernelised(call)
+        return dict(self.recorder.launches)
+
+    def fits(self, call: Call) -> bool:
+        """Whether these inputs suit the original, and reach the kernels."""
+        try:
+            self.eager(call)
+            self.launches(call)
+        except Exception:
+            return False
+        return True
+
+
+def _run(program: Callable[..., Any], call: Call) -> Any:
+    """On copies, with the same random numbers each time."""
+    args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), call)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return program(*args, **kwargs)
+
+
+def check(request: Request, package_folder: Path) -> Result:
+    """Load, run and compare."""
+    loaded = load(request.options)
+    original, call = _moved(loaded.module, (loaded.args, loaded.kwargs), request.device)
+    device = _device_name(request.device)
+    package = import_package(package_folder)
+    rewritten = package.apply(copy.deepcopy(original))
+    programs = _Programs(original, rewritten, request.kernels, record(package, request.kernels))
+    eager_error = programs.eager_error(call) if request.numerics else ""
+    try:
+        launches = programs.launches(call)
+    except _Failure as failure:
+        return Result(
+            device, failures=() if eager_error else (str(failure),), eager_error=eager_error
+        )
+    if eager_error or not request.numerics:
+        return Result(device, launches=launches, eager_error=eager_error)
+    outputs, failures, notes = _compared_at_sizes(programs, call, request.device)
+    return Result(device, outputs, launches, failures, notes)
+
+
+def _moved(program: Any, call: Call, device: str) -> tuple[Any, Call]:
+    moved = program.to(device) if isinstance(program, nn.Module) else program
+    return moved, tree_map_only(Tensor, lambda t: t.to(device), call)
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else "CPU, through Triton's interpreter"
+
+
+def _compared_at_sizes(programs: _Programs, call: Call, device: str) -> tuple[dict, tuple, tuple]:
+    """At the sizes given, or shorter ones where that would take too long or too much; and at others."""
+    notes, reason = (), ""
+    if device == "cpu" and programs.recorder.programs > MOST_INTERPRETED:
+        reason = "Triton's interpreter is slow"
+    elif device == "cuda" and not programs.has_memory(call):
+        reason = "the original in float64 runs out of memory"
+    if reason and (shorter := short_sizes(call, programs.fits)):
+        notes = (f"run at {shown_sizes(shorter)}, not {shown_sizes(call)}: {reason}",)
+        call = shorter
+    outputs, failures = _compared(programs, call, "")
+    smaller = other_sizes(call, programs.fits)
+    if smaller and not failures:
+        more, failures = _compared(programs, smaller, f" at {shown_sizes(smaller)}")
+        outputs |= more
+    return outputs, tuple(failures), notes
+
+
+def _compared(programs: _Programs, call: Call, suffix: str) -> tuple[dict[str, dict], list[str]]:
+    """(verdict by output, what is wrong)"""
+    eager = programs.eager(call)
+    truth = run_float64(programs.original, *call)
+    try:
+        out = programs.kernelised(call)
+    except _Failure as failure:
+        return {}, [f"{failure}{suffix}"]
+    found, wanted, exact = (_leaves(value) for value in (out, eager, truth))
+    if found.keys() != wanted.keys():
+        return {}, [f"returns {_listed(found)}, the original {_listed(wanted)}{suffix}"]
+    rows, failures = {}, []
+    for name, leaf in wanted.items():
+        dtype = leaf.dtype if isinstance(leaf, Tensor) else torch.float32
+        verdict = compare(found[name], leaf, exact.get(name), dtype)
+        rows[name + suffix] = {k: _finite(v) for k, v in asdict(verdict).items()}
+        if not verdict.ok:
+            failures.append(f"{name}{suffix}: {verdict.reason}")
+    return rows, failures
+
+
+def _leaves(value: Any) -> dict[str, Any]:
+    return {f"output{keystr(path)}": leaf for path, leaf in tree_flatten_with_path(value)[0]}
+
+
+def _listed(leaves: dict[str, Any]) -> str:
+    return ", ".join(leaves) or "nothing"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def main() -> None:
+    """Answer the request in the folder that argv names."""
+    folder = Path(sys.argv[1])
+    request = pickle.loads((folder / "request.pickle").read_bytes())
+    torch.set_num_threads(1 if request.device == "cpu" else torch.get_num_threads())
+    result = check(request, folder / "package")
+    (folder / "result.json").write_text(json.dumps(asdict(result)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Programs evaluated at a few positions, with tensors that are never stored.
+
+A proof needs no data, only values that differ: every `Load` is a pseudo-random function of its tensor's name and its index, so
+that long and wide programs cost no more than the positions asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+
+import torch
+
+from rewriter.ir import Apply, Axis, Index, Load, Node, Output, Param, Ref
+from rewriter.ir.evaluate import Evaluator
+
+_ODD = 0x2545F4914F6CDD1D
+_BITS = 1 << 40
+
+
+@dataclass(frozen=True)
+class Values:
+    """What loads give: floats in [low, high), integers from `pool`, and -inf now and then in the tensors `masks`."""
+
+    seed: int
+    low: float
+    high: float
+    pool: tuple[int, ...]
+    masks: frozenset[str] = frozenset()
+
+    def of(self, load: Load, index: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """The values of a tensor at broadcast integer positions."""
+        bits = self._mixed(load.tensor.name, index)
+        if load.dtype is torch.bool:
+            return bits % 2 == 0
+        if not load.dtype.is_floating_point:
+            return torch.tensor(self.pool)[bits % len(self.pool)]
+        value = self.low + (self.high - self.low) * (bits % _BITS).to(dtype) / _BITS
+        if load.tensor.name in self.masks:
+            value = torch.where((bits >> 41) % 3 == 0, -math.inf, value)
+        return value
+
+    def _mixed(self, name: str, index: list[torch.Tensor]) -> torch.Tensor:
+        """62 well-mixed bits per position (64-bit products wrap around)."""
+        mixed = torch.tensor(zlib.crc32(name.encode()) + (self.seed << 32))
+        for k, position in enumerate(index):
+            mixed = (mixed + position * (2 * k + 1)) * _ODD
+            mixed = mixed ^ (mixed >> 29)
+        mixed = mixed * _ODD
+        return (mixed ^ (mixed >> 32)) & ((1 << 62) - 1)
+
+
+class Sampled(Evaluator):
+    """An evaluator that sees only the positions `at` of an axis, and notes the truth values of integer comparisons.
+
+    `refs` hold the state of a chain over `rows`, the axes that every evaluation starts with.
+    """
+
+    def __init__(self, values: Values, sizes: dict, at: dict[Axis, torch.Tensor], rows: tuple[Axis, ...] = ()):
+        super().__init__({}, sizes)
+        self.values, self.at, self.rows = values, at, rows
+        self.seen: dict[Node, set[bool]] = {}
+
+    def length(self, axis: Axis) -> int:
+        return len(self.at[axis]) if axis in self.at else self.extent(axis.extent)
+
+    def output(self, output: Output) -> torch.Tensor:
+        value = self.value(output.body, output.axes)
+        return value.expand(tuple(map(self.length, output.axes)))
+
+    def _compute(self, node: Node, axes: tuple[Axis, ...], memo: dict) -> torch.Tensor:
+        match node:
+            case Index() if node.axis in self.at:
+                return self.at[node.axis].reshape([-1 if a == node.axis else 1 for a in axes])
+            case Load():
+                index = [self._value(i, axes, memo) for i in node.index]
+                found = self.values.of(node, index, self._held(node.dtype))
+                return found.reshape((1,) * len(axes)) if not index else found
+            case Ref():
+                state = self.refs[node.name]
+                return state.reshape(state.shape + (1,) * (len(axes) - len(self.rows)))
+            case Param() if node.dtype.is_floating_point:
+                return torch.tensor(self.sizes[node.name], dtype=self.dtype).reshape((1,) * len(axes))
+        return super()._compute(node, axes, memo)
+
+    def _apply(self, node: Apply, args: list[torch.Tensor]) -> torch.Tensor:
+        value = super()._apply(node, args)
+        if is_comparison(node):
+            self.seen.setdefault(node, set()).update(value.flatten()[:1].tolist(), {bool(value.all()), bool(value.any())})
+        return value
+
+
+def is_comparison(node: Node) -> bool:
+    """An order or equality of integers: what masks are made of."""
+    return (
+        isinstance(node, Apply)
+        and node.op in ("lt", "le", "eq", "ne")
+        and not any(a.dtype.is_floating_point or a.dtype is torch.bool for a in node.args)
+    )

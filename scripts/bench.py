@@ -1,0 +1,224 @@
+#!/usr/bin/env python
+"""What rewritten programs are worth on this GPU, beside eager, `torch.compile` and FlexAttention, in one run.
+
+scripts/bench.py                        every program of tests/zoo at bf16 and fp16: error, memory, times
+scripts/bench.py --only causal --dtype bf16 --no-compile
+scripts/bench.py --kernels              emitted kernels alone, TFLOP/s, swept over tiles
+scripts/bench.py --kernels --hand DIR   ... and beside the hand-written ones of DIR/ceiling2.py
+
+Compare within one run only. Exit codes: 0 done, 1 a program failed its check or raised, 2 no GPU or bad usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import multiprocessing
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+# Workers compile side by side: a pool of compilers in each would be too many.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+TASK_SECONDS = 150  # a task that takes longer hangs
+ZOO = "dtype program batch q kv chains ok error eager_error mib eager_mib ms eager_ms compile_ms flex_ms note".split()
+KERNELS = "variant head_dim dtype default default_tile best best_tile flex hand hand_tile error note".split()
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernels", action="store_true", help="emitted kernels alone, swept over tiles")
+    parser.add_argument("--hand", metavar="DIR", help="with --kernels: a folder that holds ceiling2.py")
+    parser.add_argument("--seconds", type=float, default=540, help="what is not begun by then is left out (%(default)s)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="names (or zoo families) that contain it")
+    parser.add_argument("--dtype", choices=("bf16", "fp16"), help="default: both; with --kernels, bf16")
+    parser.add_argument("--no-compile", action="store_true", help="neither torch.compile nor FlexAttention (zoo)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="writes zoo.csv and zoo.json, or kernels.*")
+    parser.add_argument("--heads", type=int, default=16, help="of 2048 features: 16 is D = 128, 32 is D = 64")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--seq", type=int, default=2048)
+    parser.add_argument("--jobs", type=int, default=max(1, min(10, (os.cpu_count() or 1) - 4)), help="%(default)s")
+    parser.add_argument("--dry", action="store_true", help=argparse.SUPPRESS)  # tiny sizes on the CPU, for its tests
+    return parser.parse_args()
+
+
+def number(value, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+class Worker:
+    """A process that measures tasks. One that crashes or hangs costs its task, not the run."""
+
+    def __init__(self, setup):
+        from bench_zoo import serve
+
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, setup), daemon=True)
+        self.process.start()
+        theirs.close()  # so that its end is seen here
+
+    def ask(self, task, seconds: float) -> dict | None:
+        """The task's row; None if the worker is lost, which ends it."""
+        try:
+            self.connection.send(task)
+            if self.connection.poll(seconds):
+                return self.connection.recv()
+        except (EOFError, OSError):
+            pass
+        self.process.kill()
+        return None
+
+
+class Zoo:
+    """The zoo's tasks, given to workers, and the rows that come back."""
+
+    def __init__(self, args, folder: str):
+        from bench_zoo import Setup, Task
+        from zoo import programs
+
+        self.args, self.end = args, time.time() + args.seconds
+        dim, heads = (64, 4) if args.dry else (2048, args.heads)
+        self.setup = Setup(dim, heads, args.batch, args.seq, f"{folder}/lock", args.dry)
+        dtypes = [args.dtype] if args.dtype else ["bf16", "fp16"]
+        chosen = [p for p in programs() if args.only in p.name or args.only in p.family]
+        self.tasks = deque(
+            Task(program.name, dtype, part)
+            # Peers last: they compile for long, and the rewriter's own results matter more.
+            for part in (("rewritten",) if args.no_compile else ("rewritten", "peers"))
+            for dtype in dtypes
+            for program in chosen
+            if dtype in program.dtypes
+        )
+        self.rows, self.lock = {}, threading.Lock()
+
+    def run(self) -> list[dict]:
+        threads = [threading.Thread(target=self._drive, daemon=True) for _ in range(self.args.jobs)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self.tasks:
+            print(f"time is up: {len(self.tasks)} tasks left out, from {self.tasks[0]}", flush=True)
+        return list(self.rows.values())
+
+    def _drive(self):
+        worker = None
+        while time.time() < self.end:
+            try:
+                task = self.tasks.popleft()
+            except IndexError:
+                break
+            worker = worker or Worker(self.setup)
+            row = worker.ask(task, min(TASK_SECONDS, self.end + 20 - time.time()))
+            if row is None:
+                row, worker = {"note": f"{task.part}: crashed, or took too long"}, None
+            self._add(task, row)
+        if worker:
+            worker.process.kill()
+
+    def _add(self, task, new: dict):
+        with self.lock:
+            row = self.rows.setdefault((task.program, task.dtype), {"dtype": task.dtype, "program": task.program})
+            notes = "; ".join(filter(None, (row.get("note"), new.get("note"))))
+            row |= new | {"note": notes}
+            show_zoo(row)
+            save(self.args, ZOO, list(self.rows.values()))
+
+
+def show_zoo(row: dict):
+    verdict = {True: "ok", False: "FAILED", None: "-"}[row.get("ok")]
+    error = f"{number(row.get('error'), '.1e')} ({number(row.get('eager_error'), '.1e')})"
+    memory = f"{number(row.get('mib'), '.0f')} ({number(row.get('eager_mib'), '.0f')})"
+    times = [f"{name} {number(row.get(f'{name}_ms'), '.3f'):>7}" for name in ("eager", "compile", "flex")]
+    size = f"{row.get('batch')}x{row.get('q')}x{row.get('kv')}"
+    print(
+        f"{row['dtype']} {row['program']:28} {size:12} {verdict:6} error {error:19} MiB {memory:13}"
+        f" ms {number(row.get('ms'), '.3f'):>7} {' '.join(times)}  {row['note']}",
+        flush=True,
+    )
+
+
+def summary(rows: list[dict]):
+    counts = {text: sum(row.get("ok") is ok for row in rows) for text, ok in (("ok", True), ("failed", False))}
+    print(f"{len(rows)} rows: {counts['ok']} ok, {counts['failed']} failed, the others not fused or not run")
+    for peer in ("eager", "compile", "flex"):
+        ratios = [row[f"{peer}_ms"] / row["ms"] for row in rows if row.get("ms") and row.get(f"{peer}_ms")]
+        if ratios:
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            print(f"speed over {peer}: geometric mean {mean:.2f}, least {min(ratios):.2f}, {len(ratios)} rows")
+
+
+def run_kernels(args) -> list[dict]:
+    from bench_kernels import VARIANTS, measured
+
+    end = time.time() + args.seconds
+    cases = [(name, width) for name in VARIANTS if args.only in name for width in (128, 64)]
+    rows = []
+    for done, (name, width) in enumerate(cases):
+        share = (end - time.time()) / (len(cases) - done)
+        if share < 5:
+            print(f"time is up: {len(cases) - done} rows left out, from {name} {width}", flush=True)
+            break
+        # The sweep gives way: the peers of a row take about 15 seconds.
+        rows.append(measured(name, width, args.dtype or "bf16", share - 15, args.hand, args.dry))
+        show_kernel(rows[-1])
+        save(args, KERNELS, rows)
+    return rows
+
+
+def show_kernel(row: dict):
+    parts = [f"{row['variant']:9} D{row['head_dim']:<4} TFLOP/s"]
+    for part in ("default", "best", "hand", "flex"):
+        tile = f"({row[f'{part}_tile']})" if f"{part}_tile" in row else ""
+        parts.append(f"{part} {number(row.get(part), '5.0f')} {tile:16}".rstrip())
+    if row.get("best"):
+        parts += [f"best/{p} {row['best'] / row[p]:.2f}" for p in ("hand", "flex") if row.get(p)]
+    print("  ".join([*parts, f"error {number(row.get('error'), '.1e')}", row.get("note", "")]), flush=True)
+
+
+def save(args, fields: list[str], rows: list[dict]):
+    """After every row: whoever stops the run early keeps what there is."""
+    if args.out is None:
+        return
+    import torch
+    import triton
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = "kernels" if args.kernels else "zoo"
+    gpu = "none" if args.dry else torch.cuda.get_device_name()
+    told = dict(gpu=gpu, torch=torch.__version__, triton=triton.__version__, arguments=sys.argv[1:], rows=rows)
+    (args.out / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
+    with open(args.out / f"{name}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, fields, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main() -> int:
+    args = options()
+    import torch
+
+    if not args.dry and not torch.cuda.is_available():
+        print("bench.py: no NVIDIA GPU that torch can use", file=sys.stderr)
+        return 2
+    if args.kernels:
+        rows = run_kernels(args)
+        return int(any("emitted" in row.get("note", "") or "best" not in row for row in rows))
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Zoo(args, folder).run()
+    summary(rows)
+    return int(any(row.get("ok") is False for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
