@@ -165,10 +165,12 @@ class Emitted:
             return
         with ThreadPoolExecutor(12) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
             setattr(self.file, attribute, _Compiled(kernel))
-            for tile in tiles:
-                self.use(tile)
-                self.run()
-        setattr(self.file, attribute, kernel)
+            try:
+                for tile in tiles:
+                    self.use(tile)
+                    self.run()
+            finally:
+                setattr(self.file, attribute, kernel)
 
 
 class _Compiled:
@@ -188,21 +190,22 @@ def emitted_row(row: Row, case: Case, seconds: float):
         kernel = Emitted(case, folder)
         row["error"] = case.error(kernel.out)
         row["default"], row["default_tile"] = case.tflops(kernel.run), _shown(kernel.config)
-        kernel.compile_all(SWEEP)
-        sweep, failed = [], {}
+        with row.step("compiling side by side"):
+            kernel.compile_all(SWEEP)
+        row["sweep"], row["failed"] = [], {}
         for tile in SWEEP:
             if time.time() > end:
-                row.note(f"swept {len(sweep) + len(failed)} of {len(SWEEP)} tiles")
+                row.note(f"swept {len(row['sweep']) + len(row['failed'])} of {len(SWEEP)} tiles")
                 break
             shown = _shown(kernel.use(tile))
             try:
                 if not (error := case.error(kernel.run())) < 0.02:
                     raise ValueError(f"wrong, error {error:.2g}")
-                sweep.append((case.tflops(kernel.run), shown))
+                row["sweep"].append((case.tflops(kernel.run), shown))
             except Exception as problem:  # most often: more shared memory than there is
-                failed[shown] = reason(problem)
-        row["sweep"], row["failed"] = sorted(sweep, reverse=True), failed
-        row["best"], row["best_tile"] = max([*sweep, (row["default"], row["default_tile"])])
+                row["failed"][shown] = reason(problem)
+        row["sweep"].sort(reverse=True)
+        row["best"], row["best_tile"] = max([*row["sweep"], (row["default"], row["default_tile"])])
 
 
 def _shown(config: dict) -> str:

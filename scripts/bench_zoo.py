@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import fcntl
 import inspect
+import os
 import tempfile
 import time
 import warnings
@@ -63,6 +64,7 @@ class Setup:
     batch: int
     seq: int
     lock: str
+    log: str
     dry: bool = False
 
     @property
@@ -154,7 +156,7 @@ class Row(dict):
 
 def measured(task: Task, setup: Setup) -> Row:
     """Everything about one task. Never raises."""
-    row = Row(ok=None)
+    row = Row()
     with row.step("build"), torch.no_grad():
         program = next(p for p in programs() if p.name == task.program)
         sizes = sizes_of(program, setup)
@@ -164,7 +166,6 @@ def measured(task: Task, setup: Setup) -> Row:
             _rewritten(row, module, args, DTYPES[task.dtype], setup)
         else:
             _peers(row, task.program, module, args, setup)
-            del row["ok"]
     return row
 
 
@@ -174,6 +175,7 @@ def _rewritten(row: Row, module, args: list, dtype: torch.dtype, setup: Setup):
         module(*fresh(args))  # or the peak would hold cuBLAS's workspace
         row["eager_mib"] = peak_mib(lambda: module(*args), device)
         row["eager_ms"] = timed(lambda: module(*args), device)
+    row["ok"] = False  # until it is shown to be right
     with tempfile.TemporaryDirectory() as folder, row.step("rewrite"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         # A copy: what is rewritten in place may be a part that a shallow copy shares.
@@ -182,15 +184,14 @@ def _rewritten(row: Row, module, args: list, dtype: torch.dtype, setup: Setup):
         for unfused in result.report["unfused"]:
             row.note(f"not fused, {unfused['where'].rpartition('/')[2]}: {unfused['reason']}")
         if not row["chains"]:
+            row["ok"] = None
             return
         out = result.module(*fresh(args))  # compiles; not under the lock
         causes = [str(w.message) for w in caught if "original code" in str(w.message)]
         if causes:
-            row["ok"] = False
             row.note(causes[0])
             return
         with gpu_to_itself(setup):
-            row["ok"] = False
             _check(row, out, module, args, dtype)
             row["mib"] = peak_mib(lambda: result.module(*args), device)
             row["ms"] = timed(lambda: result.module(*args), device)
@@ -226,6 +227,8 @@ def _peers(row: Row, name: str, module, args: list, setup: Setup):
 
 def serve(connection, setup: Setup):
     """A worker: tasks in, rows out. It ends when its GPU context is lost, which no call survives."""
+    log = os.open(setup.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 2)  # torch.export writes whole graphs there
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with suppress(EOFError, KeyboardInterrupt, RuntimeError):

@@ -18,6 +18,7 @@ class Shift:
 
     phi: Node
     exponent: Node
+    settled: bool = False  # the program itself replaces an infinite phi by 0
 
     @property
     def state(self) -> Ref:

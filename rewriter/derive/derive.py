@@ -191,16 +191,18 @@ class _Builder:
         if not has_refs(shift.phi):
             return self._add("sum", predicate, (apply("exp", inner), *rest), None, body)
         self._check_shift(shift, predicate)
-        return _poisoned(self._add("sum", predicate, tuple(rest), shift, body), shift)
+        reduced = self._add("sum", predicate, tuple(rest), shift, body)
+        return reduced if shift.settled else _poisoned(reduced, shift)
 
     def _shift(self, terms: list[Term]) -> tuple[Shift, Node]:
         """exp(e − Φ): Φ is what depends on earlier reductions; a −inf mask in e becomes a predicate."""
         if any(has_refs(t.node) and depends_on(t.node, self.stream) for t in terms):
             raise NotDerivable("an exponent in which the stream multiplies an earlier reduction needs another pass")
+        settled = any(_is_settled(t.node) for t in terms)
         terms = cancelled([s for t in terms for s in _settled(t)])
         shifted = [Term(-t.sign, t.node) for t in terms if has_refs(t.node)]
         mask, exponent = split_mask(total([t for t in terms if not has_refs(t.node)]))
-        return Shift(total(shifted), exponent), mask
+        return Shift(total(shifted), exponent, settled), mask
 
     def _check_shift(self, shift: Shift, predicate: Node) -> None:
         """Φ must be a running maximum of the exponent (or above it), or exp could overflow before the end."""
@@ -243,12 +245,15 @@ def _without_logs(product: Product) -> Product:
 
 
 def _settled(term: Term) -> list[Term]:
-    """where(isinf(R), 0, R) → R: a running shift is settled to 0 for rows that are all -inf anyway"""
-    node = term.node
-    if isinstance(node, Where) and isinstance(node.predicate, Apply) and node.predicate.op == "isinf":
-        if node.predicate.args[0] is node.other and isinstance(node.then, Const) and node.then.value == 0:
-            return [Term(term.sign * t.sign, t.node) for t in as_terms(node.other)]
+    """where(isinf(R), 0, R) → R: what the kernel's running shift does, too"""
+    node = term.node.other if _is_settled(term.node) else term.node
     return [Term(term.sign * t.sign, t.node) for t in as_terms(node)]
+
+
+def _is_settled(node: Node) -> bool:
+    if not (isinstance(node, Where) and isinstance(node.predicate, Apply) and node.predicate.op == "isinf"):
+        return False
+    return node.predicate.args[0] is node.other and isinstance(node.then, Const) and node.then.value == 0
 
 
 def _conjuncts(predicate: Node) -> list[Node]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rewriter.derive.factors import as_product
 from rewriter.derive.splits import split_concatenations
-from rewriter.ir import Apply, Const, Load, Node, Reduce, apply, open_reduce, reduce, substitute, transform, walk
+from rewriter.ir import FALSE, TRUE, Apply, Const, Load, Node, Reduce, apply, open_reduce, reduce, substitute, transform, walk
 from rewriter.ir.ops import MONOIDS
 
 UNROLL = 16
@@ -25,18 +25,12 @@ def unroll_short(node: Node) -> Node:
         return node
     (axis,), predicate, body = open_reduce(node)
     terms = [substitute(body, {axis: Const(k)}) for k in range(int(axis.extent.value))]
-    if predicate is not _true():
+    if predicate is not TRUE:
         return node
     out = terms[0]
     for term in terms[1:]:
         out = apply(MONOIDS[node.op].combine, out, term)
     return out
-
-
-def _true() -> Node:
-    from rewriter.ir import TRUE
-
-    return TRUE
 
 
 def _is_contraction(node: Reduce) -> bool:
@@ -45,8 +39,9 @@ def _is_contraction(node: Reduce) -> bool:
 
 
 def nan_of_weights(node: Node) -> Node:
-    """isnan(e / sum e)  →  isnan(sum e) for e = exp(...): a weight is NaN exactly where its row's sum is."""
-    if not (isinstance(node, Apply) and node.op == "isnan"):
+    """isnan(e / sum e)  →  isnan(sum e)  for e = exp(...): a weight is NaN exactly where its row's sum is
+    isinf(e / sum e)  →  False"""
+    if not (isinstance(node, Apply) and node.op in ("isnan", "isinf")):
         return node
     product = as_product(node.args[0])
     if len(product.over) != 1 or len(product.under) != 1:
@@ -54,7 +49,9 @@ def nan_of_weights(node: Node) -> Node:
     weight, total = product.over[0], product.under[0]
     if not (isinstance(weight, Apply) and weight.op == "exp" and isinstance(total, Reduce) and total.op == "sum"):
         return node
-    return apply("isnan", total) if _sums(total, weight) else node
+    if not _sums(total, weight):
+        return node
+    return apply("isnan", total) if node.op == "isnan" else FALSE
 
 
 def _sums(total: Reduce, weight: Node) -> bool:
@@ -71,4 +68,4 @@ def is_bilinear(node: Node) -> bool:
 def _is_product_of_loads(node: Node) -> bool:
     body = node.body if isinstance(node, Reduce) else node
     product = as_product(body)
-    return product.predicate is _true() and all(isinstance(f, (Load, Const, Reduce)) for f in product.over + product.under)
+    return product.predicate is TRUE and all(isinstance(f, (Load, Const, Reduce)) for f in product.over + product.under)

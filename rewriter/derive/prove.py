@@ -88,6 +88,7 @@ class _Prover:
         self.seen: dict[Node, set[bool]] = {n: set() for n in self.comparisons}
         self.sizes: dict[str, int | float] = {}
         self.finite = False
+        self.opened: dict = {}
 
     def cases(self) -> Iterator[tuple[Kind, dict[str, int]]]:
         """(kind, least sizes by name); the last ones follow from what the first have seen."""
@@ -104,7 +105,7 @@ class _Prover:
         values = Values(self.rng.getrandbits(30), kind.low, kind.high, self._pool(), self._masks() if kind.masks else frozenset())
         rows = max((o.axes for o in self.chain.outputs), key=len)
         at = self._positions(rows)
-        evaluator = Sampled(values, self.sizes, at, rows)
+        evaluator = Sampled(values, self.sizes, at, rows, self.opened)
         online = Online(self.chain, evaluator)
         whole, halves = self._states(online)
         self._note(evaluator)
@@ -118,7 +119,7 @@ class _Prover:
     def _meant(self, output: Output, aligned: Output, values: Values, at: dict[Axis, torch.Tensor]) -> torch.Tensor:
         """What the program itself gives at the same positions."""
         positions = {a: at[b] for a, b in zip(output.axes, aligned.axes)}
-        return Sampled(values, self.sizes, positions).output(output)
+        return Sampled(values, self.sizes, positions, output.axes, self.opened).output(output)
 
     def _agree(self, want: torch.Tensor, got: torch.Tensor, kind: Kind) -> bool:
         """Equal to a relative 1e-9, NaN and inf in the same places. Of extreme cases only what the program keeps finite counts."""

@@ -54,12 +54,15 @@ class Values:
 class Sampled(Evaluator):
     """An evaluator that sees only the positions `at` of an axis, and notes the truth values of integer comparisons.
 
-    `refs` hold the state of a chain over `rows`, the axes that every evaluation starts with.
+    `refs` hold the state of a chain over `rows`, the axes that every evaluation starts with. Evaluators that share `opened`
+    share the bound axes of reductions.
     """
 
-    def __init__(self, values: Values, sizes: dict, at: dict[Axis, torch.Tensor], rows: tuple[Axis, ...] = ()):
+    def __init__(
+        self, values: Values, sizes: dict, at: dict[Axis, torch.Tensor], rows: tuple[Axis, ...], opened: dict
+    ):
         super().__init__({}, sizes)
-        self.values, self.at, self.rows = values, at, rows
+        self.values, self.at, self.rows, self.opened = values, at, rows, opened
         self.seen: dict[Node, set[bool]] = {}
 
     def length(self, axis: Axis) -> int:

@@ -73,7 +73,8 @@ class TorchPrinter:
         function = getattr(torch.nn.functional, node.target._schema.name.split("::")[1])
         known = _parameters(function)
         for k, name in enumerate(schema[: len(arguments)]):
-            if k > 0 and name in known and not isinstance(node.args[k], fx.Node):
+            named = any("=" in a.split("(")[0] for a in arguments[:k])
+            if k > 0 and name in known and (named or not isinstance(node.args[k], fx.Node)):
                 arguments[k] = f"{name}={arguments[k]}"
         if known and len(schema) > len(known):
             arguments = arguments[: len(known)]

@@ -43,6 +43,7 @@ class Evaluator:
         refs: dict | None = None,
     ):
         self.tensors, self.sizes, self.dtype, self.refs = tensors, sizes, dtype, refs or {}
+        self.opened: dict[Reduce, tuple] = {}
 
     def extent(self, node: Node) -> int:
         """The value of an integer node without free axes."""
@@ -103,7 +104,9 @@ class Evaluator:
         return OPS[node.op].torch(*args).to(self._held(node.dtype))
 
     def _reduce(self, node: Reduce, axes: tuple[Axis, ...]) -> torch.Tensor:
-        bound, predicate, body = open_reduce(node)
+        if node not in self.opened:  # once, or every evaluation would intern new nodes
+            self.opened[node] = open_reduce(node)
+        bound, predicate, body = self.opened[node]
         inner = axes + bound
         memo: dict = {}
         monoid = MONOIDS[node.op]

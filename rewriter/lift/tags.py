@@ -98,12 +98,19 @@ def _inherited(lifted: Lifted, reads, tags: Tags) -> tuple[frozenset[Tag], ...]:
 
 def _with_origin(order: int, lifted: Lifted, reads, moving: set[fx.Node], dims):
     """Adds this node's own pair of sides, where it is an origin."""
-    sides = _outer_pair(frozenset(lifted.axes), reads, moving)
+    groups = [_inside(r, reads) for r in walk(lifted.body) if isinstance(r, Reduce)] or [reads]
+    sides = next(filter(None, (_outer_pair(frozenset(lifted.axes), group, moving) for group in groups)), None)
     if not sides:
         return dims
     rows, stream = sides
     side = lambda a: {(order, "rows")} if a in rows else {(order, "stream")} if a in stream else set()  # noqa: E731
     return tuple(held | side(axis) for axis, held in zip(lifted.axes, dims))
+
+
+def _inside(reduce: Reduce, reads):
+    """The reads of one contraction: what is added to its result is no operand."""
+    names = {n.tensor.name for n in walk(reduce.body) if isinstance(n, Load)}
+    return [(node, load) for node, load in reads if load.tensor.name in names]
 
 
 def _outer_pair(axes: frozenset[Axis], reads, moving: set[fx.Node]) -> tuple[frozenset[Axis], frozenset[Axis]] | None:

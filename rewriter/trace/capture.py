@@ -13,15 +13,15 @@ import itertools
 import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import sympy
 import torch
 import torch.fx.experimental._config as symbolic_config
 from torch import fx, nn
 from torch.export import Dim
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import Reason, RewriteError, Site
@@ -178,16 +178,25 @@ def _try_export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[
     named = _by_parameter(module, args, pytree.tree_map(dims, (args, kwargs)))
     with symbolic_config.patch(backed_size_oblivious=True), warnings.catch_warnings(), torch.no_grad(), _quiet():
         warnings.simplefilter("ignore")
-        with _Decided():
+        with _decided():
             return torch.export.export(module, args, kwargs, dynamic_shapes=named, strict=False)
 
 
-class _Decided(TorchFunctionMode):
-    """Decides symbolic truth values at calls: `is_causal=length > 1` is a branch of the program, and guarded as one."""
+@contextmanager
+def _decided() -> Iterator[None]:
+    """`is_causal=length > 1` is a branch of the program: decided while tracing, and guarded as any other.
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = {k: bool(v) if isinstance(v, torch.SymBool) else v for k, v in (kwargs or {}).items()}
-        return function(*args, **kwargs)
+    The argument parser refuses a symbolic truth value before any tracing hook sees it, so the function itself is wrapped."""
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def decided(*args, is_causal=False, **kwargs):
+        return original(*args, is_causal=bool(is_causal), **kwargs)
+
+    torch.nn.functional.scaled_dot_product_attention = decided
+    try:
+        yield
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = original
 
 
 def _by_parameter(module: nn.Module, args: tuple, specs: tuple):
@@ -235,7 +244,8 @@ def _user_guards(graph: fx.Graph) -> list[tuple[sympy.Expr, Site]]:
     out = []
     for guard in environment.guards if environment else ():
         frame = guard.sloc.framework_loc
-        if frame is not None and is_user_file(getattr(frame, "filename", "<")):
+        file = getattr(frame, "filename", "<")
+        if is_user_file(file) or file == __file__:
             out.append((guard.expr, Site(frame.filename, frame.lineno)))
     return out
 

@@ -24,6 +24,7 @@ def is_user_file(file: str) -> bool:
     return not (file.startswith((_TORCH, _OURS, "<")) or file.startswith("torch/"))
 
 
+
 def user_site(error: BaseException) -> Site | None:
     """The deepest frame of an exception that is in the user's code."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if is_user_file(f.filename)]
