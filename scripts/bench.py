@@ -4,7 +4,7 @@
 scripts/bench.py                        every program of tests/zoo at bf16 and fp16: error, memory, times
 scripts/bench.py --only causal --dtype bf16 --no-compile
 scripts/bench.py --kernels              emitted kernels alone, TFLOP/s, swept over tiles
-scripts/bench.py --kernels --hand DIR   ... and beside the hand-written ones of DIR/ceiling2.py
+scripts/bench.py --kernels --hand DIR   and beside the hand-written ones of DIR/ceiling2.py
 
 Compare within one run only. Exit codes: 0 done, 1 a program failed its check or raised, 2 no GPU or bad usage.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import json
 import math
 import multiprocessing
@@ -30,24 +31,30 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 TASK_SECONDS = 150  # a task that takes longer hangs
-ZOO = "dtype program batch q kv chains ok error eager_error mib eager_mib ms eager_ms compile_ms flex_ms note".split()
-KERNELS = "variant head_dim dtype default default_tile best best_tile flex hand hand_tile error note".split()
+FIELDS = {
+    "zoo": "dtype program batch q kv chains ok error eager_error mib eager_mib ms eager_ms"
+    " compile_ms flex_ms note",
+    "kernels": "variant head_dim dtype default default_tile best best_tile flex hand hand_tile error note",
+}
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernels", action="store_true", help="emitted kernels alone, swept over tiles")
-    parser.add_argument("--hand", metavar="DIR", help="with --kernels: a folder that holds ceiling2.py")
-    parser.add_argument("--seconds", type=float, default=540, help="what is not begun by then is left out (%(default)s)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="names (or zoo families) that contain it")
-    parser.add_argument("--dtype", choices=("bf16", "fp16"), help="default: both; with --kernels, bf16")
-    parser.add_argument("--no-compile", action="store_true", help="neither torch.compile nor FlexAttention (zoo)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="writes zoo.csv, zoo.json and workers.log, or kernels.*")
-    parser.add_argument("--heads", type=int, default=16, help="of 2048 features: 16 is D = 128, 32 is D = 64")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--seq", type=int, default=2048)
-    parser.add_argument("--jobs", type=int, default=max(1, min(10, (os.cpu_count() or 1) - 4)), help="%(default)s")
-    parser.add_argument("--dry", action="store_true", help=argparse.SUPPRESS)  # tiny sizes on the CPU, for its tests
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--kernels", action="store_true", help="emitted kernels alone, swept over tiles")
+    add("--hand", metavar="DIR", help="with --kernels: a folder that holds ceiling2.py")
+    add("--seconds", type=float, default=540, help="what is not begun by then is left out")
+    add("--only", default="", metavar="TEXT", help="names (or zoo families) that contain it")
+    add("--dtype", choices=("bf16", "fp16"), help="default: both; with --kernels, bf16")
+    add("--no-compile", action="store_true", help="no torch.compile or FlexAttention (zoo)")
+    add("--out", type=Path, metavar="DIR", help="gets a .csv, a .json and what workers say")
+    add("--heads", type=int, default=16, help="of 2048 features: 16 is D = 128, 32 is D = 64 (zoo)")
+    add("--batch", type=int, default=4)
+    add("--seq", type=int, default=2048)
+    jobs = max(1, min(10, (os.cpu_count() or 1) - 4))
+    add("--jobs", type=int, default=jobs, help="workers that compile side by side (zoo)")
+    add("--dry", action="store_true", help=argparse.SUPPRESS)  # tiny and on the CPU: a rehearsal
     return parser.parse_args()
 
 
@@ -58,12 +65,13 @@ def number(value, form: str) -> str:
 class Worker:
     """A process that measures tasks. One that crashes or hangs costs its task, not the run."""
 
-    def __init__(self, setup):
+    def __init__(self, work, args):
         from bench_zoo import serve
 
+        log = str(args.out / "workers.log") if args.out else os.devnull
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, setup), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, work, log), daemon=True)
         self.process.start()
         theirs.close()  # so that its end is seen here
 
@@ -83,13 +91,13 @@ class Zoo:
     """The zoo's tasks, given to workers, and the rows that come back."""
 
     def __init__(self, args, folder: str):
-        from bench_zoo import Setup, Task
+        from bench_zoo import Setup, Task, measured
         from zoo import programs
 
         self.args, self.end = args, time.time() + args.seconds
         dim, heads = (64, 4) if args.dry else (2048, args.heads)
-        log = args.out / "workers.log" if args.out else os.devnull
-        self.setup = Setup(dim, heads, args.batch, args.seq, f"{folder}/lock", str(log), args.dry)
+        setup = Setup(dim, heads, args.batch, args.seq, f"{folder}/lock", args.dry)
+        self.work = functools.partial(measured, setup)
         dtypes = [args.dtype] if args.dtype else ["bf16", "fp16"]
         chosen = [p for p in programs() if args.only in p.name or args.only in p.family]
         self.tasks = deque(
@@ -119,7 +127,7 @@ class Zoo:
                 task = self.tasks.popleft()
             except IndexError:
                 break
-            worker = worker or Worker(self.setup)
+            worker = worker or Worker(self.work, self.args)
             row = worker.ask(task, min(TASK_SECONDS, self.end + 20 - time.time()))
             if row is None:
                 row, worker = {"note": f"{task.part}: crashed, or took too long"}, None
@@ -130,52 +138,57 @@ class Zoo:
             worker.process.kill()
 
     def _add(self, task, new: dict):
+        key = (task.program, task.dtype)
         with self.lock:
-            row = self.rows.setdefault((task.program, task.dtype), {"dtype": task.dtype, "program": task.program})
+            row = self.rows.setdefault(key, {"dtype": task.dtype, "program": task.program})
             notes = "; ".join(filter(None, (row.get("note"), new.get("note"))))
             row |= new | {"note": notes}
             show_zoo(row)
-            save(self.args, ZOO, list(self.rows.values()))
+            save(self.args, list(self.rows.values()))
 
 
 def show_zoo(row: dict):
     verdict = {True: "ok", False: "FAILED", None: "-"}[row.get("ok")]
     error = f"{number(row.get('error'), '.1e')} ({number(row.get('eager_error'), '.1e')})"
     memory = f"{number(row.get('mib'), '.0f')} ({number(row.get('eager_mib'), '.0f')})"
-    times = [f"{name} {number(row.get(f'{name}_ms'), '.3f'):>7}" for name in ("eager", "compile", "flex")]
     size = f"{row.get('batch')}x{row.get('q')}x{row.get('kv')}"
-    print(
-        f"{row['dtype']} {row['program']:28} {size:12} {verdict:6} error {error:19} MiB {memory:13}"
-        f" ms {number(row.get('ms'), '.3f'):>7} {' '.join(times)}  {row['note']}",
-        flush=True,
-    )
+    parts = [f"{row['dtype']} {row['program']:28} {size:12} {verdict:6}"]
+    parts += [f"error {error:19} MiB {memory:13} ms {number(row.get('ms'), '.3f'):>7}"]
+    parts += [f"{p} {number(row.get(f'{p}_ms'), '.3f'):>7}" for p in ("eager", "compile", "flex")]
+    print(*parts, row["note"], flush=True)
 
 
 def summary(rows: list[dict]):
-    counts = {text: sum(row.get("ok") is ok for row in rows) for text, ok in (("ok", True), ("failed", False))}
-    print(f"{len(rows)} rows: {counts['ok']} ok, {counts['failed']} failed, the others have nothing fused")
-    for peer in ("eager", "compile", "flex"):
-        ratios = [row[f"{peer}_ms"] / row["ms"] for row in rows if row.get("ms") and row.get(f"{peer}_ms")]
-        if ratios:
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-            print(f"speed over {peer}: geometric mean {mean:.2f}, least {min(ratios):.2f}, {len(ratios)} rows")
+    right, wrong = (sum(row.get("ok") is ok for row in rows) for ok in (True, False))
+    print(f"{len(rows)} rows: {right} ok, {wrong} failed, the others have nothing fused")
+    for peer in ("eager_ms", "compile_ms", "flex_ms"):
+        logs = [math.log(r[peer] / r["ms"]) for r in rows if r.get("ms") and r.get(peer)]
+        if logs:
+            mean, least = math.exp(sum(logs) / len(logs)), math.exp(min(logs))
+            print(f"{peer} / ms: geometric mean {mean:.2f}, least {least:.2f}, {len(logs)} rows")
 
 
 def run_kernels(args) -> list[dict]:
-    from bench_kernels import VARIANTS, measured
+    from bench_kernels import VARIANTS, Task, measured
 
     end = time.time() + args.seconds
     cases = [(name, width) for name in VARIANTS if args.only in name for width in (128, 64)]
-    rows = []
+    rows, worker = [], None
     for done, (name, width) in enumerate(cases):
         share = (end - time.time()) / (len(cases) - done)
         if share < 5:
             print(f"time is up: {len(cases) - done} rows left out, from {name} {width}", flush=True)
             break
+        dtype = args.dtype or "bf16"
         # The sweep gives way: the peers of a row take about 15 seconds.
-        rows.append(measured(name, width, args.dtype or "bf16", share - 15, args.hand, args.dry))
+        task = Task(name, width, dtype, share - 15, args.hand, args.dry)
+        worker = worker or Worker(measured, args)
+        new = worker.ask(task, min(share + TASK_SECONDS, end + 20 - time.time()))
+        if new is None:
+            new, worker = {"note": "crashed, or took too long"}, None
+        rows.append({"variant": name, "head_dim": width, "dtype": dtype} | new)
         show_kernel(rows[-1])
-        save(args, KERNELS, rows)
+        save(args, rows)
     return rows
 
 
@@ -186,10 +199,11 @@ def show_kernel(row: dict):
         parts.append(f"{part} {number(row.get(part), '5.0f')} {tile:16}".rstrip())
     if row.get("best"):
         parts += [f"best/{p} {row['best'] / row[p]:.2f}" for p in ("hand", "flex") if row.get(p)]
-    print("  ".join([*parts, f"error {number(row.get('error'), '.1e')}", row.get("note", "")]), flush=True)
+    parts += [f"error {number(row.get('error'), '.1e')}", row.get("note", "")]
+    print("  ".join(parts), flush=True)
 
 
-def save(args, fields: list[str], rows: list[dict]):
+def save(args, rows: list[dict]):
     """After every row: whoever stops the run early keeps what there is."""
     if args.out is None:
         return
@@ -198,10 +212,11 @@ def save(args, fields: list[str], rows: list[dict]):
 
     name = "kernels" if args.kernels else "zoo"
     gpu = "none" if args.dry else torch.cuda.get_device_name()
-    told = dict(gpu=gpu, torch=torch.__version__, triton=triton.__version__, arguments=sys.argv[1:], rows=rows)
+    told = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__}
+    told |= {"arguments": sys.argv[1:], "rows": rows}
     (args.out / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
     with open(args.out / f"{name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, fields, extrasaction="ignore")
+        writer = csv.DictWriter(file, FIELDS[name].split(), extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
 

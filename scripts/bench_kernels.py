@@ -1,4 +1,4 @@
-"""Emitted kernels alone, swept over tiles, beside FlexAttention and hand-written kernels. `bench.py --kernels` calls it."""
+"""For `bench.py --kernels`: emitted kernels alone, swept over tiles, beside FlexAttention and hand-written ones."""
 
 from __future__ import annotations
 
@@ -83,7 +83,10 @@ def _flex_functions(case: Case):
         return lambda s, b, h, i, j: s + slopes[h] * (j - i), None
     if case.name == "document":
         return None, lambda b, h, i, j: (ids[i] == ids[j]) & (i >= j)
-    return score and (lambda s, b, h, i, j: score(s, i, j)), mask and (lambda b, h, i, j: mask(i, j, None))
+    of_score, of_mask = (lambda s, b, h, i, j: score(s, i, j)), (
+        lambda b, h, i, j: mask(i, j, None)
+    )
+    return score and of_score, mask and of_mask
 
 
 class Case:
@@ -94,14 +97,16 @@ class Case:
         batch, self.length, width = (1, 64, 2 * head_dim) if dry else (BATCH, LENGTH, WIDTH)
         self.heads = width // head_dim
         self.dtype = DTYPES[dtype]
-        draw = torch.Generator(self.device).manual_seed(0)
-        shape = (batch, self.heads, self.length, head_dim)
-        self.qkv = [torch.randn(shape, generator=draw, device=self.device).to(self.dtype) for _ in range(3)]
+        torch.manual_seed(0)
+        q = torch.empty(
+            batch, self.heads, self.length, head_dim, device=self.device, dtype=self.dtype
+        )
+        self.qkv = [torch.randn_like(q) for _ in range(3)]
         self.ids = _document_ids(self.length).to(self.device)
         self.inputs = [*self.qkv, self.ids] if name == "document" else self.qkv
         self.module = Attention(self.variant.score, self.variant.mask)
         self.work = 4 * batch * self.heads * self.length**2 * head_dim * self._attended()
-        one = [x[:1].float() for x in self.qkv]  # a batch of one: the whole one's scores in fp32 are 4 GiB
+        one = [x[:1].float() for x in self.qkv]  # the scores of all would be gigabytes in fp32
         self.exact = self.module(*one, *self.inputs[3:])
 
     def _attended(self) -> float:
@@ -131,7 +136,7 @@ class Emitted:
     def __init__(self, case: Case, folder: str):
         result = rewrite(case.module, tuple(case.inputs), out=folder)
         if len(result.report["chains"]) != 1:
-            raise RuntimeError(f"{len(result.report['chains'])} chains; not fused: {result.report['unfused']}")
+            raise RuntimeError(f"not one chain; not fused: {result.report['unfused']}")
         (self.name,) = (Path(kernel).stem for kernel in result.report["chains"][0]["kernels"])
         package = import_package(Path(folder))
         self.file = importlib.import_module(f"{package.__name__}.kernels.{self.name}")
@@ -191,7 +196,7 @@ def emitted_row(row: Row, case: Case, seconds: float):
         row["error"] = case.error(kernel.out)
         row["default"], row["default_tile"] = case.tflops(kernel.run), _shown(kernel.config)
         with row.step("compiling side by side"):
-            kernel.compile_all(SWEEP)
+            kernel.compile_all(SWEEP if seconds > 5 else ())
         row["sweep"], row["failed"] = [], {}
         for tile in SWEEP:
             if time.time() > end:
@@ -252,21 +257,32 @@ def _hand_call(ceiling, case: Case, out, tile: tuple):
         q, k, v = (tiles(t, b) for t, b in zip(case.qkv, (rows, columns, columns), strict=True))
         ceiling.kern[(length // rows, batch * heads)](
             *(q, k, v, tiles(out, rows), case.ids, case.ids, case.ids, heads, length),
-            *(math.log2(math.e) / math.sqrt(dim),),
-            **dict(D=dim, BM=rows, BN=columns, MASK=mask, MODE=mode, PIPE=False, LAZY=False),
-            **dict(num_warps=warps, num_stages=stages),
+            *(math.log2(math.e) / math.sqrt(dim), dim, rows, columns, mask, mode, False, False),
+            num_warps=warps,
+            num_stages=stages,
         )
 
     return run
 
 
-def measured(name: str, head_dim: int, dtype: str, seconds: float, hand: str | None, dry: bool) -> Row:
-    """One row of the table. Never raises."""
-    row = Row(variant=name, head_dim=head_dim, dtype=dtype)
-    with torch.no_grad(), row.step("case"):
-        case = Case(name, head_dim, dtype, dry)
-        emitted_row(row, case, seconds)
+class Task(NamedTuple):
+    """One row of the table. `seconds`: for the sweep. `hand`: the folder of ceiling2.py."""
+
+    name: str
+    head_dim: int
+    dtype: str
+    seconds: float
+    hand: str | None
+    dry: bool
+
+
+def measured(task: Task) -> Row:
+    """Everything about one row. Never raises."""
+    row = Row()
+    with torch.no_grad(), row.step("inputs"):
+        case = Case(task.name, task.head_dim, task.dtype, task.dry)
+        emitted_row(row, case, task.seconds)
         flex_row(row, case)
-        if hand:
-            hand_row(row, case, hand)
+        if task.hand:
+            hand_row(row, case, task.hand)
     return row

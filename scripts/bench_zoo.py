@@ -23,19 +23,19 @@ from rewriter.api import rewrite
 from rewriter.check.numerics import compare, relative_error, run_float64
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-SCALES = dict(kv_heads=4, window=256, chunk=256, prefix=256, cap=30.0, kv_rank=512)
+SCALES = {"kv_heads": 4, "window": 256, "chunk": 256, "prefix": 256, "cap": 30.0, "kv_rank": 512}
 """Options at the size that models have them, for every program that takes them; the zoo's own suit tiny tests."""
 
 OPTIONS = {
-    "combo_gemma2": dict(head_dim=128),
-    "multi_query_einsum": dict(kv_heads=1),
-    "mla_absorbed": dict(kv_rank=256),  # the latent is a head dim here
-    "sliding_both_sides_sdpa": dict(window=128),
-    "dilated_remainder": dict(window=8),  # as `dilated_offsets`, whose predicate grows with it
-    "dilated_offsets": dict(window=8),
-    "cosine_swin_v2": dict(window=16),
-    "swin_window": dict(window=7),
-    "swin_shifted_block": dict(side=56, window=7),
+    "combo_gemma2": {"head_dim": 128},
+    "multi_query_einsum": {"kv_heads": 1},
+    "mla_absorbed": {"kv_rank": 256},  # the latent is a head dim here
+    "sliding_both_sides_sdpa": {"window": 128},
+    "dilated_remainder": {"window": 8},  # as `dilated_offsets`, whose predicate grows with it
+    "dilated_offsets": {"window": 8},
+    "cosine_swin_v2": {"window": 16},
+    "swin_window": {"window": 7},
+    "swin_shifted_block": {"side": 56, "window": 7},
 }
 SIZES = {  # where batch x S x S is not the size of the program: no batch, one head, fixed or unequal lengths
     "vanilla_matrices": Sizes(1, 8192),
@@ -64,7 +64,6 @@ class Setup:
     batch: int
     seq: int
     lock: str
-    log: str
     dry: bool = False
 
     @property
@@ -154,13 +153,13 @@ class Row(dict):
         self["note"] = "; ".join(filter(None, (self.get("note", ""), text)))
 
 
-def measured(task: Task, setup: Setup) -> Row:
+def measured(setup: Setup, task: Task) -> Row:
     """Everything about one task. Never raises."""
     row = Row()
     with row.step("build"), torch.no_grad():
         program = next(p for p in programs() if p.name == task.program)
         sizes = sizes_of(program, setup)
-        row |= dict(batch=sizes.batch, q=sizes.q, kv=sizes.keys)
+        row |= {"batch": sizes.batch, "q": sizes.q, "kv": sizes.keys}
         module, args = made(program, DTYPES[task.dtype], setup)
         if task.part == "rewritten":
             _rewritten(row, module, args, DTYPES[task.dtype], setup)
@@ -176,7 +175,8 @@ def _rewritten(row: Row, module, args: list, dtype: torch.dtype, setup: Setup):
         row["eager_mib"] = peak_mib(lambda: module(*args), device)
         row["eager_ms"] = timed(lambda: module(*args), device)
     row["ok"] = False  # until it is shown to be right
-    with tempfile.TemporaryDirectory() as folder, row.step("rewrite"), warnings.catch_warnings(record=True) as caught:
+    caught = warnings.catch_warnings(record=True)
+    with tempfile.TemporaryDirectory() as folder, row.step("rewrite"), caught as seen:
         warnings.simplefilter("always")
         # A copy: what is rewritten in place may be a part that a shallow copy shares.
         result = rewrite(copy.deepcopy(module), tuple(args), out=folder)
@@ -187,7 +187,7 @@ def _rewritten(row: Row, module, args: list, dtype: torch.dtype, setup: Setup):
             row["ok"] = None
             return
         out = result.module(*fresh(args))  # compiles; not under the lock
-        causes = [str(w.message) for w in caught if "original code" in str(w.message)]
+        causes = [str(w.message) for w in seen if "original code" in str(w.message)]
         if causes:
             row.note(causes[0])
             return
@@ -203,7 +203,7 @@ def _check(row: Row, out, module, args: list, dtype: torch.dtype):
         leaves = [tree_leaves(x) for x in (out, module(*fresh(args)), run_float64(module, args))]
         checks = [compare(*one, dtype) for one in zip(*leaves, strict=True)]
         worst = max(checks, key=lambda c: (not c.ok, c.error / (c.bound or 1.0)))
-        row |= dict(error=worst.error, eager_error=worst.eager_error, ok=worst.ok)
+        row |= {"error": worst.error, "eager_error": worst.eager_error, "ok": worst.ok}
         if worst.reason:
             row.note(worst.reason)
 
@@ -225,14 +225,15 @@ def _peers(row: Row, name: str, module, args: list, setup: Setup):
             row["flex_ms"] = timed(run, setup.device)
 
 
-def serve(connection, setup: Setup):
+def serve(connection, work, log: str):
     """A worker: tasks in, rows out. It ends when its GPU context is lost, which no call survives."""
-    log = os.open(setup.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 2)  # torch.export writes whole graphs there
+    os.dup2(
+        os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2
+    )  # torch.export writes graphs there
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with suppress(EOFError, KeyboardInterrupt, RuntimeError):
         while True:
-            connection.send(dict(measured(connection.recv(), setup)))
-            if not setup.dry:
+            connection.send(dict(work(connection.recv())))
+            if torch.cuda.is_initialized():
                 torch.cuda.synchronize()

@@ -43,7 +43,8 @@ def wheel_names(tmp_path_factory) -> set[str]:
 
 def test_the_wheel_holds_every_module_and_template(wheel_names):
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "rewriter").rglob("*.py")}
-    templates = {f"rewriter/templates/{path.name}" for path in (ROOT / "templates").glob("*.jinja")}
+    found = (path.relative_to(ROOT) for path in (ROOT / "templates").rglob("*.jinja"))
+    templates = {f"rewriter/{path}" for path in found}
     assert modules | templates | {"rewriter/templates/__init__.py"} <= wheel_names
 
 

@@ -6,7 +6,7 @@ microseconds. Which sizes are free is found by trying.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -14,10 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
-SHORT_BATCH, SHORT_LENGTH = (
-    2,
-    97,
-)  # for the interpreter: more than one tile each way, and no multiple of one
+# For the interpreter: more than one tile each way, and no whole number of tiles.
+SHORT_BATCH, SHORT_LENGTH = 2, 97
 
 
 def other_sizes(call: Call, fits: Callable[[Call], bool]) -> Call | None:
@@ -37,12 +35,20 @@ def short_sizes(call: Call, fits: Callable[[Call], bool]) -> Call | None:
 def _cut(
     call: Call, shorter: Callable[[int, bool], int], fits: Callable[[Call], bool]
 ) -> Call | None:
-    """Cuts one size after the other, each in every tensor that has it, and keeps what fits."""
+    """Cuts one size after the other and keeps what fits.
+
+    Each in every tensor that has it; or, where that does not fit (a length that is equal to the width by chance), in
+    one dimension of every tensor.
+    """
     found, batches = call, _batches(call)
+    rank = max((tensor.dim() for tensor in _tensors(call)), default=0)
     for size in _sizes(call):
         new = shorter(size, size in batches)
-        if new < size and fits(cut := _resized(found, size, new)):
-            found = cut
+        for dims in [range(rank), *([d] for d in range(rank))] if new < size else []:
+            cut = _resized(found, size, new, dims)
+            if shown_sizes(cut) != shown_sizes(found) and fits(cut):
+                found = cut
+                break
     return None if found is call else found
 
 
@@ -58,10 +64,13 @@ def _batches(call: Call) -> set[int]:
     return {tensor.shape[0] for tensor in _tensors(call) if tensor.dim() > 2}
 
 
-def _resized(call: Call, old: int, new: int) -> Call:
+def _resized(call: Call, old: int, new: int, dims: Iterable[int]) -> Call:
+    """Those of `dims` that are `old` long become `new` long."""
+
     def cut(tensor: Tensor) -> Tensor:
-        for dim, size in enumerate(tensor.shape):
-            tensor = tensor.narrow(dim, 0, new) if size == old else tensor
+        for dim in dims:
+            if dim < tensor.dim() and tensor.shape[dim] == old:
+                tensor = tensor.narrow(dim, 0, new)
         return tensor.clone()
 
     return tree_map_only(Tensor, cut, call)

@@ -14,6 +14,7 @@ from rewriter.derive.chain import Chain, Definition, Shift
 from rewriter.derive.factors import Product, Term, as_product, as_terms, cancelled, depends_on, has_refs, multiply, quotient
 from rewriter.derive.factors import split_mask, total, without_cast
 from rewriter.derive.normal import is_bilinear, normalise
+from rewriter.derive.prove import prove
 from rewriter.ir import TRUE, Apply, Axis, Const, Where, where, Node, Output, Program, Reduce, Ref, apply, const, fresh_axis
 from rewriter.ir import open_reduce, rebuild, substitute, walk, index
 
@@ -32,7 +33,7 @@ def derive(program: Program) -> Chain:
     if not builder.definitions:
         raise NotDerivable("no reduction is left over a stream")
     settled = tuple(replace(o, body=b) for o, b in zip(outputs, bodies))
-    return Chain(
+    chain = Chain(
         program.name,
         builder.stream,
         tuple(builder.definitions),
@@ -40,6 +41,10 @@ def derive(program: Program) -> Chain:
         tuple(dict.fromkeys(builder.notes)),
         program.origins,
     )
+    proof = prove(program, chain)
+    if not proof.ok:
+        raise NotDerivable(f"not proved: {proof.reason}")
+    return replace(chain, derivation=(*chain.derivation, str(proof)))
 
 
 def _aligned(outputs: tuple[Output, ...]) -> tuple[Output, ...]:

@@ -7,7 +7,7 @@ from rewriter.derive.splits import split_concatenations
 from rewriter.ir import FALSE, TRUE, Apply, Const, Load, Node, Reduce, apply, open_reduce, reduce, substitute, transform, walk
 from rewriter.ir.ops import MONOIDS
 
-UNROLL = 16
+UNROLL = 16  # elements of a reduction that is written out
 
 
 def normalise(node: Node) -> Node:

@@ -35,6 +35,11 @@ class Proof:
     cases: int
     reason: str = ""
 
+    def __str__(self) -> str:
+        if not self.cases:
+            return self.reason
+        return f"proved on {self.cases} random cases, stream in blocks and in halves"
+
 
 @dataclass(frozen=True)
 class Kind:

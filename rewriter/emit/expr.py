@@ -110,6 +110,8 @@ def _spelled(node: Apply, args: list[Text], axes: tuple[Axis, ...], helpers: set
             return Text(f"{operand(args[0], axes, 3)} != {operand(args[0], axes, 3)}", axes, 2)
         case "sign":
             return Text(f"({operand(args[0], axes, 3)} > 0).to(tl.float32) - ({operand(args[0], axes, 3)} < 0)", axes, 5)
+        case "round16":
+            return Text(f"{operand(args[0], axes, ATOM)}.to(tl.float16).to(tl.float32)", axes)
         case "tanh":
             return _helper("fast_tanh" if half else "tanh", args, axes, helpers)
         case "log1p":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -112,7 +113,7 @@ class _View:
             "offsets": [names.axes[a] for a in plan.features if a in self.writer.needs_offsets],
             "initial": self.writer.initial(),
             "prologue": _commented(self.writer.prologue.lines),
-            "loop": _commented(self.writer.loop.lines),
+            "segments": {k: _commented(v) for k, v in self.writer.segments.items()},
             "epilogue": _commented(self.writer.epilogue.lines),
             "config": plan.config,
             "arguments": self._arguments(),
@@ -156,6 +157,8 @@ class _View:
 
     def _constants(self) -> list[tuple[str, str]]:
         out = [("NEG_INF", 'float("-inf")')]
+        if any("LOG2E" in line.code for lines in self.writer.segments.values() for line in lines):
+            out.append(("LOG2E", repr(math.log2(math.e))))
         for axis in self.plan.grid:
             if isinstance(axis.extent, Const):
                 out.append((self.names.axes[axis].upper(), str(axis.extent.value)))
@@ -215,8 +218,16 @@ def _tuple(items: list[str]) -> str:
 
 def memory_order(value: torch.Tensor) -> list[int]:
     """Dimensions from the outermost to the innermost in memory."""
-    strides = [s.node.hint if isinstance(s, torch.SymInt) else s for s in value.stride()]
+    strides = [_typical(s) for s in value.stride()]
     return sorted(range(value.dim()), key=lambda d: (-strides[d], d))
+
+
+def _typical(size: torch.SymInt | int) -> int:
+    """A size as a number: the traced one, or any where tracing kept none."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return int(hint) if hint is not None else int(size.node.expr.subs({s: 64 for s in size.node.expr.free_symbols}))
 
 
 def _axes_doc(tensor: Tensor) -> str:

@@ -9,7 +9,7 @@ from rewriter.derive import Chain, Definition
 from rewriter.ir import Axis, Const, Node, Param, Tensor, walk
 from rewriter.plan import KernelPlan
 
-_RESERVED = set("tl triton torch pid acc alpha keep p s offs_m offs_n start_n m_new M N LOG2E NEG_INF range".split())
+_RESERVED = set("tl triton torch pid offs_m offs_n start_n m_new M N LOG2E full NEG_INF range".split())
 
 
 class Names:

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from rewriter.trace.calls import FILLS, call_name, reads_shape_only
+from rewriter.errors import RewriteError
 from rewriter.ir import Node, Param, walk
 from rewriter.ir.printer import show
 from rewriter.trace.sizes import from_sympy
@@ -21,6 +22,9 @@ _INFIX |= {"gt": ">", "ge": ">=", "__and__": "&", "__or__": "|", "bitwise_and": 
 _FUNCTIONAL = {"scaled_dot_product_attention", "linear", "silu", "gelu", "softplus", "elu", "leaky_relu", "pad"}
 _FUNCTIONAL |= {"layer_norm", "rms_norm", "group_norm", "relu6", "hardtanh", "mish"}
 _UNSAID = {"layout", "pin_memory", "memory_format"}
+
+
+INLINE = 64  # elements of a constant that is written into the source
 
 
 class TorchPrinter:
@@ -143,6 +147,8 @@ class TorchPrinter:
         """Any argument of a call as source text."""
         if isinstance(value, fx.Node):
             held = value.meta.get("val")
+            if "constant" in value.meta:
+                return self.constant(value.meta["constant"])
             return self.size(held) if isinstance(held, (torch.SymInt, int)) and not torch.is_tensor(held) else self.name_of(value)
         if isinstance(value, torch.SymInt):
             return self.size(value)
@@ -154,6 +160,13 @@ class TorchPrinter:
         if isinstance(value, float) and not math.isfinite(value):
             return f'float("{value}")'
         return str(value) if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)) else repr(value)
+
+    def constant(self, value: torch.Tensor) -> str:
+        """A tensor the program makes from numbers. Raises RewriteError where it is too long to write down."""
+        if value.numel() > INLINE:
+            raise RewriteError(f"a constant tensor of {value.numel()} elements made in forward")
+        text = re.sub(r"(-?)\b(inf|nan)\b", r'float("\1\2")', str(value.tolist()))
+        return f"torch.tensor({text}, dtype={value.dtype}, device={self.device})"
 
     def size(self, value: torch.SymInt | int) -> str:
         if isinstance(value, int):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from rewriter.derive import Definition
+from rewriter.lift.rounding import has_fill
 from rewriter.emit.expr import ATOM, NotEmittable, Text, apply_text, constant, operand, spread, spread_argument
 from rewriter.emit.names import Names, stride_name
 from rewriter.emit.origins import Origins
@@ -34,11 +35,16 @@ class Scope:
 
 
 class Writer:
-    """Fills `prologue`, `loop` and `epilogue`; the templates only lay them out."""
+    """Fills `prologue`, the `segments` of the loop and `epilogue`; the templates only lay them out.
+
+    Full tiles of the stream need no bounds; only the last one, where the stream does not fill it, has them.
+    """
 
     def __init__(self, plan: KernelPlan, names: Names, origins: Origins):
         self.plan, self.names, self.origins = plan, names, origins
         self.prologue, self.loop, self.epilogue = Scope(), Scope(), Scope()
+        self.segments: dict[str, list[Line]] = {}
+        self.in_tail = False
         self.helpers: set[str] = set()
         self.strides: dict[str, str] = {}
         self.half = plan.dtype is not torch.float32
@@ -48,12 +54,24 @@ class Writer:
         self.holders: dict[str, tuple[Node, Scope]] = {}
 
     def write(self) -> None:
+        for name in self.plan.segments:
+            self._write_segment(name)
+        for output, name in zip(self.plan.chain.outputs, self.names.outputs):
+            self._store(output, name)
+
+    def _write_segment(self, name: str) -> None:
+        """One form of the loop's body. Both use the same names, so that a reader sees what differs."""
+        taken, holders = set(self.names.taken), dict(self.holders)
+        known = set(self.prologue.known)
+        self.loop, self.in_tail = Scope(), name == "tail"
         for definition in self.plan.chain.definitions:
             self._accumulate(definition)
         for definition in self.plan.chain.definitions:
             self._advance(definition)
-        for output, name in zip(self.plan.chain.outputs, self.names.outputs):
-            self._store(output, name)
+        self.segments[name] = self.loop.lines
+        hoisted = {t.code for n, t in self.prologue.known.items() if n not in known}
+        self.names.taken = taken | {c for c in hoisted if c.isidentifier()}
+        self.holders = holders | {k: v for k, v in self.holders.items() if v[1] is self.prologue}
 
     # -- values ---------------------------------------------------------------------------------------------------
 
@@ -247,6 +265,8 @@ class Writer:
 
     def _fills(self, axis: Axis) -> bool:
         """True where a padded feature axis has no padding."""
+        if axis is self.plan.stream:
+            return not self.in_tail
         return axis in self.plan.features and self.plan.padded(axis) == axis.extent.value
 
     # -- arithmetic that is not pointwise -------------------------------------------------------------------------
@@ -283,18 +303,19 @@ class Writer:
         """Which positions of a tile take part: the stream's tail and the definition's predicate."""
         stream = self.plan.stream
         position, limit = self._position(stream), self.value(stream.extent, self.prologue)
+        inside = f"{spread(position, axes)} < {limit.tight(5)}"
         if definition.predicate is TRUE:
-            return f"{spread(position, axes)} < {limit.tight(5)}"
-        known = self.loop.known.get(definition.predicate)
-        predicate = known or self.value(definition.predicate, self.loop)
-        return f"({spread(position, axes)} < {limit.tight(5)}) & {self._conjunct(predicate, axes)}"
-
-    def _conjunct(self, text: Text, axes: tuple[Axis, ...]) -> str:
-        return operand(text, axes, 5) if text.axes == axes else f"({spread(text, axes)})"
+            return inside
+        predicate = self.value(definition.predicate, self.loop)
+        if not self.in_tail:
+            return spread_argument(predicate, axes)
+        return f"({inside}) & {operand(predicate, axes, 5)}"
 
     def _masked(self, node: Node, definition: Definition, neutral: str) -> Text:
         """`where(keep, node, neutral)`, written once for a node and a predicate."""
         key = Where(Apply("eq", (definition.predicate, TRUE), torch.bool), node, Const(neutral == "NEG_INF", torch.bool))
+        if definition.predicate is TRUE and not self.in_tail:
+            self.loop.known.setdefault(key, self._whole(node))
         if key not in self.loop.known:
             value = self.value(node, self.loop)
             predicate = self.value(definition.predicate, self.loop) if definition.predicate is not TRUE else Text("")
@@ -308,6 +329,15 @@ class Writer:
             self.holders[name] = (node, self.loop)
             self.loop.known[key] = Text(name, axes)
         return self.loop.known[key]
+
+    def _whole(self, node: Node) -> Text:
+        """A value that moves along the stream, as a variable or over the whole tile."""
+        text = self.value(node, self.loop)
+        if self.plan.stream in text.axes:
+            return text if text.code.isidentifier() else self._named(node, text, self.loop)
+        axes = self._joined([text, Text("", (self.plan.row,)), Text("", (self.plan.stream,))])
+        shape = self.shape(axes)
+        return Text(f"tl.broadcast_to({spread_argument(text, axes)}, {shape})" if text.axes else f"tl.full({shape}, {text.code}, tl.float32)", axes)
 
     def _accumulate(self, definition: Definition) -> None:
         if definition.op == "max":
@@ -370,7 +400,7 @@ class Writer:
             score = self._masked(shift.exponent, definition, "NEG_INF")
             phi = Text(self._settled(definition), self._phi_axes(definition))
             name = self.names.unique("p")
-            code = f"{name} = tl.exp({score.code} - {spread(phi, score.axes)})"
+            code = f"{name} = {self._exp(definition, score.code, spread(phi, score.axes))}"
             self.loop.lines.append(Line(code, self.shape(score.axes)))
             self.loop.known[key] = Text(name, score.axes)
         weight = self.loop.known[key]
@@ -382,6 +412,16 @@ class Writer:
         name = self.names.unique("w")
         self.loop.lines.append(Line(f"{name} = {code}", self.shape(axes)))
         return Text(name, axes)
+
+    def _exp(self, definition: Definition, exponent: str, shift: str) -> str:
+        """exp(exponent − shift); in base 2 the shift is scaled already and the difference is one fused multiply-add."""
+        if self._in_base_2(definition):
+            return f"tl.exp2({exponent} * LOG2E - {shift})"
+        return f"tl.exp({exponent} - {shift})"
+
+    def _in_base_2(self, definition: Definition) -> bool:
+        """16-bit programs whose exponents cannot be so large that LOG2E carries them over the range of fp32."""
+        return self.half and not has_fill(definition.shift.exponent, 1e30)
 
     def _phi_axes(self, definition: Definition) -> tuple[Axis, ...]:
         return self.tile(definition.shift.phi.free)
@@ -402,8 +442,9 @@ class Writer:
         if key not in self.loop.known:
             text = self._phi_text(definition, new=True)
             name = self.names.unique("shift")
+            scaled = f"{text.tight(6)} * LOG2E" if self._in_base_2(definition) else text.code
             self.loop.lines.append(
-                Line(f"{name} = tl.where({text.code} == NEG_INF, 0.0, {text.code})", self.shape(text.axes))
+                Line(f"{name} = tl.where({text.code} == NEG_INF, 0.0, {scaled})", self.shape(text.axes))
             )
             self.loop.known[key] = Text(name, text.axes)
         return self.loop.known[key].code
@@ -417,9 +458,8 @@ class Writer:
         if key not in self.loop.known:
             settled = self._settled(definition)
             old = self._phi_text(definition, new=False)
-            name = self.names.unique("alpha") if "alpha_taken" in self.names.taken else "alpha"
-            self.names.taken.add("alpha_taken")
-            self.loop.lines.append(Line(f"{name} = tl.exp({old.tight(5)} - {settled})", self.shape(old.axes)))
+            name = self.names.unique("alpha")
+            self.loop.lines.append(Line(f"{name} = {self._exp(definition, old.tight(6), settled)}", self.shape(old.axes)))
             self.loop.known[key] = Text(name, old.axes)
         alpha = self.loop.known[key]
         return f"{state} * {spread(alpha, self.tile(definition.axes))}"

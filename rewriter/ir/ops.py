@@ -63,6 +63,7 @@ OPS: dict[str, Op] = {
     "xor": Op(torch.logical_xor, "bool", "^"),
     "not": Op(torch.logical_not, "bool"),
     "cast": Op(lambda a: a),
+    "round16": Op(lambda a: a.to(torch.float16).to(a.dtype)),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from rewriter.ir import Load, Tensor
+from rewriter.ir import Load, Tensor, const
 from rewriter.lift import generators, pointwise, reductions, views  # noqa: F401  (they fill the registry)
 from rewriter.lift.registry import Context, rule_for
 from rewriter.trace.sizes import UnknownSize, shape_of
@@ -25,9 +25,12 @@ class LocalLift:
 
 
 def load_of(node: fx.Node) -> Lifted:
-    """The tensor a node holds, read where asked."""
+    """The tensor a node holds, read where asked; a constant of one element is that number."""
     value = node.meta["val"]
     axes = fresh_axes(shape_of(value))
+    constant = node.meta.get("constant")
+    if constant is not None and constant.numel() == 1:
+        return Lifted(axes, const(constant.item(), value.dtype))
     return Lifted(axes, Load(Tensor(node.name, shape_of(value), value.dtype), positions(axes)))
 
 

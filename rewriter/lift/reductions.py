@@ -206,7 +206,7 @@ def logsumexp(ctx: Context, x: Lifted, dim, keepdim: bool = False) -> Lifted:
 def scaled_dot_product_attention(
     ctx: Context, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
 ) -> Lifted:
-    """softmax(q k^T · scale + mask) v, with torch's zeros for rows that are masked throughout."""
+    """softmax(q k^T · scale + mask) v in fp32 inside, with torch's zeros for rows that are masked throughout."""
     if dropout_p:
         raise NotLiftable("dropout: random draws stay eager")
     axes = fresh_axes(ctx.shape)
@@ -223,11 +223,11 @@ def scaled_dot_product_attention(
     else:
         scale = const(float(scale), query.dtype)
     s = _mul(reduce("sum", (d,), _mul(query, key)), scale)
-    s = _masked(s, attn_mask, is_causal, (*lead, m, index(n)))
+    s = _masked(cast(s, torch.float32), attn_mask, is_causal, (*lead, m, index(n)))
     top, weight = _stable(s, (n,))
     value = broadcast_at(v, (*kv_lead, index(n), e))
     total = reduce("sum", (n,), weight)
-    out = reduce("sum", (n,), _mul(apply("div", weight, total), value))
+    out = cast(reduce("sum", (n,), _mul(apply("div", weight, total), value)), ctx.dtype)
     empty = apply("eq", top, const(-math.inf, top.dtype))
     never_empty = attn_mask is None  # causal rows always see column 0
     return Lifted(axes, out if never_empty else where(empty, const(0, out.dtype), out))
@@ -241,4 +241,4 @@ def _masked(s: Node, mask: Lifted | None, is_causal: bool, at: tuple[Node, ...])
     value = broadcast_at(mask, at)
     if value.dtype is torch.bool:
         return where(value, s, const(-math.inf, s.dtype))
-    return apply("add", s, value)
+    return apply("add", s, cast(value, s.dtype))

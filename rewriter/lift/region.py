@@ -10,6 +10,7 @@ from torch import fx
 from rewriter.errors import Reason, Site
 from rewriter.ir import Load, Node, Origin, Output, Program, Reduce, index, transform, walk
 from rewriter.lift.local import LocalLift, lift_locally, load_of
+from rewriter.lift.rounding import with_absorption
 from rewriter.lift.tags import Tags, covers, sources, tag
 from rewriter.lift.values import Lifted
 from rewriter.trace import TracedModule
@@ -125,7 +126,7 @@ class _Cutter:
         return Region(program, tuple(outputs), inputs, inside - set(inputs), wide, display, tentative)
 
     def _output(self, node: fx.Node, value: Lifted) -> Output:
-        return Output(self.names.get(node, node.name), value.axes, value.body, node.meta["val"].dtype)
+        return Output(self.names.get(node, node.name), value.axes, with_absorption(value.body), node.meta["val"].dtype)
 
     def _grown(self, roots: list[fx.Node]) -> list[fx.Node]:
         """Follows pointwise ops and views that join several results of the region: `acc / l[:, None]`."""

@@ -28,7 +28,7 @@ class Forward:
 class ForwardPrinter:
     """Prints a traced module with its chains replaced by kernel calls."""
 
-    def __init__(self, traced: TracedModule, kernels: list[KernelFile], regions, leaf_text: dict[str, str], attribute_text):
+    def __init__(self, traced: TracedModule, kernels: list[KernelFile], regions, leaf_text: dict[str, str]):
         self.traced = traced
         self.units = units_of(traced, regions)
         self.kernels = dict(zip((r.program.name for r in regions), kernels))
@@ -44,7 +44,8 @@ class ForwardPrinter:
         for name, text in leaf_text.items():
             self.variables.adopt(traced.placeholders[name], text)
         for name, attribute in traced.attributes.items():
-            self.variables.adopt(traced.placeholders[name], attribute_text(attribute))
+            if attribute.path not in traced.constants:
+                self.variables.adopt(traced.placeholders[name], attribute_path(attribute.path))
 
     def print(self) -> Forward:
         output = next(n for n in self.traced.graph.nodes if n.op == "output")
@@ -77,6 +78,8 @@ class ForwardPrinter:
     def _name(self, node: fx.Node) -> str:
         if node in self.variables.names:
             return self.variables.of(node)
+        if "constant" in node.meta:
+            return self.printer.constant(node.meta["constant"])
         unit = self.units[node]
         text = self._expression(unit)
         return text if self._binds_tightly(unit) else f"({text})"

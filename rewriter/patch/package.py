@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from rewriter.emit import KernelFile, render
-from rewriter.errors import RewriteError
 from rewriter.lift import Region
 from rewriter.patch.forward import ForwardPrinter, attribute_path
 from rewriter.patch.guards import guards_of
 from rewriter.patch.signature import signature_of
-from rewriter.trace import Attribute, TracedModule
-
-INLINE_CONSTANT = 64
-
+from rewriter.trace import TracedModule
 
 @dataclass(frozen=True)
 class Patched:
@@ -29,7 +24,7 @@ class Patched:
 def patch(traced: TracedModule, regions: tuple[Region, ...], kernels: list[KernelFile], title: str) -> Patched:
     """The text of `module.py`. Raises RewriteError where the forward cannot be written down."""
     signature = signature_of(traced)
-    printer = ForwardPrinter(traced, kernels, regions, signature.leaves, lambda a: _attribute_text(traced, a))
+    printer = ForwardPrinter(traced, kernels, regions, signature.leaves)
     forward = printer.print()
     is_module = isinstance(traced.module, nn.Module)
     name = type(traced.module).__name__ if is_module else traced.module.__name__
@@ -46,16 +41,3 @@ def patch(traced: TracedModule, regions: tuple[Region, ...], kernels: list[Kerne
         qualified=f"{type(traced.module).__qualname__}" if is_module else name,
     )
     return Patched(name, text)
-
-
-def _attribute_text(traced: TracedModule, attribute: Attribute) -> str:
-    value = traced.constants.get(attribute.path)
-    if value is None:
-        return attribute_path(attribute.path)
-    if value.numel() > INLINE_CONSTANT:
-        raise RewriteError(f"a constant tensor of {value.numel()} elements made in forward")
-    return f"torch.tensor({_listed(value)}, dtype={value.dtype})"
-
-
-def _listed(value: torch.Tensor) -> str:
-    return str(value.tolist()).replace("-inf", 'float("-inf")').replace(" inf", ' float("inf")').replace("nan", 'float("nan")')

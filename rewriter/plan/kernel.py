@@ -49,6 +49,15 @@ class KernelPlan:
         return padded(axis)
 
     @property
+    def segments(self) -> tuple[str, ...]:
+        """Forms of the loop's body: 'full' tiles, and a 'tail' where the stream may not fill its last tile."""
+        extent = self.stream.extent
+        if not isinstance(extent, Const):
+            return ("full", "tail")
+        full, rest = divmod(int(extent.value), self.config.block_n)
+        return (("full",) if full else ()) + (("tail",) if rest else ())
+
+    @property
     def tile_axes(self) -> tuple[Axis, ...]:
         """In the order of a tile's dimensions."""
         return (self.row, self.stream, *self.features)

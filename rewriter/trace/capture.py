@@ -103,6 +103,8 @@ def capture(
         **{p: Attribute(path, False) for p, path in signature.inputs_to_lifted_tensor_constants.items()},
     }
     constants = {path: program.constants[path] for path in signature.inputs_to_lifted_tensor_constants.values()}
+    for name, path in signature.inputs_to_lifted_tensor_constants.items():
+        next(n for n in graph.nodes if n.name == name).meta["constant"] = program.constants[path]
     _refuse_mutation(signature)
     return TracedModule(
         module,

@@ -1,0 +1,71 @@
+"""What every program of the zoo is held to, wherever it runs."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from zoo import Program, Sizes
+
+from rewriter.api import Rewrite, rewrite
+from rewriter.check.numerics import compare, run_float64
+
+
+class NothingWide(TorchDispatchMode):
+    """Fails where an eager op makes a tensor with rows and stream among its dimensions that is not an input or output."""
+
+    def __init__(self, rows: int, stream: int, allowed: set[tuple[int, ...]]):
+        super().__init__()
+        self.wide, self.allowed = sorted((rows, stream)), allowed
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(out):
+            if torch.is_tensor(leaf) and not leaf._is_view() and self._is_wide(leaf):
+                raise AssertionError(f"{func} wrote {tuple(leaf.shape)}")
+        return out
+
+    def _is_wide(self, value: torch.Tensor) -> bool:
+        shape = list(value.shape)
+        if tuple(shape) in self.allowed:
+            return False
+        for size in self.wide:
+            if size not in shape:
+                return False
+            shape.remove(size)
+        return True
+
+
+def at_dtype(values: Any, dtype: torch.dtype) -> Any:
+    """Floating tensors among `values` as `dtype`."""
+    return pytree.tree_map(lambda t: t.to(dtype) if torch.is_tensor(t) and t.is_floating_point() else t, values)
+
+
+def built(program: Program, dtype: torch.dtype):
+    model = program.build()
+    return model.to(dtype) if isinstance(model, nn.Module) else model
+
+
+def rewritten(program: Program, model, dtype: torch.dtype) -> Rewrite:
+    return rewrite(model, at_dtype(program.inputs(program.traced, model), dtype))
+
+
+def check_at(program: Program, model, result: Rewrite, sizes: Sizes, dtype: torch.dtype) -> None:
+    """The drop-in at other sizes: right, by its kernels, and without writing anything wide."""
+    args = at_dtype(program.inputs(sizes, model), dtype)
+    allowed = {tuple(t.shape) for t in pytree.tree_leaves(args) if torch.is_tensor(t)}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*runs its original code.*")
+        with NothingWide(sizes.q, sizes.keys, allowed) if min(sizes.q, sizes.keys) > 16 else torch.no_grad():
+            out = result.module(*args)
+        eager = model(*args)
+    reference = run_float64(model, args)
+    leaves = [pytree.tree_leaves(x) for x in (out, eager, reference)]
+    assert len(leaves[0]) == len(leaves[1])
+    for got, own, ref in zip(*leaves):
+        verdict = compare(got, own, ref, dtype)
+        assert verdict.ok, f"{sizes}: {verdict.reason}"
