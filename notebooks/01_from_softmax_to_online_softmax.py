@@ -5,6 +5,7 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -14,16 +15,17 @@
 # %% [markdown]
 # # From softmax to online softmax
 #
-# Attention needs a softmax over every key, and a softmax needs a maximum and a sum over every key before it can give its
-# first weight. Written down naively that is three sweeps over a matrix of scores that nobody wants to store. The *online*
-# form does it in one sweep, with a few numbers per row to remember.
+# Attention needs a softmax over every key, and a softmax needs a maximum and a sum over every key before it
+# can give its first weight. Written down naively that is three sweeps over a matrix of scores that nobody
+# wants to store. The *online* form does it in one sweep, with a few numbers per row to remember.
 #
-# Textbooks invent the online form. Here it is **derived**: we start from plain PyTorch and walk through the stages of the
-# rewriter one at a time, printing what each of them hands to the next.
+# Textbooks invent the online form. Here it is **derived**: we start from plain PyTorch and walk through the
+# stages of the rewriter one at a time, printing what each of them hands to the next.
 #
 #     trace → lift → derive → plan → emit → check
 #
-# Everything runs on a CPU: Triton's interpreter, chosen before Triton is imported, runs the kernel at the end.
+# Everything runs on a CPU: Triton's interpreter, chosen before Triton is imported, runs the kernel at the
+# end.
 
 # %%
 import os
@@ -51,9 +53,9 @@ from rewriter.trace import capture
 # %% [markdown]
 # ## The program
 #
-# Causal attention whose scores are pressed into (-20, 20) by a tanh, as one would write it without a thought for speed.
-# Three tensors as wide as rows × keys come into being: the scores, the mask and the weights. The head dimensions differ
-# (16 for queries and keys, 32 for values) only to keep their letters apart below.
+# Causal attention whose scores are pressed into (-20, 20) by a tanh, as one would write it without a thought
+# for speed. Three tensors as wide as rows × keys come into being: the scores, the mask and the weights. The
+# head dimensions differ (16 for queries and keys, 32 for values) only to keep their letters apart below.
 
 
 # %%
@@ -73,8 +75,8 @@ plain = SoftcapCausal()(q.double(), k.double(), v.double())
 # %% [markdown]
 # ## Trace
 #
-# `capture` turns the module into a graph of ATen calls. Nothing is decomposed (softmax is still one node), and every size
-# is a symbol: the 70 above is an example, no constant.
+# `capture` turns the module into a graph of ATen calls. Nothing is decomposed (softmax is still one node),
+# and every size is a symbol: the 70 above is an example, no constant.
 
 # %%
 traced = capture(SoftcapCausal(), (q, k, v), {})
@@ -83,36 +85,40 @@ print(traced.graph)
 # %% [markdown]
 # ## Lift
 #
-# A graph of tensors says *which calls were made*; to reorder reductions we need *what they mean*. `lift` finds the part of
-# the graph that is wide, and writes each of its results as a function from positions to a scalar. Views, masks from
-# positions and broadcasting are gone: they were only ever ways to say which index goes where. The mask, for one, is now
-# the comparison of two positions.
+# A graph of tensors says *which calls were made*; to reorder reductions we need *what they mean*. `lift`
+# finds the part of the graph that is wide, and writes each of its results as a function from positions to a
+# scalar. Views, masks from positions and broadcasting are gone: they were only ever ways to say which index
+# goes where. The mask, for one, is now the comparison of two positions.
 
 # %%
 region = lift(traced).regions[0]
-print(textwrap.fill(show_program(region.program), 110))
+notation = show_program(region.program)
+print(textwrap.fill(notation, 110))
 
 # %% [markdown]
-# The names are canonical: axes that a reduction binds are numbered by how deep it nests, so that two reductions that
-# mean the same print the same. In fact they *are* the same, since equal nodes are one object. The maximum occurs twice
-# above, in the numerator and in the denominator; there is one `max` node.
+# The names are canonical: axes that a reduction binds are numbered by how deep it nests, so that two
+# reductions that mean the same print the same. In fact they *are* the same, since equal nodes are one object.
+# The maximum is printed twice, in the numerator and in the denominator, but there is one of it.
 
 # %%
-nodes = list(walk(region.program.outputs[0].body))
-reductions = [n for n in nodes if isinstance(n, Reduce)]
-print(len(nodes), "nodes, the reductions among them:", *(n.op for n in reductions))
+maxima = [
+    n for n in walk(region.program.outputs[0].body) if isinstance(n, Reduce) and n.op == "max"
+]
+print("printed:", notation.count("max_"), "nodes:", len(maxima))
 
 # %% [markdown]
-# For people, letters are better. Two helpers: one names axes by what they range over (the number is the depth of the
-# reduction that binds it), the other abbreviates the score by `s`.
+# For people, letters are better. Two helpers: one names axes by what they range over (the number is the depth
+# of the reduction that binds it), the other abbreviates the score by `s`.
 
 
 # %%
 def letters(program, *extra):
     """A letter for every axis of a program and of `extra`, by its extent."""
     shape = {t.name: t.shape for t in program.tensors}
-    letter = dict(zip((*shape["q"], *shape["v"][1:]), "bmdne"))
-    bound = [a for o in program.outputs for n in walk(o.body) if isinstance(n, Reduce) for a in n.axes]
+    letter = dict(zip((*shape["q"], *shape["v"][1:]), "bmdne", strict=True))
+    bound = [
+        a for o in program.outputs for n in walk(o.body) if isinstance(n, Reduce) for a in n.axes
+    ]
     names = {a: letter[a.extent] + a.name[1] for a in bound}
     names |= {a: "d" for a in bound if letter[a.extent] == "d"}
     return names | {a: letter[a.extent] for a in (*program.outputs[0].axes, *extra)}
@@ -125,16 +131,22 @@ def short(text):
 
 
 (output,) = region.program.outputs
-print(short(show_output(output, letters(region.program))))
+print(textwrap.fill(short(show_output(output, letters(region.program))), 110))
 
 # %% [markdown]
-# This is attention in one line: three reductions over keys, of which the second needs the result of the first and the
-# third those of both. The line is not a picture of the program but *is* the program: a reference evaluator runs it.
+# This is attention in one line: three reductions over keys, of which the second needs the result of the first
+# and the third those of both. The line is not a picture of the program but *is* the program: a reference
+# evaluator runs it.
 
 # %%
 tensors = {"q": q, "k": k, "v": v}
 shapes = [(t.shape, tensors[t.name].shape) for t in region.program.tensors]
-sizes = {s.name: n for shape, real in shapes for s, n in zip(shape, real) if isinstance(s, Param)}
+sizes = {
+    s.name: n
+    for shape, real in shapes
+    for s, n in zip(shape, real, strict=True)
+    if isinstance(s, Param)
+}
 meant = evaluate(region.program, tensors, sizes)[output.name]
 print("index notation against eager, both in float64:", f"{(meant - plain).abs().max():.0e}")
 assert torch.allclose(meant, plain, rtol=1e-9)
@@ -142,8 +154,8 @@ assert torch.allclose(meant, plain, rtol=1e-9)
 # %% [markdown]
 # ## Derive
 #
-# `derive` brings the program into a *chain*: definitions that each reduce over the one stream `n`, and outputs computed
-# from their final values.
+# `derive` brings the program into a *chain*: definitions that each reduce over the one stream `n`, and
+# outputs computed from their final values.
 
 # %%
 chain = derive(region.program)
@@ -155,9 +167,9 @@ print(short(show_output(chain.outputs[0], names)))
 # %% [markdown]
 # Four lines, and three things have happened.
 #
-# **1. The mask left the score.** `where(m < n, -inf, s)` became a predicate of the reductions: `n <= m` stands beside
-# `n`, and says which elements there are. A maximum ignores -inf and a sum ignores exp(-inf), so nothing changes; but a
-# predicate can be reasoned about, and what it excludes need never be computed.
+# **1. The mask left the score.** `where(m < n, -inf, s)` became a predicate of the reductions: `n <= m`
+# stands beside `n`, and says which elements there are. A maximum ignores -inf and a sum ignores exp(-inf), so
+# nothing changes; but a predicate can be reasoned about, and what it excludes need never be computed.
 
 # %%
 for definition in chain.definitions:
@@ -168,10 +180,12 @@ for definition in chain.definitions:
 #
 #     sum_n (w[n] / l) * v[n]  =  (sum_n w[n] * v[n]) / l
 #
-# and the sum over values no longer waits for the sum of weights. It is one division per output now, not one per score.
+# and the sum over values no longer waits for the sum of weights. It is one division per output now, not one
+# per score.
 #
-# **3. What is left to wait for became a shift.** Both sums read the maximum inside an exponential, `exp(s - max_0)`.
-# Deriving splits their bodies into `exp(exponent - Φ) · rest`, where Φ is all that depends on an earlier reduction.
+# **3. What is left to wait for became a shift.** Both sums read the maximum inside an exponential, `exp(s -
+# max_0)`. Deriving splits their bodies into `exp(exponent - Φ) · rest`, where Φ is all that depends on an
+# earlier reduction.
 
 # %%
 for definition in chain.definitions[1:]:
@@ -180,29 +194,32 @@ for definition in chain.definitions[1:]:
     print(f"{definition.name}: exponent = {short(exponent)}, Φ = {phi}, rest = {rest}")
 
 # %% [markdown]
-# Halfway through the keys the maximum is provisional, and the sums were made with a Φ that may prove too small. The
-# exponential forgives this: exp(x - new) = exp(x - old) · exp(old - new), whatever x was. A finished sum can be *moved*
-# from the old Φ to the new one by a single factor,
+# Halfway through the keys the maximum is provisional, and the sums were made with a Φ that may prove too
+# small. The exponential forgives this: exp(x - new) = exp(x - old) · exp(old - new), whatever x was. A
+# finished sum can be *moved* from the old Φ to the new one by a single factor,
 #
 #     T(old → new) = exp(Φ(old) - Φ(new))
 #
 # without another look at its terms. This is what makes one sweep enough.
 #
-# A formula is not yet a proof. The derivation carries its reasons: that Φ is at least every exponent seen so far, so that
-# no exponential overflows on the way; and that the chain, run block by block and in two merged halves, agrees with the
-# program on random values. What is not proved is not used.
+# A formula is not yet a proof. The derivation carries its reasons: that Φ is at least every exponent seen so
+# far, so that no exponential overflows on the way; and that the chain, run block by block and in two merged
+# halves, agrees with the program on random values. What is not proved is not used.
 
 # %%
 for reason in chain.derivation:
-    print("-", textwrap.fill(re.sub(r"i%\d+", lambda i: {a.name: n for a, n in names.items()}[i[0]], reason), 100))
+    for axis, letter in names.items():
+        reason = reason.replace(axis.name, letter)
+    print("-", reason)
 
 # %% [markdown]
 # ### Why T(-inf → x) has to be total
 #
-# Before its first key, a row has seen nothing: its maximum is -inf and its sums are 0. There T(-inf → x) = exp(-inf - x)
-# is 0, and 0 · 0 = 0 is what an empty state should contribute. The trap is T(-inf → -inf), for a row whose keys so far
-# are *all* masked: exp(-inf + inf) is NaN, and NaN would stay to the end. The same holds for the weights, exp(s - Φ).
-# So Φ counts as 0 while it is -inf (it is *settled*), which makes T defined everywhere.
+# Before its first key, a row has seen nothing: its maximum is -inf and its sums are 0. There T(-inf → x) =
+# exp(-inf - x) is 0, and 0 · 0 = 0 is what an empty state should contribute. The trap is T(-inf → -inf), for
+# a row whose keys so far are *all* masked: exp(-inf + inf) is NaN, and NaN would stay to the end. The same
+# holds for the weights, exp(s - Φ). So Φ counts as 0 while it is -inf (it is *settled*), which makes T
+# defined everywhere.
 
 
 # %%
@@ -221,19 +238,24 @@ for a, b, c in itertools.combinations_with_replacement(points, 3):
     assert torch.allclose(T(a, b) * T(b, c), T(a, c))
 
 # %% [markdown]
-# The loop at the end checks that T composes: going from a to b and on to c is the same as going from a to c. So it does
-# not matter into how many blocks the stream is cut. And as the only state with Φ = -inf is the empty one, whose sums are
-# 0, it does no harm that T(-inf → -inf) is 0 rather than 1.
+# The loop at the end checks that T composes: going from a to b and on to c is the same as going from a to c.
+# So it does not matter into how many blocks the stream is cut. And as the only state with Φ = -inf is the
+# empty one, whose sums are 0, it does no harm that T(-inf → -inf) is 0 rather than 1. A row that never sees a
+# key ends as 0 / 0, which is NaN, as softmax makes it.
 #
 # ### By hand
 #
-# The chain in a few lines of torch, `width` keys at a time. The state is `max_0`, `sum_1` and `sum_2`; no tensor is wider
-# than a block.
+# The chain in a few lines of torch, `width` keys at a time. The state is `max_0`, `sum_1` and `sum_2`; no
+# tensor is wider than a block.
 
 
 # %%
 def empty(q, v):
-    return torch.full_like(q[..., 0], -math.inf), torch.zeros_like(q[..., 0]), q.new_zeros(*q.shape[:2], v.shape[2])
+    return (
+        torch.full_like(q[..., 0], -math.inf),
+        torch.zeros_like(q[..., 0]),
+        q.new_zeros(*q.shape[:2], v.shape[2]),
+    )
 
 
 def online(q, k, v, keys, width):
@@ -263,8 +285,8 @@ for width in (1, 16, 32, 70):
     assert error < 1e-12
 
 # %% [markdown]
-# The same T joins two states that were made apart, by two programs on a GPU or by two GPUs. Of the second half below,
-# rows 0 to 34 see nothing at all, and merging with their empty state changes nothing.
+# The same T joins two states that were made apart, by two programs on a GPU or by two GPUs. Of the second
+# half below, rows 0 to 34 see nothing at all, and merging with their empty state changes nothing.
 
 
 # %%
@@ -277,14 +299,14 @@ def merged(a, b):
 first, second = online(*wide, range(35), 16), online(*wide, range(35, 70), 16)
 print("rows of the second half that saw no key:", int((second[0][0] == -math.inf).sum()))
 assert torch.allclose(result(merged(first, second)), plain, rtol=1e-12)
-for x, y in zip(merged(first, empty(*wide[::2])), first):
-    assert torch.equal(x, y)
+assert all(map(torch.equal, merged(first, empty(*wide[::2])), first))
 
 # %% [markdown]
 # ### What is not derivable
 #
-# T alone proves nothing about overflow. Subtract the *minimum* instead of the maximum: on paper the quotient is the same,
-# yet the weights have no bound any more. The derivation says so, and the program stays as it was.
+# T alone proves nothing about overflow. Subtract the *minimum* instead of the maximum: on paper the quotient
+# is the same, yet the weights have no bound any more. The derivation says so, and the program stays as it
+# was.
 
 
 # %%
@@ -302,10 +324,10 @@ except NotDerivable as reason:
 # %% [markdown]
 # ## Plan
 #
-# A chain says what to compute, a plan says where. Each axis gets a role: batch entries go to the *grid*, a program holds
-# a tile of *rows* and walks the *stream*, and *features* stay whole within a tile. A tile's width must be known when the
-# kernel is written, so the planner asks for the sizes of the features first. We trace once more with these bound; all
-# others stay free.
+# A chain says what to compute, a plan says where. Each axis gets a role: batch entries go to the *grid*, a
+# program holds a tile of *rows* and walks the *stream*, and *features* stay whole within a tile. A tile's
+# width must be known when the kernel is written, so the planner asks for the sizes of the features first. We
+# trace once more with these bound; all others stay free.
 
 # %%
 try:
@@ -330,9 +352,10 @@ print(kernel_plan.config)
 # %% [markdown]
 # ## Emit
 #
-# All decisions are made; what remains is text. Of the emitted file, here is the loop over the stream. Read it beside
-# `online` above: `m_i`, `l_i` and `acc` are `max_0`, `sum_1` and `sum_2`, `shift` is the settled Φ, and `alpha` is T.
-# Comments give the user's line that a statement comes from (the file is this notebook's cell).
+# All decisions are made; what remains is text. Of the emitted file, here is the loop over whole blocks. Read
+# it beside `online` above: `m_i`, `l_i` and `acc` are `max_0`, `sum_1` and `sum_2`, `shift` is the settled Φ,
+# and `alpha` is T. Comments give the user's line that a statement comes from (in a notebook, the file is the
+# cell).
 
 # %%
 source = Source("Softcap attention, causal.", "this notebook", "", "rewriter.rewrite(...)")
@@ -343,9 +366,10 @@ print(textwrap.dedent(loop[: loop.index("\n\n")]))
 # %% [markdown]
 # ## Check
 #
-# `rewrite` does all of this in one call, and returns a drop-in module whose `forward` calls the kernel. The sizes that
-# were left free are: the one module below runs at three shapes. The error of each is measured against float64, beside the
-# error that the eager program makes itself in float32. The kernel may make twice as much (or 2e-6, where that is more).
+# `rewrite` does all of this in one call, and returns a drop-in module whose `forward` calls the kernel. The
+# sizes that were left free are: the one module below runs at three shapes. The error of each is measured
+# against float64, beside the error that the eager program makes itself in float32. The kernel may make twice
+# as much (or 2e-6, where that is more).
 
 # %%
 rewritten = rewrite(SoftcapCausal(), (q, k, v))
@@ -359,10 +383,13 @@ def relative(out, reference):
 for batch, length in ((2, 70), (1, 1), (3, 37)):
     inputs = [torch.randn(batch, length, width) for width in (16, 16, 32)]
     reference = SoftcapCausal()(*(x.double() for x in inputs))
-    ours, eager = relative(rewritten.module(*inputs), reference), relative(SoftcapCausal()(*inputs), reference)
+    ours, eager = relative(rewritten.module(*inputs), reference), relative(
+        SoftcapCausal()(*inputs), reference
+    )
     print(f"batch {batch}, length {length}: kernel {ours:.1e}, eager {eager:.1e}")
     assert ours <= max(2 * eager, 2e-6)
 
 # %% [markdown]
-# Nothing above knew that it was dealing with attention. Try it: take the cap away, make the mask a window, divide before
-# or after the product with `v`, or append a sink to the scores. The definitions change, and the loop with them.
+# Nothing above knew that it was dealing with attention. Try it: take the cap away, make the mask a window,
+# divide before or after the product with `v`, or append a sink to the scores. The definitions change, and the
+# loop with them.

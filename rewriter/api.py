@@ -39,16 +39,18 @@ def rewrite(
     *,
     out: str | Path | None = None,
     dtype: torch.dtype | None = None,
+    masked_rows: str = "match",
 ) -> Rewrite:
     """Rewrites a module or function for inputs like `args` and `kwargs`.
 
     args, kwargs: example inputs; sizes stay free, dtypes and ranks do not.
     out: where the package is written; a temporary folder if None.
     dtype: casts the floating inputs and (a copy of) the module first.
+    masked_rows: "match" (rows masked throughout give what eager gives) or "zero".
     Raises RewriteError where the program does not trace.
     """
     module, args, kwargs = _as_dtype(module_or_function, tuple(args), kwargs or {}, dtype)
-    rewritten = rewrite_module(module, args, kwargs)
+    rewritten = rewrite_module(module, args, kwargs, masked_rows=masked_rows)
     name = getattr(module, "__name__", type(module).__name__)
     title = f"`{name}`, its reduction chains as Triton kernels."
     chains = [chain_report(f.region, f.chain, f.kernel, name) for f in rewritten.fused]

@@ -60,6 +60,7 @@ def rewrite_module(
     kwargs: dict[str, Any],
     *,
     title: str = "",
+    masked_rows: str = "match",
     stop_after: str | None = None,
     progress: Callable[[str], None] = lambda stage: None,
     bound: frozenset[Dimension] = frozenset(),
@@ -81,7 +82,7 @@ def rewrite_module(
     if stop_after == "lift":
         return Rewritten(traced, (), None, tuple(unfused), printed)
     progress("derive")
-    fused = _each(lifted.regions, lambda r: Fused(r, derive(r.program)), lambda r: r, unfused)
+    fused = _each(lifted.regions, lambda r: Fused(r, derive(r.program, masked_rows)), lambda r: r, unfused)
     fused = [f for f in fused if not f.region.tentative or f.chain.is_dependent]
     printed["derive"] = "\n\n".join(_show_chain(f.chain) for f in fused)
     if stop_after == "derive":
@@ -92,7 +93,14 @@ def rewrite_module(
     fused = _each(fused, lambda f: _planned(f, next(names), traced, needed), lambda f: f.region, unfused)
     if needed - bound:
         return rewrite_module(
-            module, args, kwargs, title=title, stop_after=stop_after, progress=progress, bound=bound | needed
+            module,
+            args,
+            kwargs,
+            title=title,
+            masked_rows=masked_rows,
+            stop_after=stop_after,
+            progress=progress,
+            bound=bound | needed,
         )
     printed["plan"] = "\n\n".join(_show_plan(f.plan) for f in fused)
     if stop_after == "plan":
@@ -220,7 +228,7 @@ def run(loaded, options, progress: Callable[[str], None]) -> Outcome:
     title = f"`{loaded.class_name}` of {Path(loaded.shown).name}, its reduction chains as Triton kernels."
     try:
         rewritten = rewrite_module(
-            loaded.module, loaded.args, loaded.kwargs, title=title, stop_after=options.stop_after, progress=progress
+            loaded.module, loaded.args, loaded.kwargs, title=title, masked_rows=options.masked_rows, stop_after=options.stop_after, progress=progress
         )
     except RewriteError as error:
         site = _shown(error.reason, loaded).site or loaded.site(loaded.line)

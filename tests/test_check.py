@@ -90,7 +90,7 @@ def test_a_wrong_result_is_found(package):
 def test_a_kernel_that_is_right_for_whole_tiles_only_is_found(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "MODEL", MODEL.replace("37", "64"))
     reason = Package(tmp_path).failure(KERNEL, "tl.where(offs_n[None, :] < N, ", "tl.where(True, ")
-    assert reason.startswith("output at (2, 2, 43, 64), ")
+    assert reason.startswith("output at (2, 2, 43, 64): ")
 
 
 def test_a_module_that_falls_back_is_no_success(package):
@@ -146,7 +146,7 @@ def test_large_inputs_are_cut_for_the_interpreter(tmp_path, monkeypatch):
     verdict = Package(tmp_path).check()
     assert verdict["ok"]
     (note,) = verdict["notes"]
-    assert note.startswith("run at (2, 2, 97, 64), ") and "(16, 2, 300, 64)" in note
+    assert note.startswith("run at (2, 2, 97, 64), not (16, 2, 300, 64): ")
 
 
 # --- the parts

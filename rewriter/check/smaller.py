@@ -46,7 +46,7 @@ def _cut(
         new = shorter(size, size in batches)
         for dims in [range(rank), *([d] for d in range(rank))] if new < size else []:
             cut = _resized(found, size, new, dims)
-            if shown_sizes(cut) != shown_sizes(found) and fits(cut):
+            if _shapes(cut) != _shapes(found) and fits(cut):
                 found = cut
                 break
     return None if found is call else found
@@ -76,6 +76,10 @@ def _resized(call: Call, old: int, new: int, dims: Iterable[int]) -> Call:
     return tree_map_only(Tensor, cut, call)
 
 
+def _shapes(call: Call) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in _tensors(call)]
+
+
 def shown_sizes(call: Call) -> str:
-    """`(2, 97, 64), (2, 97)`: the shapes of the inputs."""
-    return ", ".join(str(tuple(tensor.shape)) for tensor in _tensors(call))
+    """`(2, 97, 64), (2, 97)`: the shapes of the inputs, each once."""
+    return ", ".join(map(str, dict.fromkeys(_shapes(call))))

@@ -23,28 +23,31 @@ class NotDerivable(Exception):
     """No rule gives a one-pass form; the text says which reduction and why."""
 
 
-def derive(program: Program) -> Chain:
-    """The chain of a program. Raises NotDerivable."""
+def derive(program: Program, masked_rows: str = "match") -> Chain:
+    """The chain of a program, proved on random values.
+
+    masked_rows: "match" gives rows that see nothing but -inf what eager gives them, "zero" gives zeros.
+    Raises NotDerivable."""
     outputs = _aligned(tuple(replace(o, body=normalise(o.body)) for o in program.outputs))
     if all(is_bilinear(o.body) for o in outputs):
         raise NotDerivable("a chain of matrix products without anything between them is left to the matrix products")
-    builder = _Builder(max((o.axes for o in outputs), key=len))
+    chain = _chain(program, outputs, math.nan)
+    proof = prove(program, chain)
+    if not proof.ok:
+        raise NotDerivable(f"not proved: {proof.reason}")
+    if masked_rows == "zero":
+        chain = _chain(program, outputs, 0.0)
+    return replace(chain, derivation=(*chain.derivation, str(proof)))
+
+
+def _chain(program: Program, outputs: tuple[Output, ...], empty_row: float) -> Chain:
+    builder = _Builder(max((o.axes for o in outputs), key=len), empty_row)
     bodies = [builder.resolved(o.body) for o in outputs]
     if not builder.definitions:
         raise NotDerivable("no reduction is left over a stream")
     settled = tuple(replace(o, body=b) for o, b in zip(outputs, bodies))
-    chain = Chain(
-        program.name,
-        builder.stream,
-        tuple(builder.definitions),
-        settled,
-        tuple(dict.fromkeys(builder.notes)),
-        program.origins,
-    )
-    proof = prove(program, chain)
-    if not proof.ok:
-        raise NotDerivable(f"not proved: {proof.reason}")
-    return replace(chain, derivation=(*chain.derivation, str(proof)))
+    notes = tuple(dict.fromkeys(builder.notes))
+    return Chain(program.name, builder.stream, tuple(builder.definitions), settled, notes, program.origins)
 
 
 def _aligned(outputs: tuple[Output, ...]) -> tuple[Output, ...]:
@@ -70,6 +73,7 @@ class _Builder:
     """Collects definitions while the outputs' reductions are replaced by `Ref`s, innermost dependence first."""
 
     order: tuple[Axis, ...]
+    empty_row: float
     stream: Axis | None = None
     definitions: list[Definition] = field(default_factory=list)
     known: dict[Node, Node] = field(default_factory=dict)
@@ -197,7 +201,11 @@ class _Builder:
             return self._add("sum", predicate, (apply("exp", inner), *rest), None, body)
         self._check_shift(shift, predicate)
         reduced = self._add("sum", predicate, tuple(rest), shift, body)
-        return reduced if shift.settled else _poisoned(reduced, shift)
+        return reduced if shift.settled else self._of_empty_rows(reduced, shift)
+
+    def _of_empty_rows(self, reduced: Node, shift: Shift) -> Node:
+        """A row whose shift is -inf saw only -inf: eager's exp(-inf + inf) is NaN there, where the kernel summed zeros."""
+        return where(apply("eq", shift.phi, const(-math.inf)), const(self.empty_row), reduced)
 
     def _shift(self, terms: list[Term]) -> tuple[Shift, Node]:
         """exp(e − Φ): Φ is what depends on earlier reductions; a −inf mask in e becomes a predicate."""
@@ -267,17 +275,13 @@ def _conjuncts(predicate: Node) -> list[Node]:
     return [predicate]
 
 
-def _poisoned(total: Node, shift: Shift) -> Node:
-    """A row whose shift is -inf saw only -inf: eager's exp(-inf + inf) is NaN there, where the kernel summed zeros."""
-    return where(apply("eq", shift.phi, const(-math.inf)), const(math.nan), total)
-
-
 def _quotient(over: list[Node], reduced: Node, under: list[Node]) -> Node:
-    """acc / l needs no poison of its own: 0 / 0 is NaN for the same rows."""
+    """acc / l needs one choice for empty rows, and none where that is NaN: 0 / 0 is."""
     same = [u for u in under if isinstance(u, Where) and isinstance(reduced, Where) and u.predicate is reduced.predicate]
-    if same and len(same) == len(under):
-        return quotient([*over, reduced.other], [u.other for u in under])
-    return quotient([*over, reduced], under)
+    if not same or len(same) != len(under):
+        return quotient([*over, reduced], under)
+    value = quotient([*over, reduced.other], [u.other for u in under])
+    return value if math.isnan(reduced.then.value) else where(reduced.predicate, reduced.then, value)
 
 
 def _is_exp(node: Node) -> bool:

@@ -64,6 +64,8 @@ def apply_text(node: Apply, args: list[Text], axes: tuple[Axis, ...], helpers: s
         return _cast(node, args[0])
     if node.op in ("floordiv", "mod") and not node.dtype.is_floating_point and not _plain_division(node):
         return _helper({"floordiv": "floor_div", "mod": "floor_mod"}[node.op], args, axes, helpers)
+    if half and node.op == "div" and _reciprocal(node.args[1]):
+        return Text(f"{operand(args[0], axes, 6)} * (1.0 / {args[1].code})", axes, 6)
     if node.op in INFIX and not (node.op in ("floordiv", "mod") and node.dtype.is_floating_point):
         symbol, level = INFIX[node.op]
         left, right = operand(args[0], axes, level), operand(args[1], axes, level + 1)
@@ -71,6 +73,11 @@ def apply_text(node: Apply, args: list[Text], axes: tuple[Axis, ...], helpers: s
     if node.op in CALLS:
         return Text(f"{CALLS[node.op]}({', '.join(spread_argument(a, axes) for a in args)})", axes)
     return _spelled(node, args, axes, helpers, half)
+
+
+def _reciprocal(divisor: Node) -> bool:
+    """A constant by whose reciprocal 16-bit programs may multiply: a division costs eight multiplications."""
+    return isinstance(divisor, Const) and divisor.value not in (0, float("inf"), float("-inf"))
 
 
 def spread_argument(text: Text, axes: tuple[Axis, ...]) -> str:
