@@ -101,10 +101,9 @@ print(textwrap.fill(notation, 110))
 # The maximum is printed twice, in the numerator and in the denominator, but there is one of it.
 
 # %%
-maxima = [
-    n for n in walk(region.program.outputs[0].body) if isinstance(n, Reduce) and n.op == "max"
-]
-print("printed:", notation.count("max_"), "nodes:", len(maxima))
+reductions = [n for n in walk(region.program.outputs[0].body) if isinstance(n, Reduce)]
+maxima = [n for n in reductions if n.op == "max"]
+print("maxima printed:", notation.count("max_"), "as objects:", len(maxima))
 
 # %% [markdown]
 # For people, letters are better. Two helpers: one names axes by what they range over (the number is the depth

@@ -1,6 +1,6 @@
 """The stages in order. Each turns one value into the next; this file is the architecture.
 
-    load → trace → lift → derive → plan → emit → patch → check → report
+load → trace → lift → derive → plan → emit → patch → check → report
 """
 
 from __future__ import annotations
@@ -228,7 +228,13 @@ def run(loaded, options, progress: Callable[[str], None]) -> Outcome:
     title = f"`{loaded.class_name}` of {Path(loaded.shown).name}, its reduction chains as Triton kernels."
     try:
         rewritten = rewrite_module(
-            loaded.module, loaded.args, loaded.kwargs, title=title, masked_rows=options.masked_rows, stop_after=options.stop_after, progress=progress
+            loaded.module,
+            loaded.args,
+            loaded.kwargs,
+            title=title,
+            masked_rows=options.masked_rows,
+            stop_after=options.stop_after,
+            progress=progress,
         )
     except RewriteError as error:
         site = _shown(error.reason, loaded).site or loaded.site(loaded.line)
@@ -238,7 +244,9 @@ def run(loaded, options, progress: Callable[[str], None]) -> Outcome:
     if rewritten.patched is None and not options.writes:
         return Outcome({}, tuple(unfused), ExitCode.DONE, _printed(printed, options))
     if rewritten.patched is None:
-        nothing = Reason("no chain of reductions keeps a wide tensor from being written", loaded.site(loaded.line))
+        nothing = Reason(
+            "no chain of reductions keeps a wide tensor from being written", loaded.site(loaded.line)
+        )
         return Outcome({}, (nothing, *unfused), ExitCode.NOTHING_TO_FUSE, _printed(printed, options))
     files = package_files(rewritten, title)
     files["test_equivalence.py"] = equivalence_test(loaded, options)

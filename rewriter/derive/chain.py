@@ -77,4 +77,3 @@ class Chain:
 
     def definition(self, name: str) -> Definition:
         return next(d for d in self.definitions if d.name == name)
-

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rewriter.ir import Apply, Axis, Const, Node, Ref, TRUE, Where, apply, const, walk
+from rewriter.ir import TRUE, Apply, Axis, Const, Node, Ref, Where, apply, const, walk
 
 
 @dataclass

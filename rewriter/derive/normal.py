@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from rewriter.derive.factors import as_product
 from rewriter.derive.splits import split_concatenations
-from rewriter.ir import FALSE, TRUE, Apply, Const, Load, Node, Reduce, apply, open_reduce, reduce, substitute, transform, walk
+from rewriter.ir import (
+    FALSE,
+    TRUE,
+    Apply,
+    Const,
+    Load,
+    Node,
+    Reduce,
+    apply,
+    open_reduce,
+    reduce,
+    substitute,
+    transform,
+    walk,
+)
 from rewriter.ir.ops import MONOIDS
 
 UNROLL = 16  # elements of a reduction that is written out
@@ -19,7 +33,11 @@ def unroll_short(node: Node) -> Node:
     """any_{k<3} (i - j == o[k])  →  (i - j == o[0]) | (i - j == o[1]) | (i - j == o[2])"""
     if not isinstance(node, Reduce) or _is_contraction(node):
         return node
-    if len(node.axes) != 1 or not isinstance(node.axes[0].extent, Const) or node.axes[0].extent.value > UNROLL:
+    if (
+        len(node.axes) != 1
+        or not isinstance(node.axes[0].extent, Const)
+        or node.axes[0].extent.value > UNROLL
+    ):
         return node
     if any(isinstance(n, Reduce) for n in walk(node.body)):
         return node
@@ -47,7 +65,9 @@ def nan_of_weights(node: Node) -> Node:
     if len(product.over) != 1 or len(product.under) != 1:
         return node
     weight, total = product.over[0], product.under[0]
-    if not (isinstance(weight, Apply) and weight.op == "exp" and isinstance(total, Reduce) and total.op == "sum"):
+    if not (
+        isinstance(weight, Apply) and weight.op == "exp" and isinstance(total, Reduce) and total.op == "sum"
+    ):
         return node
     if not _sums(total, weight):
         return node
@@ -68,4 +88,6 @@ def is_bilinear(node: Node) -> bool:
 def _is_product_of_loads(node: Node) -> bool:
     body = node.body if isinstance(node, Reduce) else node
     product = as_product(body)
-    return product.predicate is TRUE and all(isinstance(f, (Load, Const, Reduce)) for f in product.over + product.under)
+    return product.predicate is TRUE and all(
+        isinstance(f, (Load, Const, Reduce)) for f in product.over + product.under
+    )

@@ -26,7 +26,10 @@ class Online:
 
     def empty(self) -> State:
         ones = (1,) * len(self.rows)
-        return {d.name: torch.tensor(MONOIDS[d.op].neutral, dtype=self._held(d)).reshape(ones) for d in self.chain.definitions}
+        return {
+            d.name: torch.tensor(MONOIDS[d.op].neutral, dtype=self._held(d)).reshape(ones)
+            for d in self.chain.definitions
+        }
 
     def _held(self, definition: Definition) -> torch.dtype:
         return torch.float64 if definition.body.dtype.is_floating_point else definition.body.dtype
@@ -58,7 +61,10 @@ class Online:
     def _block(self, definition: Definition, new: State) -> torch.Tensor:
         """⊕ over the block alone, the exponent shifted by the newest Φ."""
         if definition.shift is None:
-            return self._reduced(definition.op, self._masked(definition, definition.body, MONOIDS[definition.op].neutral))
+            return self._reduced(
+                definition.op,
+                self._masked(definition, definition.body, MONOIDS[definition.op].neutral),
+            )
         exponent = self._masked(definition, definition.shift.exponent, -math.inf)
         weight = torch.exp(exponent - self._settled(definition, new)[..., None])
         for factor in definition.rest:
@@ -71,7 +77,9 @@ class Online:
 
     def _masked(self, definition: Definition, node, neutral) -> torch.Tensor:
         value = self._over_block(node)
-        return torch.where(self._over_block(definition.predicate), value, torch.tensor(neutral, dtype=value.dtype))
+        return torch.where(
+            self._over_block(definition.predicate), value, torch.tensor(neutral, dtype=value.dtype)
+        )
 
     def _over_block(self, node) -> torch.Tensor:
         return self.evaluator.value(node, (*self.rows, self.chain.stream))

@@ -59,7 +59,12 @@ class Sampled(Evaluator):
     """
 
     def __init__(
-        self, values: Values, sizes: dict, at: dict[Axis, torch.Tensor], rows: tuple[Axis, ...], opened: dict
+        self,
+        values: Values,
+        sizes: dict,
+        at: dict[Axis, torch.Tensor],
+        rows: tuple[Axis, ...],
+        opened: dict,
     ):
         super().__init__({}, sizes)
         self.values, self.at, self.rows, self.opened = values, at, rows, opened
@@ -77,22 +82,28 @@ class Sampled(Evaluator):
             case Index() if node.axis in self.at:
                 return self.at[node.axis].reshape([-1 if a == node.axis else 1 for a in axes])
             case Load():
-                index = [self._value(i, axes, memo) for i in node.index]
+                index = self._operands(node, axes, memo) if node.index else []
                 found = self.values.of(node, index, self._held(node.dtype))
                 return found.reshape((1,) * len(axes)) if not index else found
             case Ref():
                 state = self.refs[node.name]
                 return state.reshape(state.shape + (1,) * (len(axes) - len(self.rows)))
             case Param() if node.dtype.is_floating_point:
-                return torch.tensor(self.sizes[node.name], dtype=self.dtype).reshape((1,) * len(axes))
+                return torch.tensor(self.sizes[node.name], dtype=self.dtype).reshape(
+                    (1,) * len(axes)
+                )
         return super()._compute(node, axes, memo)
 
     def _apply(self, node: Apply, args: list[torch.Tensor]) -> torch.Tensor:
-        if node.op == "round16":  # as a cast: a proof is about exact values, rounding has rules of its own
+        if (
+            node.op == "round16"
+        ):  # as a cast: a proof is about exact values, rounding has rules of its own
             return args[0]
         value = super()._apply(node, args)
         if is_comparison(node):
-            self.seen.setdefault(node, set()).update(value.flatten()[:1].tolist(), {bool(value.all()), bool(value.any())})
+            self.seen.setdefault(node, set()).update(
+                value.flatten()[:1].tolist(), {bool(value.all()), bool(value.any())}
+            )
         return value
 
 

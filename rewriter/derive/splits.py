@@ -1,12 +1,27 @@
 """Splits reductions where a concatenation ends one piece and begins the next.
 
-    max_{i<N+1} where(i < N, s[i], sink)  →  maximum(max_{i<N} s[i], sink)
+max_{i<N+1} where(i < N, s[i], sink)  →  maximum(max_{i<N} s[i], sink)
 """
 
 from __future__ import annotations
 
-from rewriter.ir import Apply, Axis, Const, Index, Node, Reduce, Where, apply, fresh_axis, index, open_reduce, reduce
-from rewriter.ir import substitute, transform, walk
+from rewriter.ir import (
+    Apply,
+    Axis,
+    Const,
+    Index,
+    Node,
+    Reduce,
+    Where,
+    apply,
+    fresh_axis,
+    index,
+    open_reduce,
+    reduce,
+    substitute,
+    transform,
+    walk,
+)
 from rewriter.ir.integer import from_poly, plus, proves, to_poly
 from rewriter.ir.ops import MONOIDS
 
@@ -32,7 +47,11 @@ def _split(node: Node) -> Node:
 def _boundary(axis: Axis, body: Node) -> Node | None:
     """A row-independent position strictly inside the axis at which a `where` changes from one piece to the next."""
     for node in walk(body):
-        if isinstance(node, Where) and isinstance(node.predicate, Apply) and node.predicate.op in ("lt", "le"):
+        if (
+            isinstance(node, Where)
+            and isinstance(node.predicate, Apply)
+            and node.predicate.op in ("lt", "le")
+        ):
             at = _change(axis, node.predicate)
             if at is not None and proves("lt", Const(0), at) and proves("lt", at, axis.extent):
                 if _is_seam(node, axis, at):

@@ -21,10 +21,20 @@ TRITON_DTYPES = {
     torch.uint8: "tl.uint8",
     torch.bool: "tl.int1",
 }
-INFIX = {"add": ("+", 5), "sub": ("-", 5), "mul": ("*", 6), "div": ("/", 6), "floordiv": ("//", 6), "mod": ("%", 6)}
+INFIX = {
+    "add": ("+", 5),
+    "sub": ("-", 5),
+    "mul": ("*", 6),
+    "div": ("/", 6),
+    "floordiv": ("//", 6),
+    "mod": ("%", 6),
+}
 INFIX |= {"eq": ("==", 2), "ne": ("!=", 2), "lt": ("<", 2), "le": ("<=", 2), "gt": (">", 2), "ge": (">=", 2)}
 INFIX |= {"and": ("&", 4), "or": ("|", 3), "xor": ("^", 3)}
-CALLS = {n: f"tl.{n}" for n in "exp exp2 log log2 sqrt rsqrt sin cos sigmoid erf floor ceil abs maximum minimum".split()}
+CALLS = {
+    n: f"tl.{n}"
+    for n in "exp exp2 log log2 sqrt rsqrt sin cos sigmoid erf floor ceil abs maximum minimum".split()
+}
 ATOM = 9
 
 
@@ -101,7 +111,11 @@ def _cast(node: Apply, arg: Text) -> Text:
     if isinstance(node.args[0], Const):
         return arg
     target = "tl.float32" if node.dtype.is_floating_point else TRITON_DTYPES[node.dtype]
-    return Text(f"{arg.tight(ATOM)}.to({target})", arg.axes) if arg.axes else Text(f"({arg.code}).to({target})", ())
+    return (
+        Text(f"{arg.tight(ATOM)}.to({target})", arg.axes)
+        if arg.axes
+        else Text(f"({arg.code}).to({target})", ())
+    )
 
 
 def _spelled(node: Apply, args: list[Text], axes: tuple[Axis, ...], helpers: set[str], half: bool) -> Text:
@@ -116,7 +130,11 @@ def _spelled(node: Apply, args: list[Text], axes: tuple[Axis, ...], helpers: set
         case "isnan":
             return Text(f"{operand(args[0], axes, 3)} != {operand(args[0], axes, 3)}", axes, 2)
         case "sign":
-            return Text(f"({operand(args[0], axes, 3)} > 0).to(tl.float32) - ({operand(args[0], axes, 3)} < 0)", axes, 5)
+            return Text(
+                f"({operand(args[0], axes, 3)} > 0).to(tl.float32) - ({operand(args[0], axes, 3)} < 0)",
+                axes,
+                5,
+            )
         case "round16":
             return Text(f"{operand(args[0], axes, ATOM)}.to(tl.float16).to(tl.float32)", axes)
         case "tanh":
@@ -124,7 +142,9 @@ def _spelled(node: Apply, args: list[Text], axes: tuple[Axis, ...], helpers: set
         case "log1p":
             return Text(f"tl.log(1.0 + {a})", axes)
         case "expm1" | "truncdiv" | "pow" | "mod" | "floordiv":
-            return _helper(node.op if node.op not in ("mod", "floordiv") else f"float_{node.op}", args, axes, helpers)
+            return _helper(
+                node.op if node.op not in ("mod", "floordiv") else f"float_{node.op}", args, axes, helpers
+            )
     raise NotEmittable(f"{node.op} has no Triton text")
 
 

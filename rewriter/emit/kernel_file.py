@@ -14,7 +14,7 @@ from rewriter.emit.origins import Origins
 from rewriter.emit.reference import Reference, reference_of
 from rewriter.emit.render import render
 from rewriter.emit.writer import Line, Writer
-from rewriter.ir import Axis, Const, Node, Output, Param, Tensor, Load, walk
+from rewriter.ir import Axis, Const, Load, Node, Output, Param, Tensor, walk
 from rewriter.ir.printer import show, show_output
 from rewriter.lift import Region
 from rewriter.plan import KernelPlan
@@ -55,7 +55,9 @@ def emit_kernel(region: Region, plan: KernelPlan, source: "Source") -> KernelFil
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     op = f"{plan.name}_{digest}"
     text = text.replace("@OP@", op)
-    return KernelFile(plan.name, text, op, tuple(names.tensors), tuple(view.passed_sizes), plan, view.signature())
+    return KernelFile(
+        plan.name, text, op, tuple(names.tensors), tuple(view.passed_sizes), plan, view.signature()
+    )
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class _View:
             "name": plan.name,
             "namespace": NAMESPACE,
             "math": self._math(),
-            "derivation": self.chain.derivation,
+            "derivation": [self._with_state(line) for line in self.chain.derivation],
             "fixed": self._fixed(),
             "dynamic": [f"{name} ({self.known_sizes.get(p, 'passed')})" for p, name in names.sizes.items()],
             "constants": self._constants(),
@@ -142,6 +144,12 @@ class _View:
         lines += [show_output(o, tensors.axes) for o in self.chain.outputs]
         return [self._renamed(line) for line in lines]
 
+    def _with_state(self, line: str) -> str:
+        """Prose, with the running state called as in this file."""
+        import re
+
+        return re.sub(r"\w+", lambda m: self.names.state.get(m[0], m[0]), line)
+
     def _renamed(self, line: str) -> str:
         """Index notation with the names of this file."""
         import re
@@ -153,7 +161,9 @@ class _View:
 
     def _fixed(self) -> list[str]:
         axes = [*self.plan.grid, self.plan.row, self.plan.stream, *self.plan.features]
-        return [f"{self.names.axes[a].upper()} = {a.extent.value}" for a in axes if isinstance(a.extent, Const)]
+        return [
+            f"{self.names.axes[a].upper()} = {a.extent.value}" for a in axes if isinstance(a.extent, Const)
+        ]
 
     def _constants(self) -> list[tuple[str, str]]:
         out = [("NEG_INF", 'float("-inf")')]
@@ -182,7 +192,12 @@ class _View:
 
     def _arguments(self) -> list[Argument]:
         return [
-            Argument(n, f"({', '.join(map(self.text, t.shape))}{',' * (len(t.shape) == 1)})", str(t.dtype), _axes_doc(t))
+            Argument(
+                n,
+                f"({', '.join(map(self.text, t.shape))}{',' * (len(t.shape) == 1)})",
+                str(t.dtype),
+                _axes_doc(t),
+            )
             for t, n in self.names.tensors.items()
         ]
 
@@ -227,7 +242,11 @@ def _typical(size: torch.SymInt | int) -> int:
     if isinstance(size, int):
         return size
     hint = size.node.hint
-    return int(hint) if hint is not None else int(size.node.expr.subs({s: 64 for s in size.node.expr.free_symbols}))
+    return (
+        int(hint)
+        if hint is not None
+        else int(size.node.expr.subs({s: 64 for s in size.node.expr.free_symbols}))
+    )
 
 
 def _axes_doc(tensor: Tensor) -> str:

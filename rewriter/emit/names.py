@@ -20,7 +20,10 @@ class Names:
         self.axes = self._axes(plan)
         self.sizes = self._sizes(plan)
         self.tensors = {t: self.unique(_identifier(display.get(t.name, t.name))) for t in plan.chain.tensors}
-        self.outputs = [self.unique("out" if len(plan.chain.outputs) == 1 else f"out_{o.name}") for o in plan.chain.outputs]
+        self.outputs = [
+            self.unique("out" if len(plan.chain.outputs) == 1 else f"out_{o.name}")
+            for o in plan.chain.outputs
+        ]
         self.state = self._state(plan.chain, plan)
 
     def unique(self, wanted: str) -> str:

@@ -46,7 +46,12 @@ def ordered(region: Region) -> list[fx.Node]:
     todo = list(region.outputs)
     while todo:
         node = todo.pop()
-        if node.op == "call_function" and node not in needed and node not in region.inputs and not _is_size(node):
+        if (
+            node.op == "call_function"
+            and node not in needed
+            and node not in region.inputs
+            and not _is_size(node)
+        ):
             needed.add(node)
             todo += value_inputs(node)
     return [n for n in region.outputs[0].graph.nodes if n in needed]

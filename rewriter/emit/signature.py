@@ -8,7 +8,13 @@ from rewriter.emit.names import Names
 from rewriter.ir import Output
 
 POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
-POINTER |= {torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1"}
+POINTER |= {
+    torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
 
 
 def kernel_signature(names: Names, strides: dict[str, str], outputs: tuple[Output, ...]) -> dict[str, str]:

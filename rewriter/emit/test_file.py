@@ -49,6 +49,7 @@ def equivalence_test(loaded: Loaded, options: Options) -> str:
         kwargs=kwargs,
         has_masks=any("coins(" in draw.code for draw in (*args, *kwargs)),
         dtype=str(TORCH_DTYPES[options.dtype]) if options.dtype else "",
+        zero_rows=options.masked_rows == "zero",
         needs_gpu=_needs_gpu(loaded),
     )
 
@@ -66,9 +67,7 @@ def _draws(loaded: Loaded, options: Options) -> tuple[list[Draw], list[Draw]]:
     specs = {spec.name: spec for spec in options.inputs}
     program = loaded.module.forward if isinstance(loaded.module, nn.Module) else loaded.module
     positional = list(inspect.signature(program).parameters)[: len(loaded.args)]
-    args, kwargs = (
-        [Draw(n, _drawn(specs[n])) for n in names] for names in (positional, loaded.kwargs)
-    )
+    args, kwargs = ([Draw(n, _drawn(specs[n])) for n in names] for names in (positional, loaded.kwargs))
     return args, kwargs
 
 

@@ -11,15 +11,34 @@ from typing import Any, Callable
 import torch
 from torch import fx
 
-from rewriter.trace.calls import FILLS, call_name, reads_shape_only
 from rewriter.errors import RewriteError
 from rewriter.ir import Node, Param, walk
 from rewriter.ir.printer import show
+from rewriter.trace.calls import FILLS, call_name, reads_shape_only
 from rewriter.trace.sizes import from_sympy
 
-_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@", "eq": "==", "ne": "!=", "lt": "<", "le": "<="}
+_INFIX = {
+    "add": "+",
+    "sub": "-",
+    "mul": "*",
+    "div": "/",
+    "matmul": "@",
+    "eq": "==",
+    "ne": "!=",
+    "lt": "<",
+    "le": "<=",
+}
 _INFIX |= {"gt": ">", "ge": ">=", "__and__": "&", "__or__": "|", "bitwise_and": "&", "bitwise_or": "|"}
-_FUNCTIONAL = {"scaled_dot_product_attention", "linear", "silu", "gelu", "softplus", "elu", "leaky_relu", "pad"}
+_FUNCTIONAL = {
+    "scaled_dot_product_attention",
+    "linear",
+    "silu",
+    "gelu",
+    "softplus",
+    "elu",
+    "leaky_relu",
+    "pad",
+}
 _FUNCTIONAL |= {"layer_norm", "rms_norm", "group_norm", "relu6", "hardtanh", "mish"}
 _UNSAID = {"layout", "pin_memory", "memory_format"}
 
@@ -38,7 +57,9 @@ class TorchPrinter:
         if node.target.__name__ == "getitem":
             return f"{self.value(node.args[0])}[{node.args[1]}]"
         if not isinstance(node.target, torch._ops.OpOverload):
-            return f"{node.target.__module__}.{node.target.__name__}({self._arguments(node.args, node.kwargs)})"
+            return (
+                f"{node.target.__module__}.{node.target.__name__}({self._arguments(node.args, node.kwargs)})"
+            )
         if reads_shape_only(node):
             return self._filled(node)
         name = node.target._schema.name.split("::")[1]
@@ -62,12 +83,18 @@ class TorchPrinter:
             return f"torch.nn.functional.{name}({self._named(node, kwargs)})"
         if arguments and arguments[0].name == "self" and self._is_method(node, name):
             return f"{self.value(node.args[0])}.{name}({self._arguments(node.args[1:], kwargs)})"
-        if hasattr(torch, name) and not name.startswith("_") and node.target._overloadname in ("default", "self", ""):
+        if (
+            hasattr(torch, name)
+            and not name.startswith("_")
+            and node.target._overloadname in ("default", "self", "")
+        ):
             return f"torch.{name}({self._arguments(node.args, kwargs)})"
         return f"torch.ops.aten.{name}.{node.target._overloadname}({self._arguments(node.args, node.kwargs)})"
 
     def _is_method(self, node: fx.Node, name: str) -> bool:
-        held = node.args and isinstance(node.args[0], fx.Node) and torch.is_tensor(node.args[0].meta.get("val"))
+        held = (
+            node.args and isinstance(node.args[0], fx.Node) and torch.is_tensor(node.args[0].meta.get("val"))
+        )
         return bool(held) and hasattr(torch.Tensor, name) and not name.startswith("_")
 
     def _named(self, node: fx.Node, kwargs: dict) -> str:
@@ -85,7 +112,9 @@ class TorchPrinter:
         return ", ".join([*arguments, *(f"{k}={self.value(v)}" for k, v in kwargs.items())])
 
     def _filled(self, node: fx.Node) -> str:
-        value = FILLS[call_name(node)] or self.value(node.args[-1] if len(node.args) > 1 else node.kwargs["fill_value"])
+        value = FILLS[call_name(node)] or self.value(
+            node.args[-1] if len(node.args) > 1 else node.kwargs["fill_value"]
+        )
         held = node.meta["val"]
         shape = f"({', '.join(map(self.size, held.shape))}{',' * (held.dim() == 1)})"
         return f"torch.full({shape}, {value}, dtype={held.dtype}, device={self.device})"
@@ -149,7 +178,11 @@ class TorchPrinter:
             held = value.meta.get("val")
             if "constant" in value.meta:
                 return self.constant(value.meta["constant"])
-            return self.size(held) if isinstance(held, (torch.SymInt, int)) and not torch.is_tensor(held) else self.name_of(value)
+            return (
+                self.size(held)
+                if isinstance(held, (torch.SymInt, int)) and not torch.is_tensor(held)
+                else self.name_of(value)
+            )
         if isinstance(value, torch.SymInt):
             return self.size(value)
         if isinstance(value, (tuple, list)):
@@ -159,7 +192,9 @@ class TorchPrinter:
             return self.device
         if isinstance(value, float) and not math.isfinite(value):
             return f'float("{value}")'
-        return str(value) if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)) else repr(value)
+        return (
+            str(value) if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)) else repr(value)
+        )
 
     def constant(self, value: torch.Tensor) -> str:
         """A tensor the program makes from numbers. Raises RewriteError where it is too long to write down."""

@@ -8,12 +8,34 @@ from dataclasses import dataclass, field
 import torch
 
 from rewriter.derive import Definition
-from rewriter.lift.rounding import has_fill
-from rewriter.emit.expr import ATOM, NotEmittable, Text, apply_text, constant, operand, spread, spread_argument
+from rewriter.emit.expr import (
+    ATOM,
+    NotEmittable,
+    Text,
+    apply_text,
+    constant,
+    operand,
+    spread,
+    spread_argument,
+)
 from rewriter.emit.names import Names, stride_name
 from rewriter.emit.origins import Origins
-from rewriter.ir import TRUE, Apply, Axis, Const, Index, Load, Node, Output, Param, Reduce, Ref, Where, walk
+from rewriter.ir import (
+    TRUE,
+    Apply,
+    Axis,
+    Const,
+    Index,
+    Load,
+    Node,
+    Output,
+    Reduce,
+    Ref,
+    Where,
+    walk,
+)
 from rewriter.ir.integer import proves
+from rewriter.lift.rounding import has_fill
 from rewriter.plan import Dot, KernelPlan
 
 
@@ -42,6 +64,7 @@ class Writer:
 
     def __init__(self, plan: KernelPlan, names: Names, origins: Origins):
         self.plan, self.names, self.origins = plan, names, origins
+        names.taken -= set(names.tensors.values())  # inside the kernel a tensor's name is its tile's
         self.prologue, self.loop, self.epilogue = Scope(), Scope(), Scope()
         self.segments: dict[str, list[Line]] = {}
         self.in_tail = False
@@ -108,7 +131,11 @@ class Writer:
 
     def _home(self, node: Node, scope: Scope) -> Scope:
         """Where a node is computed: before the loop if nothing in it moves along the stream."""
-        if scope is self.loop and self.plan.stream not in node.free and not any(isinstance(n, Ref) for n in walk(node)):
+        if (
+            scope is self.loop
+            and self.plan.stream not in node.free
+            and not any(isinstance(n, Ref) for n in walk(node))
+        ):
             return self.prologue
         return scope
 
@@ -168,7 +195,9 @@ class Writer:
     def _named(self, node: Node, text: Text, home: Scope) -> Text:
         name = self._name_for(node, home)
         origin = self.origins.of(node)
-        home.lines.append(Line(f"{name} = {text.code}", self.shape(text.axes), origin.source if origin else ""))
+        home.lines.append(
+            Line(f"{name} = {text.code}", self.shape(text.axes), origin.source if origin else "")
+        )
         self.holders[name] = (node, home)
         return Text(name, text.axes)
 
@@ -205,8 +234,9 @@ class Writer:
     def _load(self, node: Load, scope: Scope) -> Text:
         name = self.names.tensors[node.tensor]
         axes = self._joined([self.value(i, scope) for i in node.index])
+        checks = self._unproved(node, axes, scope)
         pointer = self._pointer(f"{name}_ptr", name, node.index, axes, scope)
-        mask = " & ".join(filter(None, [self._bounds(node.free, axes), *self._unproved(node, axes, scope)]))
+        mask = " & ".join(filter(None, [self._bounds(node.free, axes), *checks]))
         extra = f", mask={mask}, other=0" if mask else ""
         code = f"tl.load({pointer}{extra})"
         if node.tensor.dtype is torch.bool:
@@ -217,14 +247,29 @@ class Writer:
         """Bounds of index entries that are not proved to be inside: gathers, and branches of a choice not taken."""
         out = []
         for entry, extent in zip(node.index, node.tensor.shape):
-            text, limit = self.value(entry, scope), self.value(extent, self.prologue)
-            if not proves("le", Const(0), entry):
-                out.append(f"({spread(text, axes)} >= 0)" if text.axes else f"({text.code} >= 0)")
-            if not proves("lt", entry, extent):
-                out.append(f"({spread(text, axes) if text.axes else text.code} < {limit.tight(5)})")
+            low, high = proves("le", Const(0), entry), proves("lt", entry, extent)
+            if low and high:
+                continue
+            position = spread_argument(self._indexed(entry, scope), axes)
+            limit = self.value(extent, self.prologue)
+            out += [] if low else [f"({position} >= 0)"]
+            out += [] if high else [f"({position} < {limit.tight(5)})"]
         return out
 
-    def _pointer(self, base: str, name: str, index: tuple[Node, ...], axes: tuple[Axis, ...], scope: Scope) -> str:
+    def _indexed(self, entry: Node, scope: Scope) -> Text:
+        """A computed position, as a variable."""
+        text = self.value(entry, scope)
+        if text.code.isidentifier() or isinstance(entry, Const):
+            return text
+        home = self._home(entry, scope)
+        name = self.names.unique("index")
+        home.lines.append(Line(f"{name} = {text.code}", self.shape(text.axes)))
+        home.known[entry] = Text(name, text.axes)
+        return home.known[entry]
+
+    def _pointer(
+        self, base: str, name: str, index: tuple[Node, ...], axes: tuple[Axis, ...], scope: Scope
+    ) -> str:
         letters = self._letters(index)
         fixed, moving = [base], []
         for k, entry in enumerate(index):
@@ -248,7 +293,11 @@ class Writer:
     def _letters(self, index: tuple[Node, ...]) -> tuple[str, ...]:
         letters: list[str] = []
         for k, entry in enumerate(index):
-            own = [self.names.axes[n.axis] for n in walk(entry) if isinstance(n, Index) and n.axis in self.names.axes]
+            own = [
+                self.names.axes[n.axis]
+                for n in walk(entry)
+                if isinstance(n, Index) and n.axis in self.names.axes
+            ]
             letter = own[0] if own else str(k)
             letters.append(letter if letter not in letters else f"{letter}{k}")
         return tuple(letters)
@@ -313,12 +362,18 @@ class Writer:
 
     def _masked(self, node: Node, definition: Definition, neutral: str) -> Text:
         """`where(keep, node, neutral)`, written once for a node and a predicate."""
-        key = Where(Apply("eq", (definition.predicate, TRUE), torch.bool), node, Const(neutral == "NEG_INF", torch.bool))
+        key = Where(
+            Apply("eq", (definition.predicate, TRUE), torch.bool),
+            node,
+            Const(neutral == "NEG_INF", torch.bool),
+        )
         if definition.predicate is TRUE and not self.in_tail:
             self.loop.known.setdefault(key, self._whole(node))
         if key not in self.loop.known:
             value = self.value(node, self.loop)
-            predicate = self.value(definition.predicate, self.loop) if definition.predicate is not TRUE else Text("")
+            predicate = (
+                self.value(definition.predicate, self.loop) if definition.predicate is not TRUE else Text("")
+            )
             axes = self._joined([value, predicate, Text("", (self.plan.stream,))])
             keep = self._keep(definition, axes)
             name = self._name_for(node, self.loop) if not isinstance(node, Const) else self.names.unique("w")
@@ -337,7 +392,14 @@ class Writer:
             return text if text.code.isidentifier() else self._named(node, text, self.loop)
         axes = self._joined([text, Text("", (self.plan.row,)), Text("", (self.plan.stream,))])
         shape = self.shape(axes)
-        return Text(f"tl.broadcast_to({spread_argument(text, axes)}, {shape})" if text.axes else f"tl.full({shape}, {text.code}, tl.float32)", axes)
+        return Text(
+            (
+                f"tl.broadcast_to({spread_argument(text, axes)}, {shape})"
+                if text.axes
+                else f"tl.full({shape}, {text.code}, tl.float32)"
+            ),
+            axes,
+        )
 
     def _accumulate(self, definition: Definition) -> None:
         if definition.op == "max":
@@ -373,7 +435,9 @@ class Writer:
     def _is_operand(self, factor: Node) -> bool:
         return any(a in self.plan.features for a in factor.free)
 
-    def _matrix_sum(self, definition: Definition, state: str, rescale: str, weight: Text, operands: list[Node]) -> None:
+    def _matrix_sum(
+        self, definition: Definition, state: str, rescale: str, weight: Text, operands: list[Node]
+    ) -> None:
         if len(operands) != 1 or len(weight.axes) != 2:
             raise NotEmittable("a weighted sum that is no product of a score tile and a value tile")
         axes = self.tile(definition.axes)
@@ -429,7 +493,13 @@ class Writer:
     def _phi_text(self, definition: Definition, new: bool) -> Text:
         """phi over the running state, before or after this tile."""
         state = self.plan.chain.definition(definition.shift.state.name)
-        scope = Scope(known={state.ref: Text(self._new(state) if new else self.names.state[state.name], self.tile(state.axes))})
+        scope = Scope(
+            known={
+                state.ref: Text(
+                    self._new(state) if new else self.names.state[state.name], self.tile(state.axes)
+                )
+            }
+        )
         text = self.value(definition.shift.phi, scope)
         if not scope.lines:
             return text
@@ -459,7 +529,9 @@ class Writer:
             settled = self._settled(definition)
             old = self._phi_text(definition, new=False)
             name = self.names.unique("alpha")
-            self.loop.lines.append(Line(f"{name} = {self._exp(definition, old.tight(6), settled)}", self.shape(old.axes)))
+            self.loop.lines.append(
+                Line(f"{name} = {self._exp(definition, old.tight(6), settled)}", self.shape(old.axes))
+            )
             self.loop.known[key] = Text(name, old.axes)
         alpha = self.loop.known[key]
         return f"{state} * {spread(alpha, self.tile(definition.axes))}"
@@ -487,7 +559,9 @@ class Writer:
         index = tuple(Const(0) if a.extent is Const(1) else Index(a) for a in output.axes)
         pointer = self._pointer(f"{name}_ptr", name, index, axes, self.epilogue)
         mask = self._bounds(frozenset(output.axes), axes)
-        value = text.code if text.axes == axes else f"tl.broadcast_to({spread(text, axes)}, {self.shape(axes)})"
+        value = (
+            text.code if text.axes == axes else f"tl.broadcast_to({spread(text, axes)}, {self.shape(axes)})"
+        )
         if text.axes == axes and text.level < ATOM:
             value = f"({value})"
         cast = f"{value}.to({name}_ptr.dtype.element_ty)"

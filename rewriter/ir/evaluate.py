@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from rewriter.ir.nodes import (
+    TRUE,
     Apply,
     Axis,
     Const,
@@ -17,8 +20,8 @@ from rewriter.ir.nodes import (
     Reduce,
     Ref,
     Where,
+    open_reduce,
 )
-from rewriter.ir.nodes import TRUE, open_reduce
 from rewriter.ir.ops import MONOIDS, OPS
 
 LIMIT = 10_000_000
@@ -60,41 +63,45 @@ class Evaluator:
     def _value(self, node: Node, axes: tuple[Axis, ...], memo: dict) -> torch.Tensor:
         if node not in memo:
             memo[node] = self._compute(node, axes, memo)
-            if memo[node].numel() > LIMIT:
-                raise TooLarge(f"{node!r} has {memo[node].numel()} elements")
         return memo[node]
+
+    def _fitting(self, node: Node, values: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The operands of a node, once it is known that its value will not be too large."""
+        elements = math.prod(torch.broadcast_shapes(*(v.shape for v in values)))
+        if elements > LIMIT:
+            raise TooLarge(f"{node!r} has {elements} elements")
+        return values
 
     def _compute(self, node: Node, axes: tuple[Axis, ...], memo: dict) -> torch.Tensor:
         match node:
             case Const():
-                return torch.tensor(node.value, dtype=self._held(node.dtype)).reshape(
-                    (1,) * len(axes)
-                )
+                return torch.tensor(node.value, dtype=self._held(node.dtype)).reshape((1,) * len(axes))
             case Param():
                 return torch.tensor(self.sizes[node.name]).reshape((1,) * len(axes))
             case Index():
                 shape = [-1 if a == node.axis else 1 for a in axes]
                 return torch.arange(self.extent(node.axis.extent)).reshape(shape)
             case Load():
-                return self._gather(self.tensors[node.tensor.name], node.index, axes, memo)
+                return self._gather(self.tensors[node.tensor.name], node, axes, memo)
             case Ref():
-                return self._gather(self.refs[node.name], node.index, axes, memo)
+                return self._gather(self.refs[node.name], node, axes, memo)
             case Where():
-                return torch.where(*(self._value(c, axes, memo) for c in node.children))
+                return torch.where(*self._operands(node, axes, memo))
             case Reduce():
                 return self._reduce(node, axes)
-        return self._apply(node, [self._value(a, axes, memo) for a in node.args])
+        return self._apply(node, self._operands(node, axes, memo))
+
+    def _operands(self, node: Node, axes: tuple[Axis, ...], memo: dict) -> list[torch.Tensor]:
+        return self._fitting(node, [self._value(c, axes, memo) for c in node.children])
 
     def _held(self, dtype: torch.dtype) -> torch.dtype:
         return self.dtype if dtype.is_floating_point else dtype
 
-    def _gather(
-        self, tensor: torch.Tensor, index: tuple[Node, ...], axes: tuple[Axis, ...], memo: dict
-    ) -> torch.Tensor:
+    def _gather(self, tensor: torch.Tensor, node: Node, axes: tuple[Axis, ...], memo: dict) -> torch.Tensor:
         tensor = tensor.to(self._held(tensor.dtype))
-        if not index:
+        if not node.index:
             return tensor.reshape((1,) * len(axes))
-        where = [self._value(i, axes, memo) for i in index]
+        where = self._operands(node, axes, memo)
         where = [torch.where(w < 0, w + n, w).clamp(0, n - 1) for w, n in zip(where, tensor.shape)]
         return tensor[tuple(torch.broadcast_tensors(*where))]
 
@@ -112,7 +119,7 @@ class Evaluator:
         monoid = MONOIDS[node.op]
         value = self._value(body, inner, memo)
         shape = list(value.shape[: len(axes)]) + [self.extent(a.extent) for a in bound]
-        value = value.expand(shape)
+        (value,) = self._fitting(node, [value.expand(shape)])
         if predicate is not TRUE:
             neutral = torch.tensor(monoid.neutral, dtype=value.dtype)
             value = torch.where(self._value(predicate, inner, memo), value, neutral)

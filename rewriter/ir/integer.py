@@ -173,11 +173,7 @@ def floordiv(a: Node, b: Node) -> Node:
         if quotient:
             return from_poly(plus(quotient, to_poly(floordiv(from_poly(rest), b))))
     a = from_poly(pa)
-    if (
-        isinstance(a, Apply)
-        and a.op == "floordiv"
-        and nonnegative(plus(to_poly(a.args[1]), {(): 1}, -1))
-    ):
+    if isinstance(a, Apply) and a.op == "floordiv" and nonnegative(plus(to_poly(a.args[1]), {(): 1}, -1)):
         return floordiv(a.args[0], from_poly(times(to_poly(a.args[1]), pb)))
     return Apply("floordiv", (a, from_poly(pb)), torch.int64)
 
@@ -194,11 +190,7 @@ def mod(a: Node, b: Node) -> Node:
     if not rest or (nonnegative(rest) and nonnegative(plus(plus(pb, rest, -1), {(): 1}, -1))):
         return from_poly(rest)
     rest_node = from_poly(rest)
-    if (
-        isinstance(rest_node, Apply)
-        and rest_node.op == "mod"
-        and rest_node.args[1] is from_poly(pb)
-    ):
+    if isinstance(rest_node, Apply) and rest_node.op == "mod" and rest_node.args[1] is from_poly(pb):
         return rest_node
     return Apply("mod", (rest_node, from_poly(pb)), torch.int64)
 

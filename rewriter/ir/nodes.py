@@ -257,9 +257,7 @@ def reduce_over(op: str, axes: tuple[Axis, ...], body: Node, predicate: Node = T
     return Reduce(op, bound, substitute(predicate, renaming), substitute(body, renaming))
 
 
-def open_reduce(
-    node: Reduce, axes: tuple[Axis, ...] | None = None
-) -> tuple[tuple[Axis, ...], Node, Node]:
+def open_reduce(node: Reduce, axes: tuple[Axis, ...] | None = None) -> tuple[tuple[Axis, ...], Node, Node]:
     """(axes, predicate, body) with the bound axes replaced by `axes`, or by fresh ones."""
     axes = axes or tuple(fresh_axis(a.extent) for a in node.axes)
     renaming = {old: Index(new) for old, new in zip(node.axes, axes)}
@@ -301,9 +299,7 @@ def rebuild(node: Node, children: tuple[Node, ...]) -> Node:
     raise TypeError(f"{type(node).__name__} has no children")
 
 
-def transform(
-    node: Node, rule: Callable[[Node], Node], memo: dict[Node, Node] | None = None
-) -> Node:
+def transform(node: Node, rule: Callable[[Node], Node], memo: dict[Node, Node] | None = None) -> Node:
     """Applies `rule` to every node bottom-up. Bound axes are opened first, so a rule sees ordinary free axes."""
     memo = {} if memo is None else memo
 

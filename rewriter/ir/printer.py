@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from rewriter.ir.nodes import (
+    TRUE,
     Apply,
     Axis,
     Const,
@@ -18,7 +17,6 @@ from rewriter.ir.nodes import (
     Ref,
     Where,
 )
-from rewriter.ir.nodes import TRUE, open_reduce
 from rewriter.ir.ops import OPS
 
 _LEVEL = {
@@ -58,9 +56,7 @@ def _show(node: Node, names: dict[Axis, str]) -> tuple[str, int]:
             return _axis(node.axis, names), _ATOM
         case Load() | Ref():
             name = node.tensor.name if isinstance(node, Load) else node.name
-            return (
-                f"{name}[{', '.join(show(i, names) for i in node.index)}]" if node.index else name
-            ), _ATOM
+            return (f"{name}[{', '.join(show(i, names) for i in node.index)}]" if node.index else name), _ATOM
         case Where():
             return f"where({', '.join(show(c, names) for c in node.children)})", _ATOM
         case Reduce():
@@ -72,9 +68,7 @@ def _show_reduce(node: Reduce, names: dict[Axis, str]) -> tuple[str, int]:
     bound = ",".join(_axis(a, names) for a in node.axes)
     condition = "" if node.predicate is TRUE else f" | {show(node.predicate, names)}"
     body, level = _show(node.body, names)
-    text = (
-        f"{node.op}_{{{bound}{condition}}}" if condition or "," in bound else f"{node.op}_{bound}"
-    )
+    text = f"{node.op}_{{{bound}{condition}}}" if condition or "," in bound else f"{node.op}_{bound}"
     return f"{text} {body if level >= 6 else f'({body})'}", 5
 
 

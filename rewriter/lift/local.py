@@ -11,8 +11,8 @@ from torch import fx
 from rewriter.ir import Load, Tensor, const
 from rewriter.lift import generators, pointwise, reductions, views  # noqa: F401  (they fill the registry)
 from rewriter.lift.registry import Context, rule_for
-from rewriter.trace.sizes import UnknownSize, shape_of
 from rewriter.lift.values import Lifted, NotLiftable, fresh_axes, positions
+from rewriter.trace.sizes import UnknownSize, shape_of
 from rewriter.trace.source import origin_of
 
 

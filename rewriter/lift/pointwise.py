@@ -10,7 +10,9 @@ from rewriter.ir import Node, apply, cast, const, where
 from rewriter.lift.registry import Context, lifts, operand, scalar
 from rewriter.lift.values import Lifted, NotLiftable, broadcast_at, fresh_axes, positions
 
-SAME_NAME = "neg abs sign exp exp2 log log2 log1p expm1 sqrt rsqrt sin cos tanh sigmoid erf floor ceil isinf isnan"
+SAME_NAME = (
+    "neg abs sign exp exp2 log log2 log1p expm1 sqrt rsqrt sin cos tanh sigmoid erf floor ceil isinf isnan"
+)
 BINARY = {
     "mul": "mul",
     "maximum": "maximum",
@@ -202,7 +204,9 @@ def _as(node: Node, dtype: torch.dtype) -> Node:
 
 @lifts("where")
 def where_(ctx: Context, condition, a, b) -> Lifted:
-    return pointwise(ctx, lambda p, x, y: where(_truth(p), _as(x, ctx.dtype), _as(y, ctx.dtype)), condition, a, b)
+    return pointwise(
+        ctx, lambda p, x, y: where(_truth(p), _as(x, ctx.dtype), _as(y, ctx.dtype)), condition, a, b
+    )
 
 
 @lifts("masked_fill")
@@ -217,7 +221,16 @@ def to(ctx: Context, x, *args, **kwargs) -> Lifted:
     return pointwise(ctx, lambda a: cast(a, ctx.dtype), x)
 
 
-@lifts("contiguous", "clone", "detach", "alias", "lift_fresh_copy", "dropout", "feature_dropout", "native_dropout")
+@lifts(
+    "contiguous",
+    "clone",
+    "detach",
+    "alias",
+    "lift_fresh_copy",
+    "dropout",
+    "feature_dropout",
+    "native_dropout",
+)
 def identity(ctx: Context, x, *args, **kwargs) -> Lifted:
     if "dropout" in ctx.node.target._schema.name and len(args) >= 2 and args[0] and args[1]:
         raise NotLiftable("dropout in training: random draws stay eager")

@@ -7,7 +7,19 @@ from typing import Callable
 
 import torch
 
-from rewriter.ir import Axis, Const, Node, Param, apply, cast, const, fresh_axis, index, reduce, where
+from rewriter.ir import (
+    Axis,
+    Const,
+    Node,
+    Param,
+    apply,
+    cast,
+    const,
+    fresh_axis,
+    index,
+    reduce,
+    where,
+)
 from rewriter.lift.registry import Context, lifts
 from rewriter.lift.values import Lifted, NotLiftable, broadcast_at, fresh_axes, positions
 
@@ -96,7 +108,9 @@ def _dims(dim, rank: int) -> tuple[int, ...]:
     return tuple(sorted(d % rank for d in ([dim] if isinstance(dim, int) else dim)))
 
 
-def fold(x: Lifted, dims: tuple[int, ...], keepdim: bool, make: Callable[[tuple[Axis, ...], Node], Node]) -> Lifted:
+def fold(
+    x: Lifted, dims: tuple[int, ...], keepdim: bool, make: Callable[[tuple[Axis, ...], Node], Node]
+) -> Lifted:
     """Reduces `dims` with `make(axes, body)`; kept dimensions have extent 1."""
     bound = tuple(fresh_axis(x.axes[d].extent) for d in dims)
     kept = fresh_axes(tuple(a.extent for d, a in enumerate(x.axes) if d not in dims))
@@ -121,7 +135,14 @@ def _reduction(op: str) -> Callable:
     return rule
 
 
-for _aten, _op in {"sum": "sum", "amax": "max", "amin": "min", "any": "any", "all": "all", "prod": "prod"}.items():
+for _aten, _op in {
+    "sum": "sum",
+    "amax": "max",
+    "amin": "min",
+    "any": "any",
+    "all": "all",
+    "prod": "prod",
+}.items():
     lifts(_aten)(_reduction(_op))
 
 
@@ -219,7 +240,11 @@ def scaled_dot_product_attention(
     if scale is None:
         extent = q.axes[-1].extent
         fixed = isinstance(extent, Const)
-        scale = const(1 / math.sqrt(extent.value), query.dtype) if fixed else Param(f"<{extent!r}**-0.5>", query.dtype)
+        scale = (
+            const(1 / math.sqrt(extent.value), query.dtype)
+            if fixed
+            else Param(f"<{extent!r}**-0.5>", query.dtype)
+        )
     else:
         scale = const(float(scale), query.dtype)
     s = _mul(reduce("sum", (d,), _mul(query, key)), scale)

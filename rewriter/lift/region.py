@@ -14,7 +14,7 @@ from rewriter.lift.rounding import with_absorption
 from rewriter.lift.tags import Tags, covers, sources, tag
 from rewriter.lift.values import Lifted
 from rewriter.trace import TracedModule
-from rewriter.trace.calls import call_name, value_inputs
+from rewriter.trace.calls import VIEWS, call_name, value_inputs
 from rewriter.trace.source import origin_of, user_names
 
 
@@ -48,15 +48,16 @@ def lift(traced: TracedModule) -> LiftResult:
     moving = _moving(graph, traced)
     names = user_names(graph)
     tags = tag(graph, local, moving, set(), one_sided=False)
-    regions = _cut_all(graph, local, tags, names)
+    regions = _cut_all(traced, local, tags, names)
     unfused = [Reason(r, site_of(n)) for n, r in tags.reasons.items()]
     taken = set().union(*({*r.inside, *r.outputs} for r in regions))
-    more = _cut_all(graph, local, tag(graph, local, moving, taken, one_sided=True), names, len(regions), tentative=True)
+    others = tag(graph, local, moving, taken, one_sided=True)
+    more = _cut_all(traced, local, others, names, len(regions), tentative=True)
     return LiftResult((*regions, *more), tuple(unfused))
 
 
-def _cut_all(graph, local, tags: Tags, names, first: int = 0, tentative: bool = False) -> list[Region]:
-    cutter = _Cutter(graph, local, tags, names)
+def _cut_all(traced, local, tags: Tags, names, first: int = 0, tentative: bool = False) -> list[Region]:
+    cutter = _Cutter(traced, local, tags, names)
     groups = _components(tags, cutter.reads_of)
     return [cutter.cut(roots, f"chain_{first + k}", tentative) for k, roots in enumerate(groups)]
 
@@ -100,8 +101,12 @@ def _components(tags: Tags, reads_of) -> list[list[fx.Node]]:
 class _Cutter:
     """Inlines what a region computes and stops at what it reads."""
 
-    def __init__(self, graph: fx.Graph, local: dict[fx.Node, LocalLift], tags: Tags, names: dict[fx.Node, str]):
-        self.graph, self.local, self.tags, self.names = graph, local, tags, names
+    def __init__(
+        self, traced: TracedModule, local: dict[fx.Node, LocalLift], tags: Tags, names: dict[fx.Node, str]
+    ):
+        self.graph, self.attributes = traced.graph, traced.attributes
+        self.local, self.tags, self.names = local, tags, names
+        graph = traced.graph
         self.by_name = {n.name: n for n in graph.nodes}
         self.order = {n: k for k, n in enumerate(graph.nodes)}
         self.origins: dict[Node, Origin] = {}
@@ -122,11 +127,20 @@ class _Cutter:
         inside = frozenset(self.memo) - {n for n in self.memo if n.op == "placeholder"}
         inputs = tuple(dict.fromkeys(self.by_name[t.name] for t in program.tensors))
         wide = tuple(n for n in self.memo if self.tags.is_wide(n))
-        display = {n.name: name for n, name in self.names.items()}
+        display = {n.name: name for n, name in self.names.items()} | {n.name: self._shown(n) for n in inputs}
         return Region(program, tuple(outputs), inputs, inside - set(inputs), wide, display, tentative)
 
+    def _shown(self, node: fx.Node) -> str:
+        """The user's name for a tensor, or for what it is a view of; a parameter's own name."""
+        while node not in self.names and node.op == "call_function" and call_name(node) in VIEWS:
+            node = node.args[0]
+        path = self.attributes.get(node.name)
+        return self.names.get(node) or (path.path.split(".")[-1] if path else node.name)
+
     def _output(self, node: fx.Node, value: Lifted) -> Output:
-        return Output(self.names.get(node, node.name), value.axes, with_absorption(value.body), node.meta["val"].dtype)
+        return Output(
+            self.names.get(node, node.name), value.axes, with_absorption(value.body), node.meta["val"].dtype
+        )
 
     def _grown(self, roots: list[fx.Node]) -> list[fx.Node]:
         """Follows pointwise ops and views that join several results of the region: `acc / l[:, None]`."""

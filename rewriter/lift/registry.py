@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from rewriter.ir import Node, Param, const
-from rewriter.trace.sizes import shape_of, size_node
 from rewriter.lift.values import Lifted, NotLiftable
+from rewriter.trace.sizes import shape_of, size_node
 
 RULES: dict[str, Callable] = {}
 

@@ -47,7 +47,11 @@ def covers(load: Load, axes: frozenset[Axis]) -> bool:
 
 
 def tag(
-    graph: fx.Graph, local: dict[fx.Node, LocalLift], moving: set[fx.Node], stopped: set[fx.Node], one_sided: bool
+    graph: fx.Graph,
+    local: dict[fx.Node, LocalLift],
+    moving: set[fx.Node],
+    stopped: set[fx.Node],
+    one_sided: bool,
 ) -> Tags:
     """Tags every node.
 
@@ -103,7 +107,9 @@ def _with_origin(order: int, lifted: Lifted, reads, moving: set[fx.Node], dims):
     if not sides:
         return dims
     rows, stream = sides
-    side = lambda a: {(order, "rows")} if a in rows else {(order, "stream")} if a in stream else set()  # noqa: E731
+    side = lambda a: (
+        {(order, "rows")} if a in rows else {(order, "stream")} if a in stream else set()
+    )  # noqa: E731
     return tuple(held | side(axis) for axis, held in zip(lifted.axes, dims))
 
 
@@ -113,7 +119,9 @@ def _inside(reduce: Reduce, reads):
     return [(node, load) for node, load in reads if load.tensor.name in names]
 
 
-def _outer_pair(axes: frozenset[Axis], reads, moving: set[fx.Node]) -> tuple[frozenset[Axis], frozenset[Axis]] | None:
+def _outer_pair(
+    axes: frozenset[Axis], reads, moving: set[fx.Node]
+) -> tuple[frozenset[Axis], frozenset[Axis]] | None:
     """(axes only the first read has, axes only the second has) of two reads that vary with the input."""
     used = frozenset().union(*(load.free for _, load in reads)) & axes
     if any(used <= load.free for _, load in reads):

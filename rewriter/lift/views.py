@@ -5,8 +5,8 @@ from __future__ import annotations
 from rewriter.ir import Const, Node, apply, const, where
 from rewriter.ir.integer import product, proves
 from rewriter.lift.registry import Context, lifts, scalar
-from rewriter.trace.sizes import shape_of
 from rewriter.lift.values import Lifted, NotLiftable, broadcast_at, fresh_axes, positions, remap
+from rewriter.trace.sizes import shape_of
 
 
 def _dim(dim: int, rank: int) -> int:
@@ -131,7 +131,9 @@ def repeat_interleave(ctx: Context, x: Lifted, repeats, dim=None, *, output_size
     if dim is None:
         raise NotLiftable("repeat_interleave without a dimension")
     dim, times = _dim(dim, len(x.axes)), scalar(repeats)
-    return remap(x, ctx.shape, lambda i: [apply("floordiv", k, times) if d == dim else k for d, k in enumerate(i)])
+    return remap(
+        x, ctx.shape, lambda i: [apply("floordiv", k, times) if d == dim else k for d, k in enumerate(i)]
+    )
 
 
 @lifts("slice")
@@ -188,7 +190,8 @@ def chunk(ctx: Context, x: Lifted, _sizes, dim: int = 0) -> tuple[Lifted, ...]:
 def unbind(ctx: Context, x: Lifted, dim: int = 0) -> tuple[Lifted, ...]:
     dim = _dim(dim, len(x.axes))
     return tuple(
-        remap(x, shape_of(value), lambda i: [*i[:dim], Const(at), *i[dim:]]) for at, value in enumerate(ctx.value)
+        remap(x, shape_of(value), lambda i: [*i[:dim], Const(at), *i[dim:]])
+        for at, value in enumerate(ctx.value)
     )
 
 

@@ -12,9 +12,9 @@ from rewriter.emit import KernelFile
 from rewriter.emit.torch_text import TorchPrinter, Variables
 from rewriter.errors import RewriteError
 from rewriter.ir import Param
-from rewriter.trace.sizes import shape_of
 from rewriter.patch.units import Unit, units_of
 from rewriter.trace import TracedModule
+from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import statement_key, user_names
 
 
@@ -130,7 +130,9 @@ class ForwardPrinter:
         if unit.region:
             kernel = self.kernels[unit.region.program.name]
             by_name = {n.name: n for n in unit.region.inputs}
-            arguments = [self._name(by_name[t.name]) for t in kernel.tensors] + [self._size(p) for p in kernel.sizes]
+            arguments = [self._name(by_name[t.name]) for t in kernel.tensors] + [
+                self._size(p) for p in kernel.sizes
+            ]
             return f"{kernel.name}({', '.join(arguments)})"
         if unit.module:
             return f"{attribute_path(unit.module)}({self._name(unit.inputs[0])})"

@@ -12,9 +12,9 @@ from torch import nn
 from rewriter.errors import RewriteError
 from rewriter.ir import Const, Node, Param
 from rewriter.ir.printer import show
-from rewriter.trace.sizes import from_sympy, shape_of
 from rewriter.patch.signature import Signature
 from rewriter.trace import TracedModule
+from rewriter.trace.sizes import from_sympy, shape_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,11 @@ def guards_of(traced: TracedModule, signature: Signature) -> tuple[Guard, ...]:
     out = [Guard(_same(text, value), f"{text} is not {value!r}") for text, value in signature.constants]
     if isinstance(traced.module, nn.Module):
         training = traced.module.training
-        out.append(Guard(f"self.training is {training}", f"the module is {'not ' if training else ''}in training mode"))
+        out.append(
+            Guard(
+                f"self.training is {training}", f"the module is {'not ' if training else ''}in training mode"
+            )
+        )
     first: dict[Node, str] = {}
     for name, text in signature.leaves.items():
         out += _tensor_guards(traced.placeholders[name].meta["val"], text, first)

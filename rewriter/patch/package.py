@@ -13,6 +13,7 @@ from rewriter.patch.guards import guards_of
 from rewriter.patch.signature import signature_of
 from rewriter.trace import TracedModule
 
+
 @dataclass(frozen=True)
 class Patched:
     """A host module with its rewritten forward as text."""
@@ -21,7 +22,9 @@ class Patched:
     text: str
 
 
-def patch(traced: TracedModule, regions: tuple[Region, ...], kernels: list[KernelFile], title: str) -> Patched:
+def patch(
+    traced: TracedModule, regions: tuple[Region, ...], kernels: list[KernelFile], title: str
+) -> Patched:
     """The text of `module.py`. Raises RewriteError where the forward cannot be written down."""
     signature = signature_of(traced)
     printer = ForwardPrinter(traced, kernels, regions, signature.leaves)
@@ -34,7 +37,9 @@ def patch(traced: TracedModule, regions: tuple[Region, ...], kernels: list[Kerne
         name=name,
         is_module=is_module,
         signature=signature,
-        parameters=[attribute_path(a.path) for a in traced.attributes.values() if a.path not in traced.constants],
+        parameters=[
+            attribute_path(a.path) for a in traced.attributes.values() if a.path not in traced.constants
+        ],
         guards=guards_of(traced, signature),
         lines=forward.lines,
         kernels=[k.name for k in {k.name: k for k in kernels}.values()],

@@ -61,7 +61,9 @@ def _parameters(signature: inspect.Signature) -> str:
     for parameter in signature.parameters.values():
         parameter = parameter.replace(annotation=inspect.Parameter.empty)
         default = parameter.default
-        if default is not inspect.Parameter.empty and not isinstance(default, (int, float, str, bool, type(None), tuple)):
+        if default is not inspect.Parameter.empty and not isinstance(
+            default, (int, float, str, bool, type(None), tuple)
+        ):
             raise RewriteError(f"the default of {parameter.name} cannot be written down")
         plain.append(parameter)
     return str(inspect.Signature(plain))[1:-1]

@@ -50,16 +50,25 @@ def _module_calls(traced: TracedModule, fused: frozenset[fx.Node]) -> list[Unit]
             for depth, (key, (path, _)) in enumerate(stack.items()):
                 if path:
                     groups.setdefault((depth, key, path), []).append(node)
-    calls = [_module_call(traced, path, nodes, fused) for (_, _, path), nodes in sorted(groups.items(), key=lambda g: g[0][0])]
+    calls = [
+        _module_call(traced, path, nodes, fused)
+        for (_, _, path), nodes in sorted(groups.items(), key=lambda g: g[0][0])
+    ]
     return [c for c in calls if c]
 
 
-def _module_call(traced: TracedModule, path: str, nodes: list[fx.Node], fused: frozenset[fx.Node]) -> Unit | None:
+def _module_call(
+    traced: TracedModule, path: str, nodes: list[fx.Node], fused: frozenset[fx.Node]
+) -> Unit | None:
     inside = frozenset(nodes)
     if inside & fused or not _takes_one_argument(traced.module, path):
         return None
     outer = [a for n in nodes for a in n.all_input_nodes if a not in inside]
-    given = tuple(dict.fromkeys(a for a in outer if a.name not in traced.attributes and hasattr(a.meta.get("val"), "dim")))
+    given = tuple(
+        dict.fromkeys(
+            a for a in outer if a.name not in traced.attributes and hasattr(a.meta.get("val"), "dim")
+        )
+    )
     leaving = tuple(n for n in nodes if any(u not in inside for u in n.users))
     if len(given) != 1 or len(leaving) != 1:
         return None

@@ -50,7 +50,9 @@ def _size(node) -> str:
     return show(total)
 
 
-def report_files(title: str, chains: list[ChainReport], unfused: list[Reason], fixed: list[Reason], check: Any) -> dict:
+def report_files(
+    title: str, chains: list[ChainReport], unfused: list[Reason], fixed: list[Reason], check: Any
+) -> dict:
     """report.json and report.md as texts."""
     data = {
         "title": title,
@@ -61,7 +63,9 @@ def report_files(title: str, chains: list[ChainReport], unfused: list[Reason], f
     }
     return {
         "report.json": json.dumps(data, indent=2) + "\n",
-        "report.md": render("report.md.jinja", title=title, chains=chains, unfused=unfused, fixed=fixed, check=check),
+        "report.md": render(
+            "report.md.jinja", title=title, chains=chains, unfused=unfused, fixed=fixed, check=check
+        ),
     }
 
 

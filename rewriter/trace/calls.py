@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from torch import fx
 
-FILLS = {"zeros_like": "0", "ones_like": "1", "new_zeros": "0", "new_ones": "1", "full_like": "", "new_full": ""}
+FILLS = {
+    "zeros_like": "0",
+    "ones_like": "1",
+    "new_zeros": "0",
+    "new_ones": "1",
+    "full_like": "",
+    "new_full": "",
+}
 
 
 def call_name(node: fx.Node) -> str:
@@ -13,6 +20,32 @@ def call_name(node: fx.Node) -> str:
     return schema.name.split("::")[1] if schema is not None else getattr(node.target, "__name__", "")
 
 
+VIEWS = {
+    "view",
+    "reshape",
+    "transpose",
+    "permute",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "t",
+    "mT",
+    "slice",
+    "contiguous",
+}
+VIEWS |= {
+    "clone",
+    "detach",
+    "alias",
+    "unflatten",
+    "flatten",
+    "to",
+    "_to_copy",
+    "getitem",
+    "movedim",
+    "swapaxes",
+    "select",
+}
 AS_OTHER = {"type_as", "expand_as", "view_as", "reshape_as"}
 
 

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import sympy
 import torch
@@ -26,8 +26,8 @@ from torch.utils import _pytree as pytree
 
 from rewriter.errors import Reason, RewriteError, Site
 from rewriter.ir import Param
-from rewriter.trace.sizes import clamped, shape_of
 from rewriter.trace.ones import Dimension, enlarge
+from rewriter.trace.sizes import clamped, shape_of
 from rewriter.trace.source import is_user_file, user_site
 
 
@@ -102,7 +102,9 @@ def capture(
         **{p: Attribute(path, False) for p, path in signature.inputs_to_buffers.items()},
         **{p: Attribute(path, False) for p, path in signature.inputs_to_lifted_tensor_constants.items()},
     }
-    constants = {path: program.constants[path] for path in signature.inputs_to_lifted_tensor_constants.values()}
+    constants = {
+        path: program.constants[path] for path in signature.inputs_to_lifted_tensor_constants.values()
+    }
     for name, path in signature.inputs_to_lifted_tensor_constants.items():
         next(n for n in graph.nodes if n.name == name).meta["constant"] = program.constants[path]
     _refuse_mutation(signature)
@@ -178,7 +180,12 @@ def _try_export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[
         return {d: Dim.STATIC if (k, d) in static else Dim.AUTO for d in range(leaf.dim())}
 
     named = _by_parameter(module, args, pytree.tree_map(dims, (args, kwargs)))
-    with symbolic_config.patch(backed_size_oblivious=True), warnings.catch_warnings(), torch.no_grad(), _quiet():
+    with (
+        symbolic_config.patch(backed_size_oblivious=True),
+        warnings.catch_warnings(),
+        torch.no_grad(),
+        _quiet(),
+    ):
         warnings.simplefilter("ignore")
         with _decided():
             return torch.export.export(module, args, kwargs, dynamic_shapes=named, strict=False)
@@ -188,7 +195,8 @@ def _try_export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[
 def _decided() -> Iterator[None]:
     """`is_causal=length > 1` is a branch of the program: decided while tracing, and guarded as any other.
 
-    The argument parser refuses a symbolic truth value before any tracing hook sees it, so the function itself is wrapped."""
+    The argument parser refuses a symbolic truth value before any tracing hook sees it, so the function itself is wrapped.
+    """
     original = torch.nn.functional.scaled_dot_product_attention
 
     def decided(*args, is_causal=False, **kwargs):
@@ -255,7 +263,9 @@ def _user_guards(graph: fx.Graph) -> list[tuple[sympy.Expr, Site]]:
 def _fixed_sizes(graph: fx.Graph, inputs, leaves, bound: frozenset[Dimension]) -> tuple[Reason, ...]:
     """Sizes of inputs that are numbers in the kernels, with the user's line that made them so where one did."""
     values = {n.name: n.meta.get("val") for n in graph.nodes if n.op == "placeholder"}
-    lines = {int(g.rhs): site for g, site in _user_guards(graph) if isinstance(g, sympy.Eq) and g.rhs.is_Integer}
+    lines = {
+        int(g.rhs): site for g, site in _user_guards(graph) if isinstance(g, sympy.Eq) and g.rhs.is_Integer
+    }
     out = []
     for k, name in enumerate(inputs):
         for d, size in enumerate(values[name].shape if name else ()):

@@ -18,10 +18,14 @@ CANDIDATES = (7, 5, 3, 2)
 LARGE = 1 << 22  # elements from which inputs are enlarged by as little as possible
 
 
-def enlarge(module: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict, frozenset[Dimension]]:
+def enlarge(
+    module: Callable, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict, frozenset[Dimension]]:
     """(args, kwargs) with the sizes of 1 that may vary enlarged, and the dimensions that must stay 1."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    ones = frozenset((k, d) for k, t in enumerate(leaves) if torch.is_tensor(t) for d, n in enumerate(t.shape) if n == 1)
+    ones = frozenset(
+        (k, d) for k, t in enumerate(leaves) if torch.is_tensor(t) for d, n in enumerate(t.shape) if n == 1
+    )
     if not ones:
         return args, kwargs, ones
     size = _size(leaves)

@@ -24,7 +24,6 @@ def is_user_file(file: str) -> bool:
     return not (file.startswith((_TORCH, _OURS, "<")) or file.startswith("torch/"))
 
 
-
 def user_site(error: BaseException) -> Site | None:
     """The deepest frame of an exception that is in the user's code."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if is_user_file(f.filename)]
@@ -55,7 +54,9 @@ def _statements(file: str) -> dict[int, tuple[int, int, tuple[str, ...]]]:
         return {}
     out: dict[int, tuple[int, int, tuple[str, ...]]] = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.stmt) and not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.If, ast.For)):
+        if isinstance(node, ast.stmt) and not isinstance(
+            node, (ast.FunctionDef, ast.ClassDef, ast.If, ast.For)
+        ):
             for line in range(node.lineno, (node.end_lineno or node.lineno) + 1):
                 out[line] = (node.lineno, node.end_lineno or node.lineno, _targets(node))
     return out

@@ -1,0 +1,287 @@
+"""`GroupedWindow` with its reduction chains fused.
+
+Written from golden_programs.py:27-42 (sha256 685f22a3da8d).
+
+Math
+    m_i[b, m, h] = max_{n | n <= m & m - n < 128} (sum_r0_0 query[b, m, h, d] * key[b, n, h // 4, d]) * 0.0883883
+    l_i[b, m, h] = sum_{n | n <= m & m - n < 128} exp((sum_r0_0 query[b, m, h, d] * key[b, n, h // 4, d]) * 0.0883883 - m_i[b, m, h])
+    acc[b, m, h, e] = sum_{n | n <= m & m - n < 128} exp((sum_r0_0 query[b, m, h, d] * key[b, n, h // 4, d]) * 0.0883883 - m_i[b, m, h]) * value[b, n, h // 4, e]
+    einsum_1[b, m, h, e] = acc[b, m, h, e] / l_i[b, m, h]
+
+Why one pass is enough
+    shift: T(old → new) = exp(phi(old) - phi(new)), phi = m_i at least every exponent seen so far
+    hoist: factors that do not depend on the stream are taken out of the sum
+    proved on 4 random cases, stream in blocks and in halves
+
+Fixed: D = 128, E = 128. Known at the call: M (query.shape[1]), N (key.shape[1]), B (query.shape[0]), H (query.shape[2]), S0 (key.shape[2]).
+Regenerate: flashlight-rewrite golden_programs.py
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+NEG_INF = tl.constexpr(float("-inf"))
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# Tiles of 128 rows and 64 stream positions; warps and pipeline stages.
+CONFIG = dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=128, BLOCK_E=128, num_warps=8, num_stages=3)
+
+
+@triton.jit
+def grouped_window_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    out_ptr,
+    stride_query_b,
+    stride_query_m,
+    stride_query_h,
+    stride_query_d,
+    stride_key_b,
+    stride_key_n,
+    stride_key_h,
+    stride_key_d,
+    stride_value_b,
+    stride_value_n,
+    stride_value_h,
+    stride_value_e,
+    stride_out_b,
+    stride_out_m,
+    stride_out_h,
+    stride_out_e,
+    M,
+    N,
+    B,
+    H,
+    S0,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """One program: BLOCK_M rows, all of the stream."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(M, BLOCK_M)
+    offs_m = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    rest = pid // blocks
+    h = rest % H
+    rest = rest // H
+    b = rest
+    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    offs_e = tl.arange(0, BLOCK_E)  # [BLOCK_E]
+    query_2 = tl.load(
+        query_ptr
+        + b.to(tl.int64) * stride_query_b
+        + h.to(tl.int64) * stride_query_h
+        + offs_m.to(tl.int64)[:, None] * stride_query_m
+        + offs_d[None, :] * stride_query_d,
+        mask=(offs_m[:, None] < M),
+        other=0,
+    )  # [BLOCK_M, BLOCK_D]
+    i = h // 4
+
+    m_i = tl.full([BLOCK_M], NEG_INF, tl.float32)  # [BLOCK_M]
+    l_i = tl.full([BLOCK_M], 0.0, tl.float32)  # [BLOCK_M]
+    acc = tl.full([BLOCK_M, BLOCK_E], 0.0, tl.float32)  # [BLOCK_M, BLOCK_E]
+
+    full = N // BLOCK_N * BLOCK_N
+    for start in range(0, full, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        # golden_programs.py:35  key = key.repeat_interleave(self.group, dim=2)
+        key_2 = tl.load(
+            key_ptr
+            + b.to(tl.int64) * stride_key_b
+            + i.to(tl.int64) * stride_key_h
+            + offs_n.to(tl.int64)[:, None] * stride_key_n
+            + offs_d[None, :] * stride_key_d
+        )  # [BLOCK_N, BLOCK_D]
+        # golden_programs.py:37  scores = torch.einsum("bmhd,bnhd->bhmn", query, key) * query.shape[-1] ** -0.5
+        qk = tl.dot(query_2, tl.trans(key_2))  # [BLOCK_M, BLOCK_N]
+        scores = qk * 0.08838834764831845  # [BLOCK_M, BLOCK_N]
+        # golden_programs.py:40  seen = (j <= i) & (i - j < self.window)
+        seen = (offs_n[None, :] <= offs_m[:, None]) & (
+            offs_m[:, None] - offs_n[None, :] < 128
+        )  # [BLOCK_M, BLOCK_N]
+        # golden_programs.py:37  scores = torch.einsum("bmhd,bnhd->bhmn", query, key) * query.shape[-1] ** -0.5
+        scores_2 = tl.where(seen, scores, NEG_INF)  # [BLOCK_M, BLOCK_N]
+        m_new = tl.maximum(m_i, tl.max(scores_2, 1))  # [BLOCK_M]
+        shift = tl.where(m_new == NEG_INF, 0.0, m_new * LOG2E)  # [BLOCK_M]
+        alpha = tl.exp2(m_i * LOG2E - shift)  # [BLOCK_M]
+        p = tl.exp2(scores_2 * LOG2E - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
+        # golden_programs.py:36  value = value.repeat_interleave(self.group, dim=2)
+        value_2 = tl.load(
+            value_ptr
+            + b.to(tl.int64) * stride_value_b
+            + i.to(tl.int64) * stride_value_h
+            + offs_n.to(tl.int64)[:, None] * stride_value_n
+            + offs_e[None, :] * stride_value_e
+        )  # [BLOCK_N, BLOCK_E]
+        acc = tl.dot(p.to(tl.float16), value_2, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
+        m_i = m_new
+
+    # What is left of the stream: positions past its end take no part.
+    if full < N:
+        offs_n = full + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        # golden_programs.py:35  key = key.repeat_interleave(self.group, dim=2)
+        key_2 = tl.load(
+            key_ptr
+            + b.to(tl.int64) * stride_key_b
+            + i.to(tl.int64) * stride_key_h
+            + offs_n.to(tl.int64)[:, None] * stride_key_n
+            + offs_d[None, :] * stride_key_d,
+            mask=(offs_n[:, None] < N),
+            other=0,
+        )  # [BLOCK_N, BLOCK_D]
+        # golden_programs.py:37  scores = torch.einsum("bmhd,bnhd->bhmn", query, key) * query.shape[-1] ** -0.5
+        qk = tl.dot(query_2, tl.trans(key_2))  # [BLOCK_M, BLOCK_N]
+        scores = qk * 0.08838834764831845  # [BLOCK_M, BLOCK_N]
+        # golden_programs.py:40  seen = (j <= i) & (i - j < self.window)
+        seen = (offs_n[None, :] <= offs_m[:, None]) & (
+            offs_m[:, None] - offs_n[None, :] < 128
+        )  # [BLOCK_M, BLOCK_N]
+        # golden_programs.py:37  scores = torch.einsum("bmhd,bnhd->bhmn", query, key) * query.shape[-1] ** -0.5
+        scores_2 = tl.where((offs_n[None, :] < N) & seen, scores, NEG_INF)  # [BLOCK_M, BLOCK_N]
+        m_new = tl.maximum(m_i, tl.max(scores_2, 1))  # [BLOCK_M]
+        shift = tl.where(m_new == NEG_INF, 0.0, m_new * LOG2E)  # [BLOCK_M]
+        alpha = tl.exp2(m_i * LOG2E - shift)  # [BLOCK_M]
+        p = tl.exp2(scores_2 * LOG2E - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
+        # golden_programs.py:36  value = value.repeat_interleave(self.group, dim=2)
+        value_2 = tl.load(
+            value_ptr
+            + b.to(tl.int64) * stride_value_b
+            + i.to(tl.int64) * stride_value_h
+            + offs_n.to(tl.int64)[:, None] * stride_value_n
+            + offs_e[None, :] * stride_value_e,
+            mask=(offs_n[:, None] < N),
+            other=0,
+        )  # [BLOCK_N, BLOCK_E]
+        acc = tl.dot(p.to(tl.float16), value_2, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
+        m_i = m_new
+
+    tl.store(
+        out_ptr
+        + b.to(tl.int64) * stride_out_b
+        + h.to(tl.int64) * stride_out_h
+        + offs_m.to(tl.int64)[:, None] * stride_out_m
+        + offs_e[None, :] * stride_out_e,
+        (acc / l_i[:, None]).to(out_ptr.dtype.element_ty),
+        mask=(offs_m[:, None] < M),
+    )
+
+
+def reference(query, key, value):
+    """The same chain in eager PyTorch: what runs on a CPU, and what the kernel is tested against."""
+    M = query.shape[1]
+    N = key.shape[1]
+    B = query.shape[0]
+    H = query.shape[2]
+    S0 = key.shape[2]
+    key_2 = key.repeat_interleave(4, 2)
+    value_2 = value.repeat_interleave(4, 2)
+    einsum = torch.einsum("bmhd,bnhd->bhmn", [query, key_2])
+    scores = einsum * 0.08838834764831845
+    arange = torch.arange(M, device=query.device)
+    slice_1 = arange[:]
+    i = slice_1.unsqueeze(1)
+    arange_1 = torch.arange(N, device=query.device)
+    unsqueeze_1 = arange_1.unsqueeze(0)
+    j = unsqueeze_1[:, :]
+    le_2 = j <= i
+    sub = i - j
+    lt = sub < 128
+    seen = le_2 & lt
+    where = torch.ops.aten.where.ScalarOther(seen, scores, float("-inf"))
+    weights = where.softmax(-1)
+    einsum_1 = torch.einsum("bhmn,bnhd->bmhd", [weights, value_2])
+    return einsum_1
+
+
+def launch(query, key, value):
+    """Runs the kernel.
+
+    query: (B, M, H, 128), torch.float16, any strides
+    key: (B, N, S0, 128), torch.float16, any strides
+    value: (B, N, S0, 128), torch.float16, any strides
+    Returns (B, M, H, 128) torch.float16.
+    Raises ValueError for other shapes or dtypes.
+    """
+    M = query.shape[1]
+    N = key.shape[1]
+    B = query.shape[0]
+    H = query.shape[2]
+    S0 = key.shape[2]
+    if tuple(query.shape) != (B, M, H, 128) or query.dtype != torch.float16:
+        raise ValueError(
+            f"query: expected { (B, M, H, 128) } torch.float16, got {tuple(query.shape)} { query.dtype}"
+        )
+    if tuple(key.shape) != (B, N, S0, 128) or key.dtype != torch.float16:
+        raise ValueError(
+            f"key: expected { (B, N, S0, 128) } torch.float16, got {tuple(key.shape)} { key.dtype}"
+        )
+    if tuple(value.shape) != (B, N, S0, 128) or value.dtype != torch.float16:
+        raise ValueError(
+            f"value: expected { (B, N, S0, 128) } torch.float16, got {tuple(value.shape)} { value.dtype}"
+        )
+    out = torch.empty((B, H, M, 128), device=query.device, dtype=torch.float16).permute(0, 2, 1, 3)
+    programs = triton.cdiv(M, CONFIG["BLOCK_M"]) * (B) * (H)
+    if programs:
+        with torch.cuda.device_of(query):
+            grouped_window_kernel[(programs,)](
+                query,
+                key,
+                value,
+                out,
+                query.stride(0),
+                query.stride(1),
+                query.stride(2),
+                query.stride(3),
+                key.stride(0),
+                key.stride(1),
+                key.stride(2),
+                key.stride(3),
+                value.stride(0),
+                value.stride(1),
+                value.stride(2),
+                value.stride(3),
+                out.stride(0),
+                out.stride(1),
+                out.stride(2),
+                out.stride(3),
+                M,
+                N,
+                B,
+                H,
+                S0,
+                **CONFIG,
+            )
+    return out
+
+
+def _on_cpu(*args):
+    return launch(*args) if triton.knobs.runtime.interpret else reference(*args)
+
+
+def _fake(query, key, value):
+    M = query.shape[1]
+    N = key.shape[1]
+    B = query.shape[0]
+    H = query.shape[2]
+    S0 = key.shape[2]
+    return torch.empty((B, H, M, 128), device=query.device, dtype=torch.float16).permute(0, 2, 1, 3)
+
+
+OP = "grouped_window_4e455a25"
+if not hasattr(torch.ops.flashlight, OP):
+    LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
+    LIBRARY.define(OP + "(Tensor query, Tensor key, Tensor value) -> (Tensor)")
+    LIBRARY.impl(OP, launch, "CUDA")
+    LIBRARY.impl(OP, _on_cpu, "CPU")
+    torch.library.register_fake("flashlight::" + OP, _fake, lib=LIBRARY)
+
+
+def grouped_window(query, key, value):
+    """The chain as a `torch.library` op: what the patched module calls."""
+    return getattr(torch.ops.flashlight, OP)(query, key, value)

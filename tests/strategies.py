@@ -1,0 +1,317 @@
+"""Random integer expressions and random Programs for property tests, and plain ways to evaluate both.
+
+Fixed in CI: `fixed(n)` draws the same n examples every time. `FLASHLIGHT_EXAMPLES=20` draws twenty times as many, anew each time.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from rewriter.derive import Chain
+from rewriter.ir import (
+    Apply,
+    Axis,
+    Const,
+    Index,
+    Load,
+    Node,
+    Output,
+    Param,
+    Program,
+    Tensor,
+    apply,
+    cast,
+    const,
+    index,
+    reduce,
+    where,
+)
+from rewriter.ir.evaluate import Evaluator, evaluate
+
+MORE = int(os.environ.get("FLASHLIGHT_EXAMPLES", "0"))
+INF = const(-math.inf)
+
+
+def fixed(examples: int) -> settings:
+    quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+    return settings(
+        max_examples=examples * (MORE or 1),
+        derandomize=not MORE,
+        database=None,
+        deadline=None,
+        suppress_health_check=quiet,
+    )
+
+
+# Integers. A tree is ("add", left, right) over leaves that are Python ints, Params or Index nodes.
+
+B, M, N = Param("B"), Param("M"), Param("N")
+POSITIONS = tuple(
+    Axis(f"i{k}", extent)
+    for k, extent in enumerate(
+        [M, N, Const(3), apply("mul", M, Const(2)), apply("add", N, Const(1))]
+    )
+)
+DIVISORS = (1, 2, 3, 6, M, N, ("mul", M, 2), ("mul", M, N), ("add", N, 1))
+
+
+def trees() -> st.SearchStrategy:
+    leaves = st.one_of(
+        st.integers(-6, 6), st.sampled_from([M, N]), st.sampled_from([Index(a) for a in POSITIONS])
+    )
+    return st.recursive(leaves, _grown, max_leaves=8)
+
+
+def _grown(inner: st.SearchStrategy) -> st.SearchStrategy:
+    divided = st.tuples(st.sampled_from(["floordiv", "mod"]), inner, st.sampled_from(DIVISORS))
+    return st.one_of(st.tuples(st.sampled_from(["add", "sub", "mul"]), inner, inner), divided)
+
+
+def node_of(tree) -> Node:
+    """The tree built by the constructors, so in normal form."""
+    if isinstance(tree, int):
+        return Const(tree)
+    return tree if isinstance(tree, Node) else apply(tree[0], *map(node_of, tree[1:]))
+
+
+def axes_of(tree) -> frozenset[Axis]:
+    if isinstance(tree, tuple):
+        return frozenset().union(*map(axes_of, tree[1:]))
+    return tree.free if isinstance(tree, Node) else frozenset()
+
+
+PYTHON = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "floordiv": lambda a, b: a // b,
+    "mod": lambda a, b: a % b,
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+    "eq": lambda a, b: a == b,
+}
+
+
+def value_of(tree, sizes: dict, at: dict):
+    """A tree or an integer node in Python's own arithmetic."""
+    match tree:
+        case int():
+            return tree
+        case Const():
+            return tree.value
+        case Param():
+            return sizes[tree.name]
+        case Index():
+            return at[tree.axis]
+        case Apply(op="not"):
+            return not value_of(tree.args[0], sizes, at)
+        case Apply():
+            return PYTHON[tree.op](*(value_of(a, sizes, at) for a in tree.args))
+    return PYTHON[tree[0]](*(value_of(a, sizes, at) for a in tree[1:]))
+
+
+# Programs. Scores are contracted from q and k, changed, masked, weighed and summed against v.
+
+
+@dataclass(frozen=True)
+class Case:
+    """A program with the score it is built on."""
+
+    program: Program
+    score: Node
+
+
+def load(name: str, *at: Node, dtype: torch.dtype = torch.float32) -> Load:
+    """A tensor that is as large as the positions it is read at need."""
+    axes = [next(iter(entry.free), Axis("one", Const(1))) for entry in at]
+    name = "_".join([name, *(a.name for a in axes)])
+    return Load(Tensor(name, tuple(a.extent for a in axes), dtype), tuple(at))
+
+
+def pick(draw, *options):
+    return draw(st.sampled_from(options))
+
+
+@st.composite
+def predicates(draw, b: Node, m: Node, n: Node, deep: int = 2) -> Node:
+    """Which positions a row sees."""
+    kind = draw(st.integers(0, 8 if deep else 6))
+    width = Const(draw(st.integers(1, 4)))
+    match kind:
+        case 0:
+            return apply("le", n, m)
+        case 1:
+            return apply("lt", apply("sub", m, n), width)
+        case 2:
+            return apply("lt", n, load("lengths", b, dtype=torch.int64))
+        case 3:
+            ids = (load("id", b, m, dtype=torch.int64), load("id", b, n, dtype=torch.int64))
+            return apply("eq", *ids)
+        case 4:
+            return apply("eq", apply("floordiv", m, width), apply("floordiv", n, width))
+        case 5:
+            return apply("eq", apply("mod", apply("sub", m, n), width), Const(0))
+        case 6:
+            return load("keep", m, n, dtype=torch.bool)
+        case 7:
+            return apply("not", draw(predicates(b, m, n, 0)))
+    sides = (draw(predicates(b, m, n, deep - 1)), draw(predicates(b, m, n, deep - 1)))
+    return apply(pick(draw, "and", "or"), *sides)
+
+
+@st.composite
+def scores(draw, b: Node, h: Node, m: Node, n: Node) -> Node:
+    """What is exponentiated or gated: a contraction, then up to three changes in any order."""
+    d = Axis("d", Const(draw(st.integers(1, 3))))
+    kv = apply("floordiv", h, Const(2)) if draw(st.booleans()) else h
+    s = reduce(
+        "sum", (d,), apply("mul", load("q", b, h, m, Index(d)), load("k", b, kv, n, Index(d)))
+    )
+    for change in draw(st.lists(st.integers(0, 6), max_size=3)):
+        s = _changed(draw, change, s, (b, h, m, n))
+    return s
+
+
+def _changed(draw, change: int, s: Node, at: tuple[Node, ...]) -> Node:
+    b, h, m, n = at
+    match change:
+        case 0:
+            return apply(pick(draw, "mul", "div"), s, const(pick(draw, 0.5, 1.7)))
+        case 1:
+            return apply("add", s, load("bias", *pick(draw, (m, n), (b, n), (h, m, n))))
+        case 2:
+            distance = cast(apply("sub", n, m), torch.float32)
+            return apply("add", s, apply("mul", load("slopes", h), distance))
+        case 3:
+            return apply("mul", apply("tanh", apply("div", s, const(2.0))), const(2.0))
+        case 4:
+            return where(draw(predicates(b, m, n)), s, pick(draw, INF, INF, const(-1e4)))
+        case 5:
+            fill = pick(draw, INF, const(-1e4))
+            return apply("add", s, where(draw(predicates(b, m, n)), const(0.0), fill))
+    return apply("sub", s, load("rowbias", m))
+
+
+def normalised(draw, s: Node, n: Axis, v: Node, rows: tuple[Node, ...]) -> tuple[Node, Node]:
+    """(softmax of s against v, its sum of exponentials) in one of many spellings."""
+    peak = reduce("max", (n,), s)
+    shift = pick(draw, "max", "max", "none", "clamped", "settled")
+    if shift == "clamped":
+        peak = apply("maximum", peak, const(0.0))
+    if shift == "settled":
+        peak = where(apply("isinf", peak), const(0.0), peak)
+    e = apply("exp", s if shift == "none" else apply("sub", s, peak))
+    total = reduce("sum", (n,), e)
+    if draw(st.booleans()):
+        extra = apply("neg", peak) if shift != "none" else const(0.0)
+        total = apply("add", total, pick(draw, const(1e-6), apply("exp", extra)))
+    early, gated = draw(st.booleans()), draw(st.booleans())
+    if gated:
+        v = apply("mul", v, load("gate", *rows))
+    if not early:
+        return apply("div", reduce("sum", (n,), apply("mul", e, v)), total), total
+    weight = cast(apply("div", e, total), pick(draw, torch.float32, torch.float16))
+    return reduce("sum", (n,), apply("mul", cast(weight, torch.float32), v)), total
+
+
+def with_sink(s: Node, n: Axis, v: Node, sink: Node) -> tuple[Node, Node]:
+    """Softmax over the scores and one more, which has no value: cat, softmax, cut off."""
+    wide = Axis("w", apply("add", n.extent, Const(1)))
+    joined = where(apply("lt", Index(wide), n.extent), _moved(s, n, wide), sink)
+    peak = reduce("max", (wide,), joined)
+    total = reduce("sum", (wide,), apply("exp", apply("sub", joined, peak)))
+    weight = apply("div", apply("exp", apply("sub", s, peak)), total)
+    return reduce("sum", (n,), apply("mul", weight, v)), total
+
+
+def _moved(s: Node, n: Axis, to: Axis) -> Node:
+    from rewriter.ir import substitute
+
+    return substitute(s, {n: Index(to)})
+
+
+def gated_sum(draw, s: Node, n: Axis, v: Node) -> tuple[Node, Node]:
+    """Pointwise weights instead of softmax, normalised by their sum or not."""
+    zero = const(0.0)
+    weight = {
+        "sigmoid": apply("sigmoid", s),
+        "relu": apply("maximum", s, zero),
+        "squared": apply("mul", apply("maximum", s, zero), apply("maximum", s, zero)),
+    }[pick(draw, "sigmoid", "relu", "squared")]
+    total = apply("add", reduce("sum", (n,), weight), const(0.5))
+    out = reduce("sum", (n,), apply("mul", weight, v))
+    return (apply("div", out, total) if draw(st.booleans()) else out), total
+
+
+@st.composite
+def cases(draw) -> Case:
+    b, h, m, e = Axis("b", B), Axis("h", Const(2)), Axis("m", M), Axis("e", Const(2))
+    n = Axis("n", draw(st.sampled_from([N, M])))
+    at = tuple(map(index, (b, h, m)))
+    s = draw(scores(*at, Index(n)))
+    v = (
+        load("v", index(b), Index(n), index(e))
+        if draw(st.booleans())
+        else load("v", index(b), index(h), Index(n), index(e))
+    )
+    kind = pick(draw, "softmax", "softmax", "softmax", "sink", "gated")
+    if kind == "softmax":
+        out, total = normalised(draw, s, n, v, at)
+    elif kind == "sink":
+        out, total = with_sink(s, n, v, load("sink", index(h)))
+    else:
+        out, total = gated_sum(draw, s, n, v)
+    outputs = [Output("out", (b, h, m, e), out, torch.float32)]
+    more = pick(draw, "", "", "total", "lse", "peak")
+    if more:
+        body = {"total": total, "lse": apply("log", total), "peak": reduce("max", (n,), s)}[more]
+        outputs.append(Output(more, (b, h, m), body, torch.float32))
+    return Case(Program("random", tuple(draw(st.permutations(outputs)))), s)
+
+
+# Evaluation with tensors that are stored, unlike those of `derive/prove.py`.
+
+
+def tensors_for(program: Program, sizes: dict[str, int], seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    extent = Evaluator({}, sizes).extent
+    out = {}
+    for tensor in program.tensors:
+        shape = tuple(map(extent, tensor.shape))
+        if tensor.dtype.is_floating_point:
+            out[tensor.name] = torch.randn(shape, dtype=torch.float64, generator=generator)
+        else:
+            most = (
+                2
+                if tensor.dtype is torch.bool or tensor.name.startswith("id")
+                else max(sizes.values()) + 1
+            )
+            out[tensor.name] = torch.randint(0, most, shape, generator=generator).to(tensor.dtype)
+    return out
+
+
+def chain_values(chain: Chain, tensors: dict, sizes: dict) -> dict[str, torch.Tensor]:
+    """What a chain says, definition by definition over the whole stream at once."""
+    evaluator = Evaluator(tensors, sizes)
+    for d in chain.definitions:
+        body = reduce(d.op, (chain.stream,), d.body, d.predicate)
+        evaluator.refs[d.name] = evaluator.output(Output(d.name, d.axes, body, d.body.dtype))
+    return {o.name: evaluator.output(o) for o in chain.outputs}
+
+
+def assert_same(got: torch.Tensor, want: torch.Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+def assert_equivalent(before: Program, after: Program, sizes: dict, seed: int) -> None:
+    tensors = tensors_for(before, sizes, seed)
+    want, got = evaluate(before, tensors, sizes), evaluate(after, tensors, sizes)
+    assert want.keys() == got.keys()
+    for name in want:
+        assert_same(got[name], want[name])

@@ -1,0 +1,77 @@
+"""Attention programs drawn at random, through the whole path.
+
+What is drawn depends on this code only: the same programs on every machine. A failure shows the program; with
+FLASHLIGHT_SHRINK=1 in the environment, the smallest that fails, after some minutes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from random_programs import WEIGHTS, RandomProgram, attention_programs
+
+from rewriter.api import Rewrite, rewrite
+from rewriter.check.numerics import compare, run_float64
+
+PHASES = [Phase.generate, *([Phase.shrink] if os.environ.get("FLASHLIGHT_SHRINK") else [])]
+SETTINGS = settings(
+    max_examples=6,  # for each of eight kinds of weights
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=PHASES,
+    suppress_health_check=list(HealthCheck),
+)
+_numbers = itertools.count()
+
+
+def imported(source: str, folder: Path) -> Callable:
+    """`attend` from a file of its own: the rewriter reads the lines."""
+    name = f"random_program_{next(_numbers)}"
+    path = folder / f"{name}.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.attend
+
+
+def check_at(attend: Callable, result: Rewrite, args: tuple) -> None:
+    """As right as eager, by its kernels."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*runs its original code.*")
+        out = result.module(*args)
+    verdict = compare(out, attend(*args), run_float64(attend, args), torch.float32)
+    assert verdict.ok, f"{tuple(args[0].shape)}: {verdict.reason}"
+
+
+def check(program: RandomProgram, folder: Path) -> None:
+    attend = imported(program.source, folder)
+    args = program.arguments(program.traced)
+    result = rewrite(attend, args, out=folder / f"package_{next(_numbers)}")
+    assert result.report["chains"], result.report["unfused"]
+    for sizes in (program.traced, program.other):
+        check_at(attend, result, program.arguments(sizes))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_random_programs(weights, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors this small take longer on two
+
+    @seed(WEIGHTS.index(weights))
+    @SETTINGS
+    @given(program=attention_programs(weights))
+    def every_program_drawn(program):
+        check(program, tmp_path)
+
+    every_program_drawn()
+    torch.set_num_threads(threads)
