@@ -1,6 +1,6 @@
-"""Random integer expressions and random Programs for property tests, and plain ways to evaluate both.
+"""Random Programs for property tests, and a plain way to evaluate them and the chains derived from them.
 
-Fixed in CI: `fixed(n)` draws the same n examples every time. `FLASHLIGHT_EXAMPLES=20` draws twenty times as many, anew each time.
+`fixed(n)` draws the same n examples every time; with `FLASHLIGHT_EXAMPLES=20` twenty times as many, and others each time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from rewriter.derive import Chain
 from rewriter.ir import (
-    Apply,
     Axis,
     Const,
     Index,
@@ -30,6 +29,7 @@ from rewriter.ir import (
     const,
     index,
     reduce,
+    substitute,
     where,
 )
 from rewriter.ir.evaluate import Evaluator, evaluate
@@ -49,74 +49,9 @@ def fixed(examples: int) -> settings:
     )
 
 
-# Integers. A tree is ("add", left, right) over leaves that are Python ints, Params or Index nodes.
-
 B, M, N = Param("B"), Param("M"), Param("N")
-POSITIONS = tuple(
-    Axis(f"i{k}", extent)
-    for k, extent in enumerate(
-        [M, N, Const(3), apply("mul", M, Const(2)), apply("add", N, Const(1))]
-    )
-)
-DIVISORS = (1, 2, 3, 6, M, N, ("mul", M, 2), ("mul", M, N), ("add", N, 1))
 
-
-def trees() -> st.SearchStrategy:
-    leaves = st.one_of(
-        st.integers(-6, 6), st.sampled_from([M, N]), st.sampled_from([Index(a) for a in POSITIONS])
-    )
-    return st.recursive(leaves, _grown, max_leaves=8)
-
-
-def _grown(inner: st.SearchStrategy) -> st.SearchStrategy:
-    divided = st.tuples(st.sampled_from(["floordiv", "mod"]), inner, st.sampled_from(DIVISORS))
-    return st.one_of(st.tuples(st.sampled_from(["add", "sub", "mul"]), inner, inner), divided)
-
-
-def node_of(tree) -> Node:
-    """The tree built by the constructors, so in normal form."""
-    if isinstance(tree, int):
-        return Const(tree)
-    return tree if isinstance(tree, Node) else apply(tree[0], *map(node_of, tree[1:]))
-
-
-def axes_of(tree) -> frozenset[Axis]:
-    if isinstance(tree, tuple):
-        return frozenset().union(*map(axes_of, tree[1:]))
-    return tree.free if isinstance(tree, Node) else frozenset()
-
-
-PYTHON = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "floordiv": lambda a, b: a // b,
-    "mod": lambda a, b: a % b,
-    "lt": lambda a, b: a < b,
-    "le": lambda a, b: a <= b,
-    "eq": lambda a, b: a == b,
-}
-
-
-def value_of(tree, sizes: dict, at: dict):
-    """A tree or an integer node in Python's own arithmetic."""
-    match tree:
-        case int():
-            return tree
-        case Const():
-            return tree.value
-        case Param():
-            return sizes[tree.name]
-        case Index():
-            return at[tree.axis]
-        case Apply(op="not"):
-            return not value_of(tree.args[0], sizes, at)
-        case Apply():
-            return PYTHON[tree.op](*(value_of(a, sizes, at) for a in tree.args))
-    return PYTHON[tree[0]](*(value_of(a, sizes, at) for a in tree[1:]))
-
-
-# Programs. Scores are contracted from q and k, changed, masked, weighed and summed against v.
+# Scores are contracted from q and k, changed, masked, weighed and summed against v.
 
 
 @dataclass(frozen=True)
@@ -223,17 +158,11 @@ def normalised(draw, s: Node, n: Axis, v: Node, rows: tuple[Node, ...]) -> tuple
 def with_sink(s: Node, n: Axis, v: Node, sink: Node) -> tuple[Node, Node]:
     """Softmax over the scores and one more, which has no value: cat, softmax, cut off."""
     wide = Axis("w", apply("add", n.extent, Const(1)))
-    joined = where(apply("lt", Index(wide), n.extent), _moved(s, n, wide), sink)
+    joined = where(apply("lt", Index(wide), n.extent), substitute(s, {n: Index(wide)}), sink)
     peak = reduce("max", (wide,), joined)
     total = reduce("sum", (wide,), apply("exp", apply("sub", joined, peak)))
     weight = apply("div", apply("exp", apply("sub", s, peak)), total)
     return reduce("sum", (n,), apply("mul", weight, v)), total
-
-
-def _moved(s: Node, n: Axis, to: Axis) -> Node:
-    from rewriter.ir import substitute
-
-    return substitute(s, {n: Index(to)})
 
 
 def gated_sum(draw, s: Node, n: Axis, v: Node) -> tuple[Node, Node]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -35,35 +34,13 @@ from rewriter.ir import (
 )
 from rewriter.ir.evaluate import TooLarge, evaluate
 from rewriter.ir.integer import extreme, from_poly, nonnegative, proves, to_poly
-from tests.strategies import (
-    POSITIONS,
-    assert_equivalent,
-    assert_same,
-    axes_of,
-    cases,
-    fixed,
-    node_of,
-    tensors_for,
-    trees,
-    value_of,
-)
+from tests.integers import POSITIONS, environments, node_of, trees, value_of
+from tests.strategies import assert_equivalent, assert_same, cases, fixed, tensors_for
 
 sizes = st.fixed_dictionaries(
     {"B": st.integers(1, 2), "M": st.integers(1, 5), "N": st.integers(1, 5)}
 )
 seeds = st.integers(0, 1 << 20)
-
-
-def environments(*trees, most: int = 3, limit: int = 300):
-    """(sizes, positions) for sizes up to `most` and positions of the axes that trees or nodes mention."""
-    mentioned = frozenset().union(*map(axes_of, trees))
-    axes = [a for a in POSITIONS if a in mentioned]
-    every = []
-    for m, n in itertools.product(range(1, most + 1), repeat=2):
-        held = {"M": m, "N": n}
-        ranges = [range(value_of(a.extent, held, {})) for a in axes]
-        every += [(held, dict(zip(axes, at))) for at in itertools.product(*ranges)]
-    return every[:: len(every) // limit + 1]
 
 
 # Integers

@@ -1,7 +1,7 @@
 """Programs evaluated at a few positions, with tensors that are never stored.
 
-A proof needs no data, only values that differ: every `Load` is a pseudo-random function of its tensor's name and its index, so
-that long and wide programs cost no more than the positions asked for.
+A proof needs no data, only values that differ: every `Load` is a pseudo-random function of its tensor's name and its
+index, so that long and wide programs cost no more than the positions asked for.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Values:
 class Sampled(Evaluator):
     """An evaluator that sees only the positions `at` of an axis, and notes the truth values of integer comparisons.
 
-    `refs` hold the state of a chain over `rows`, the axes that every evaluation starts with. Evaluators that share `opened`
-    share the bound axes of reductions.
+    `refs` hold the state of a chain over `rows`, the axes that every evaluation starts with. Evaluators that share
+    `opened` share the bound axes of reductions.
     """
 
     def __init__(

@@ -123,6 +123,7 @@ class _View:
             "passed_sizes": [names.sizes.get(p, p.name) for p in self.passed_sizes],
             "outputs": [self._output(*o) for o in zip(self.chain.outputs, names.outputs, self._nodes())],
             "launch": self._launch(),
+            "aligned": [text for stride, text in self.writer.strides.items() if stride in self.writer.aligned],
             "blocks": [(f"BLOCK_{names.axes[a].upper()}", plan.padded(a)) for a in plan.features],
             "reference": self._reference(),
         }
@@ -178,6 +179,7 @@ class _View:
         params = [f"{n}_ptr" for n in (*self.names.tensors.values(), *self.names.outputs)]
         params += [*self.writer.strides, *self.names.sizes.values()]
         blocks = [self.plan.row, self.plan.stream, *self.plan.features]
+        params += ["ALIGN: tl.constexpr"] if self.plan.aligns else []
         return params + [f"BLOCK_{self.names.axes[a].upper()}: tl.constexpr" for a in blocks]
 
     def _grid(self) -> list[str]:
@@ -214,8 +216,10 @@ class _View:
         return next(iter(self.names.tensors.values()))
 
     def _launch(self) -> list[str]:
-        args = [*self.names.tensors.values(), *self.names.outputs, *self.writer.strides.values()]
-        return args + list(self.names.sizes.values())
+        units = {s: " // align" if s in self.writer.aligned else "" for s in self.writer.strides}
+        args = [*self.names.tensors.values(), *self.names.outputs]
+        args += [f"{text}{units[stride]}" for stride, text in self.writer.strides.items()]
+        return args + list(self.names.sizes.values()) + (["ALIGN=align"] if self.plan.aligns else [])
 
     def _reference(self) -> Reference:
         return reference_of(self.region, self.names, self.known_sizes)

@@ -67,7 +67,9 @@ def _draws(loaded: Loaded, options: Options) -> tuple[list[Draw], list[Draw]]:
     specs = {spec.name: spec for spec in options.inputs}
     program = loaded.module.forward if isinstance(loaded.module, nn.Module) else loaded.module
     positional = list(inspect.signature(program).parameters)[: len(loaded.args)]
-    args, kwargs = ([Draw(n, _drawn(specs[n])) for n in names] for names in (positional, loaded.kwargs))
+    args, kwargs = (
+        [Draw(n, _drawn(specs[n])) for n in names] for names in (positional, loaded.kwargs)
+    )
     return args, kwargs
 
 

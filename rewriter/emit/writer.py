@@ -10,6 +10,7 @@ import torch
 from rewriter.derive import Definition
 from rewriter.emit.expr import (
     ATOM,
+    TRITON_DTYPES,
     NotEmittable,
     Text,
     apply_text,
@@ -70,6 +71,7 @@ class Writer:
         self.in_tail = False
         self.helpers: set[str] = set()
         self.strides: dict[str, str] = {}
+        self.aligned: set[str] = set()
         self.half = plan.dtype is not torch.float32
         self.uses = self._use_counts()
         self.dots = {d.node: d for d in plan.dots}
@@ -279,7 +281,11 @@ class Writer:
             self.strides[stride] = f"{name}.stride({k})"
             text = self.value(entry, scope)
             part = self._wide(entry, text, axes)
-            (moving if text.axes else fixed).append(f"{part} * {stride}")
+            lanes = text.axes and set(text.axes) <= set(self.plan.features)
+            unit = "" if lanes or not self.plan.aligns else " * ALIGN"
+            if unit:
+                self.aligned.add(stride)
+            (moving if text.axes else fixed).append(f"{part} * {stride}{unit}")
         return " + ".join(fixed + moving)
 
     def _wide(self, entry: Node, text: Text, axes: tuple[Axis, ...]) -> str:
@@ -321,30 +327,28 @@ class Writer:
     # -- arithmetic that is not pointwise -------------------------------------------------------------------------
 
     def _dot(self, dot: Dot, scope: Scope) -> Text:
-        left = self._tile_operand(dot.left, (self.plan.row, dot.axis), scope)
-        right = self._tile_operand(dot.right, (self.plan.stream, dot.axis), scope)
-        code = f"tl.dot({left}, tl.trans({right}){self._precision()})"
+        stored = self._operand_dtype(dot.left, dot.right)
+        left = self._tile_operand(dot.left, (self.plan.row, dot.axis), scope, stored)
+        right = self._tile_operand(dot.right, (self.plan.stream, dot.axis), scope, stored)
+        code = f"tl.dot({left}, tl.trans({right}){_precision(stored)})"
         if not dot.scale:
             return Text(code, (self.plan.row, self.plan.stream))
         factors = " * ".join(operand(self.value(f, scope), (), 6) for f in dot.scale)
         return Text(f"{code} * {factors}", (self.plan.row, self.plan.stream), 6)
 
-    def _precision(self) -> str:
-        return "" if self.half else ', input_precision="ieee"'
-
-    def _tile_operand(self, node: Node, axes: tuple[Axis, ...], scope: Scope) -> str:
+    def _tile_operand(self, node: Node, axes: tuple[Axis, ...], scope: Scope, stored: torch.dtype) -> str:
         """A two-dimensional operand of `tl.dot`, in the type the tensors are stored in."""
         text = self.value(node, scope)
         if text.axes != axes:
             raise NotEmittable("a contraction whose operand is no tile of two dimensions")
-        if isinstance(node, Load) and node.dtype is self.plan.dtype:
+        if isinstance(node, Load) and node.dtype is stored:
             return text.code
-        return f"{text.tight(ATOM)}.to({self._stored()})"
+        return f"{text.tight(ATOM)}.to({TRITON_DTYPES[stored]})"
 
-    def _stored(self) -> str:
-        from rewriter.emit.expr import TRITON_DTYPES
-
-        return TRITON_DTYPES[self.plan.dtype]
+    def _operand_dtype(self, *operands: Node) -> torch.dtype:
+        """The widest floating type that the operands of one product are stored in."""
+        floats = [n.dtype for n in walk(*operands) if isinstance(n, Load) and n.dtype.is_floating_point]
+        return max(floats, key=lambda d: d.itemsize, default=self.plan.dtype)
 
     # -- the chain ------------------------------------------------------------------------------------------------
 
@@ -442,10 +446,11 @@ class Writer:
             raise NotEmittable("a weighted sum that is no product of a score tile and a value tile")
         axes = self.tile(definition.axes)
         (value_axes,) = [tuple(a for a in self.plan.tile_axes if a in operands[0].free)]
-        value = self._tile_operand(operands[0], value_axes, self.loop)
+        stored = self._operand_dtype(operands[0])
+        value = self._tile_operand(operands[0], value_axes, self.loop, stored)
         if value_axes[0] is not self.plan.stream or len(value_axes) != 2:
             raise NotEmittable("values that depend on the row as well as the stream")
-        code = f"{state} = tl.dot({weight.code}.to({self._stored()}), {value}, {rescale}{self._precision()})"
+        code = f"{state} = tl.dot({weight.code}.to({TRITON_DTYPES[stored]}), {value}, {rescale}{_precision(stored)})"
         self.loop.lines.append(Line(code, self.shape(axes)))
 
     def _weight(self, definition: Definition, factors: list[Node]) -> Text:
@@ -566,3 +571,8 @@ class Writer:
             value = f"({value})"
         cast = f"{value}.to({name}_ptr.dtype.element_ty)"
         self.epilogue.lines.append(Line(f"tl.store({pointer}, {cast}{f', mask={mask}' if mask else ''})"))
+
+
+def _precision(stored: torch.dtype) -> str:
+    """fp32 products are never rounded to tf32."""
+    return ', input_precision="ieee"' if stored is torch.float32 else ""

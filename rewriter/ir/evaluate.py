@@ -67,7 +67,7 @@ class Evaluator:
 
     def _fitting(self, node: Node, values: list[torch.Tensor]) -> list[torch.Tensor]:
         """The operands of a node, once it is known that its value will not be too large."""
-        elements = math.prod(torch.broadcast_shapes(*(v.shape for v in values)))
+        elements = math.prod(map(max, zip(*(v.shape for v in values))))
         if elements > LIMIT:
             raise TooLarge(f"{node!r} has {elements} elements")
         return values

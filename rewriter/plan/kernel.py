@@ -49,6 +49,12 @@ class KernelPlan:
         return padded(axis)
 
     @property
+    def aligns(self) -> bool:
+        """Whether strides are passed in units of ALIGN elements: a stride of 40 is a multiple of 8, but Triton only asks
+        for 16, and without knowing either loads one element at a time."""
+        return any(int(a.extent.value) % 16 for a in self.features)
+
+    @property
     def segments(self) -> tuple[str, ...]:
         """Forms of the loop's body: 'full' tiles, and a 'tail' where the stream may not fill its last tile."""
         extent = self.stream.extent

@@ -56,14 +56,18 @@ def attention_programs(draw: Callable, weights: str) -> RandomProgram:
 
 
 class Author(Masks, Weights):
-    """Writes a program in the order in which it is read."""
+    """Writes a program in the order in which it is read. `group`: query heads for a key head that is not repeated."""
+
+    group = 0
 
     def write(self, weights: str, group: int) -> None:
         for name, dims in zip("qkv", (self.q, self.k, self.v), strict=True):
             self.input(name, dims)
-        if group > 1 and "h" in self.axes:
+        self.group = group if group > 1 and "h" in self.axes and self.coin() else 0
+        if group > 1 and "h" in self.axes and not self.group:
             self._repeat_heads(group)
-        self.k, self.v = self.k.replace("g", "h"), self.v.replace("g", "h")
+        if not self.group:
+            self.k, self.v = self.k.replace("g", "h"), self.v.replace("g", "h")
         self._scores()
         self._change_scores()
         keep = self.mask() if self.one(True, True, False) else ""
@@ -112,6 +116,11 @@ class Author(Masks, Weights):
 
     def _product(self) -> str:
         """q times k."""
+        if self.group:
+            at, heads = self.q.index("h"), self.axes.index("h")
+            equation = f"{self.q},{self.k}->{self.axes}".replace("h", "gr")
+            folded = f"q.unflatten({at}, (-1, {self.group}))"
+            return f'torch.einsum("{equation}", {folded}, k).flatten({heads}, {heads + 1})'
         spelling = self.one("einsum", "matmul", "bmm")
         if spelling == "einsum":
             return f'torch.einsum("{self.q},{self.k}->{self.axes}", q, k)'
@@ -164,7 +173,9 @@ class Author(Masks, Weights):
     def _output(self, divisor: str) -> None:
         lead = self.axes[:-2]
         rows = lead + "me"
-        if divisor or self.v.startswith(lead) or self.coin():
+        if self.group:
+            self._weighted_groups(rows)
+        elif divisor or self.v.startswith(lead) or self.coin():
             self._weighted(rows)
         else:
             rows = self.q.replace("d", "e")
@@ -177,6 +188,13 @@ class Author(Masks, Weights):
         if rows == "bhme" and self.coin():
             self.say("out = out.transpose(1, 2).flatten(-2)")
         self.say("return out")
+
+    def _weighted_groups(self, rows: str) -> None:
+        """As `_weighted`, where the values have fewer heads."""
+        at = rows.index("h")
+        equation = f"{self.axes},{self.v}->{rows}".replace("h", "gr")
+        folded = f"p.unflatten({at}, (-1, {self.group}))"
+        self.say(f'out = torch.einsum("{equation}", {folded}, v).flatten({at}, {at + 1})')
 
     def _weighted(self, rows: str) -> None:
         """The weights times v, in the order of the scores' axes."""

@@ -1,0 +1,232 @@
+"""A proof finds what is wrong with a chain, and deriving refuses what has no one-pass form."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rewriter.derive import Definition, NotDerivable, Shift, derive
+from rewriter.derive.factors import multiply
+from rewriter.derive.prove import Proof, prove
+from rewriter.ir import TRUE, Axis, Const, Index, Node, Output, Program, apply, const, reduce, where
+from tests.strategies import INF, M, N, chain_values, load, tensors_for
+
+m, e, n, d = Axis("m", M), Axis("e", Const(2)), Axis("n", N), Axis("d", Const(4))
+QK = apply("mul", load("q", Index(m), Index(d)), load("k", Index(n), Index(d)))
+S = reduce("sum", (d,), QK)
+V = load("v", Index(n), Index(e))
+KEPT = apply("lt", apply("sub", Index(m), Index(n)), Const(200))
+
+
+def maximum(x: Node) -> Node:
+    return reduce("max", (n,), x)
+
+
+def summed(x: Node) -> Node:
+    return reduce("sum", (n,), x)
+
+
+def program(*bodies: Node) -> Program:
+    """One output per body, over the row and feature axes it has."""
+    axes = [tuple(a for a in (m, e) if a in body.free) for body in bodies]
+    outputs = [
+        Output(f"out{k}", at, body, torch.float32) for k, (at, body) in enumerate(zip(axes, bodies))
+    ]
+    return Program("wanted", tuple(outputs))
+
+
+def softmax_of(s: Node) -> Program:
+    p = apply("exp", apply("sub", s, maximum(s)))
+    return program(apply("div", summed(apply("mul", p, V)), summed(p)))
+
+
+WINDOWED, UNMASKED = softmax_of(where(KEPT, S, INF)), softmax_of(S)
+
+# Ways to be wrong: each takes a definition (and the stream) and gives another.
+
+
+def unmasked(d: Definition, _: Axis) -> Definition:
+    return replace(d, predicate=TRUE) if d.op == "sum" else d
+
+
+def seeing_nothing(d: Definition, _: Axis) -> Definition:
+    return replace(d, predicate=apply("lt", Index(m), Const(0))) if d.op == "max" else d
+
+
+def off_by_one(d: Definition, stream: Axis) -> Definition:
+    narrower = apply("lt", apply("sub", Index(m), Index(stream)), Const(199))
+    return replace(d, predicate=narrower) if d.op == "sum" else d
+
+
+def without_values(d: Definition, _: Axis) -> Definition:
+    return replace(d, rest=())
+
+
+def minimum(d: Definition, _: Axis) -> Definition:
+    return replace(d, op="min") if d.op == "max" else d
+
+
+def shifted_twice(d: Definition, _: Axis) -> Definition:
+    phi = d.shift and apply("mul", d.shift.phi, const(2.0))
+    return replace(d, shift=Shift(phi, d.shift.exponent)) if d.shift else d
+
+
+def never_shifted(d: Definition, _: Axis) -> Definition:
+    """exp(x) accumulated as it is: right where nothing overflows."""
+    if d.shift is None:
+        return d
+    factors = (apply("exp", d.shift.exponent), *d.rest)
+    return replace(d, rest=factors, shift=None, body=multiply([*factors]))
+
+
+def another_exponent(d: Definition, _: Axis) -> Definition:
+    exponent = d.shift and apply("mul", d.shift.exponent, const(1.001))
+    return replace(d, shift=Shift(d.shift.phi, exponent)) if d.shift else d
+
+
+WRONG = (
+    unmasked,
+    seeing_nothing,
+    off_by_one,
+    without_values,
+    minimum,
+    shifted_twice,
+    never_shifted,
+    another_exponent,
+)
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda f: f.__name__)
+def test_a_proof_fails_for_a_chain_that_is_wrong(wrong):
+    chain = derive(WINDOWED)
+    assert prove(WINDOWED, chain).ok
+    made = tuple(wrong(d, chain.stream) for d in chain.definitions)
+    proof = prove(WINDOWED, replace(chain, definitions=made))
+    assert not proof.ok and "differs" in proof.reason
+
+
+def test_a_proof_fails_for_an_output_that_is_wrong():
+    chain = derive(UNMASKED)
+    numerators = tuple(replace(o, body=o.body.args[0]) for o in chain.outputs)
+    assert not prove(UNMASKED, replace(chain, outputs=numerators)).ok
+
+
+def test_constants_far_beyond_the_sizes_are_met():
+    """The window of 200 is as good as none at sizes 2 to 9: more cases are drawn where it is not."""
+    assert prove(WINDOWED, derive(WINDOWED)).cases > prove(UNMASKED, derive(UNMASKED)).cases
+
+
+def test_sizes_that_no_evaluation_bears_are_skipped_and_said():
+    long, wide = Axis("n", Const(1 << 20)), Axis("d", Const(64))
+    s = reduce(
+        "sum",
+        (wide,),
+        apply("mul", load("q", Index(m), Index(wide)), load("k", Index(long), Index(wide))),
+    )
+    wanted = program(reduce("sum", (long,), apply("exp", s)))
+    proof = prove(wanted, derive(wanted))
+    assert proof.ok and proof.cases == 0 and "not run" in str(proof)
+
+
+def test_derive_refuses_what_is_not_proved(monkeypatch):
+    stage = sys.modules["rewriter.derive.derive"]
+    monkeypatch.setattr(stage, "prove", lambda *_: Proof(False, 0, "because"))
+    with pytest.raises(NotDerivable, match="not proved: because"):
+        derive(UNMASKED)
+
+
+# What has no one-pass form
+
+
+def weights(shift: Node) -> Node:
+    return apply("exp", apply("sub", S, shift))
+
+
+MEAN = apply("div", summed(S), const(7.0))
+OTHER = load("other", Index(m), Index(n))
+REFUSED = {
+    "a maximum of what depends on a sum": maximum(apply("abs", apply("sub", S, MEAN))),
+    "a maximum of a normalised weight's tanh": maximum(
+        apply("tanh", apply("div", S, summed(apply("exp", S))))
+    ),
+    "a gate on a difference to the mean": summed(
+        apply("maximum", apply("sub", S, MEAN), const(0.0))
+    ),
+    "an exponential shifted by a minimum": summed(weights(reduce("min", (n,), S))),
+    "an exponential shifted by a mean": summed(weights(MEAN)),
+    "an exponential shifted by another maximum": summed(weights(maximum(OTHER))),
+    "an exponential shifted by half the maximum": summed(
+        weights(apply("mul", maximum(S), const(0.5)))
+    ),
+    "an exponential shifted the wrong way": summed(apply("exp", apply("add", S, maximum(S)))),
+    "an exponential of the negated score, shifted by its maximum": summed(
+        apply("exp", apply("sub", apply("neg", S), maximum(S)))
+    ),
+    "an exponential multiplied by a maximum": summed(apply("exp", apply("mul", S, maximum(S)))),
+    "an exponential shifted by two maxima": summed(
+        apply("exp", apply("sub", apply("sub", S, maximum(S)), maximum(OTHER)))
+    ),
+    "a maximum of masked scores below unmasked ones": summed(weights(maximum(where(KEPT, S, INF)))),
+    "a mask that depends on a maximum": summed(where(apply("eq", S, maximum(S)), V, const(0.0))),
+    "a sum of squares around the mean": summed(
+        apply("mul", apply("sub", S, MEAN), apply("sub", S, MEAN))
+    ),
+    "softmax of softmax": summed(
+        apply("exp", apply("div", weights(maximum(S)), summed(weights(maximum(S)))))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name):
+    with pytest.raises(NotDerivable) as refusal:
+        derive(program(REFUSED[name]))
+    assert not str(refusal.value).startswith(
+        "not proved:"
+    ), "a rule should refuse this before the proof does"
+
+
+def test_two_streams_are_refused():
+    j = Axis("j", apply("add", M, N))
+    second = reduce("sum", (j,), load("w", Index(m), Index(j)))
+    with pytest.raises(NotDerivable, match="extents"):
+        derive(program(apply("mul", summed(apply("exp", S)), second)))
+
+
+def test_outputs_over_different_axes_are_refused():
+    x = Axis("x", apply("mul", M, Const(3)))
+    other = reduce("sum", (n,), load("w", Index(x), Index(n)))
+    outputs = (
+        Output("a", (m,), summed(apply("exp", S)), torch.float32),
+        Output("b", (x,), other, torch.float32),
+    )
+    with pytest.raises(NotDerivable, match="axes"):
+        derive(Program("two", outputs))
+
+
+def test_outputs_keep_their_order():
+    """The longer output is second here; the kernel's results are taken in the program's order."""
+    p = weights(maximum(S))
+    chain = derive(program(summed(p), apply("div", summed(apply("mul", p, V)), summed(p))))
+    assert [o.name for o in chain.outputs] == ["out0", "out1"]
+    assert [len(o.axes) for o in chain.outputs] == [1, 2]
+
+
+def test_rows_that_see_nothing_are_nan_as_in_the_program():
+    nothing = apply("lt", Index(n), Const(0))
+    s = where(
+        apply("and", load("keep", Index(m), Index(n), dtype=torch.bool), apply("not", nothing)),
+        S,
+        INF,
+    )
+    p = apply("exp", apply("sub", s, maximum(s)))
+    wanted = program(apply("div", summed(apply("mul", p, V)), summed(p)))
+    chain, held = derive(wanted), {"M": 3, "N": 4}
+    tensors = tensors_for(wanted, held, 0)
+    tensors["keep_m_n"][1] = False
+    got = chain_values(chain, tensors, held)["out0"]
+    assert got[1].isnan().all() and not math.isnan(got[0].sum() + got[2].sum())
