@@ -104,7 +104,7 @@ class TwoProducts(nn.Module):
 
 @dataclass(frozen=True)
 class Golden:
-    """A program and what it is called with: floats of `shapes`, then ids. `sizes` are those that a kernel is not run without."""
+    """A program and what it is called with: floats of `shapes`, then ids. `sizes` are those its kernel must be run at."""
 
     build: Callable[[], nn.Module]
     shapes: tuple[tuple[int, ...], ...]
@@ -121,12 +121,15 @@ _HEADS_FIRST = (2, 4, 20, 64)
 GOLDENS = {
     "softcap_causal": Golden(SoftcapCausal, (_HEADS_FIRST,) * 3),
     "grouped_window": Golden(
-        lambda: GroupedWindow(4, 128), ((2, 20, 8, 128), *((2, 20, 2, 128),) * 2), sizes={"H": 8, "S0": 2}
+        lambda: GroupedWindow(4, 128),
+        ((2, 20, 8, 128), *((2, 20, 2, 128),) * 2),
+        sizes={"H": 8, "S0": 2},
     ),
     "sink_by_cat": Golden(lambda: SinkByCat(4), (_HEADS_FIRST, *((2, 4, 30, 64),) * 2)),
     "bucketed_bias": Golden(lambda: BucketedBias(4), (_HEADS_FIRST, *((2, 4, 30, 64),) * 2)),
     "documents": Golden(Documents, ((2, 4, 20, 40),) * 3, ids=(2, 20)),
     "two_products": Golden(
-        TwoProducts, ((2, 20, 4, 128), (2, 30, 4, 128), (2, 20, 4, 64), (2, 30, 64), (2, 30, 4, 128))
+        TwoProducts,
+        ((2, 20, 4, 128), (2, 30, 4, 128), (2, 20, 4, 64), (2, 30, 64), (2, 30, 4, 128)),
     ),
 }

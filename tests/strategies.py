@@ -1,6 +1,6 @@
 """Random Programs for property tests, and a plain way to evaluate them and the chains derived from them.
 
-`fixed(n)` draws the same n examples every time; with `FLASHLIGHT_EXAMPLES=20` twenty times as many, and others each time.
+`fixed(n)` draws the same n examples every time; with `FLASHLIGHT_EXAMPLES=20` twenty times as many, and others.
 """
 
 from __future__ import annotations

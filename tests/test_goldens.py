@@ -28,7 +28,9 @@ def emitted(name: str, folder: Path) -> str:
     golden = GOLDENS[name]
     model = golden.build().half().eval()
     sources = rewrite(model, golden.arguments(), out=folder).sources
-    assert [file for file in sources if file.startswith("kernels/") and "__" not in file] == [f"kernels/{name}.py"]
+    assert [file for file in sources if file.startswith("kernels/") and "__" not in file] == [
+        f"kernels/{name}.py"
+    ]
     return sources[f"kernels/{name}.py"]
 
 
@@ -38,7 +40,9 @@ def test_emitted_as_before(name, tmp_path, request):
     path = FOLDER / f"{name}.py"
     if request.config.getoption("--update-goldens"):
         path.write_text(text)
-    assert path.read_text() == text, f"{path.name} is emitted differently; see the head of this file"
+    assert (
+        path.read_text() == text
+    ), f"{path.name} is emitted differently; see the head of this file"
 
 
 def test_no_golden_is_left_over():

@@ -38,7 +38,9 @@ class Half:
     launches: dict[str, Launch]
 
     def requests(self, target: str) -> list[CompileRequest]:
-        return [compile_request(self.folder, k, self.launches[k.name], target) for k in self.kernels]
+        return [
+            compile_request(self.folder, k, self.launches[k.name], target) for k in self.kernels
+        ]
 
 
 def half_dtype(program: Program) -> torch.dtype:
@@ -59,7 +61,14 @@ def rewritten(program: Program, model: Any, folder: Path) -> Half:
     recorder = record(package, [kernel.name for kernel in result.kernels])
     with recorder.dry_run(), torch.no_grad():
         module(*args)
-    return Half(program, model, Rewrite(module, {}, sources), folder, result.kernels, dict(recorder.launches))
+    return Half(
+        program,
+        model,
+        Rewrite(module, {}, sources),
+        folder,
+        result.kernels,
+        dict(recorder.launches),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,7 @@ _FUNCTIONAL |= {"layer_norm", "rms_norm", "group_norm", "relu6", "hardtanh", "mi
 _UNSAID = {"layout", "pin_memory", "memory_format"}
 
 
+_UNPACKED = {"view", "reshape", "permute", "expand", "repeat"}  # view(a, b) as people write it, not view([a, b])
 INLINE = 64  # elements of a constant that is written into the source
 
 
@@ -82,7 +83,10 @@ class TorchPrinter:
         if name in _FUNCTIONAL:
             return f"torch.nn.functional.{name}({self._named(node, kwargs)})"
         if arguments and arguments[0].name == "self" and self._is_method(node, name):
-            return f"{self.value(node.args[0])}.{name}({self._arguments(node.args[1:], kwargs)})"
+            rest = node.args[1:]
+            if name in _UNPACKED and len(rest) == 1 and isinstance(rest[0], (list, tuple)):
+                rest = tuple(rest[0])
+            return f"{self.value(node.args[0])}.{name}({self._arguments(rest, kwargs)})"
         if (
             hasattr(torch, name)
             and not name.startswith("_")
@@ -157,6 +161,8 @@ class TorchPrinter:
         last = None if isinstance(end, int) and end >= 2**62 else end
         first = None if isinstance(start, int) and start == 0 else start
         text = f"{'' if first is None else self.value(first)}:{'' if last is None else self.value(last)}"
+        if text == ":" and step in (None, 1):
+            return self.value(tensor)
         text += "" if step in (None, 1) else f":{self.value(step)}"
         return f"{self.value(tensor)}[{', '.join([':'] * dim + [text])}]"
 

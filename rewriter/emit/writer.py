@@ -467,9 +467,8 @@ class Writer:
         key = Apply("exp", (shift.exponent, shift.phi, definition.predicate), torch.float32)
         if key not in self.loop.known:
             score = self._masked(shift.exponent, definition, "NEG_INF")
-            phi = Text(self._settled(definition), self._phi_axes(definition))
             name = self.names.unique("p")
-            code = f"{name} = {self._exp(definition, score.code, spread(phi, score.axes))}"
+            code = f"{name} = {self._exp(definition, score)}"
             self.loop.lines.append(Line(code, self.shape(score.axes)))
             self.loop.known[key] = Text(name, score.axes)
         weight = self.loop.known[key]
@@ -482,15 +481,17 @@ class Writer:
         self.loop.lines.append(Line(f"{name} = {code}", self.shape(axes)))
         return Text(name, axes)
 
-    def _exp(self, definition: Definition, exponent: str, shift: str) -> str:
-        """exp(exponent − shift); in base 2 the shift is scaled already and the difference is one fused multiply-add."""
-        if self._in_base_2(definition):
-            return f"tl.exp2({exponent} * LOG2E - {shift})"
-        return f"tl.exp({exponent} - {shift})"
+    def _exp(self, definition: Definition, exponent: Text) -> str:
+        """exp(exponent − shift); in base 2 the difference is one fused multiply-add an element."""
+        shift = Text(self._settled(definition), self._phi_axes(definition))
+        if not self._in_base_2(definition):
+            return f"tl.exp({exponent.code} - {spread(shift, exponent.axes)})"
+        scaled = spread(Text(f"({shift.code} * LOG2E)", shift.axes), exponent.axes)
+        return f"tl.exp2({exponent.code} * LOG2E - {scaled})"
 
     def _in_base_2(self, definition: Definition) -> bool:
-        """16-bit programs whose exponents cannot be so large that LOG2E carries them over the range of fp32."""
-        return self.half and not has_fill(definition.shift.exponent, 1e30)
+        """16-bit programs without large fills: there the scaled shift's own rounding would show."""
+        return self.half and not has_fill(definition.shift.exponent, 1e3)
 
     def _phi_axes(self, definition: Definition) -> tuple[Axis, ...]:
         return self.tile(definition.shift.phi.free)
@@ -517,9 +518,8 @@ class Writer:
         if key not in self.loop.known:
             text = self._phi_text(definition, new=True)
             name = self.names.unique("shift")
-            scaled = f"{text.tight(6)} * LOG2E" if self._in_base_2(definition) else text.code
             self.loop.lines.append(
-                Line(f"{name} = tl.where({text.code} == NEG_INF, 0.0, {scaled})", self.shape(text.axes))
+                Line(f"{name} = tl.where({text.code} == NEG_INF, 0.0, {text.code})", self.shape(text.axes))
             )
             self.loop.known[key] = Text(name, text.axes)
         return self.loop.known[key].code
@@ -535,7 +535,7 @@ class Writer:
             old = self._phi_text(definition, new=False)
             name = self.names.unique("alpha")
             self.loop.lines.append(
-                Line(f"{name} = {self._exp(definition, old.tight(6), settled)}", self.shape(old.axes))
+                Line(f"{name} = tl.exp({old.tight(5)} - {settled})", self.shape(old.axes))
             )
             self.loop.known[key] = Text(name, old.axes)
         alpha = self.loop.known[key]

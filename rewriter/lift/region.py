@@ -49,11 +49,12 @@ def lift(traced: TracedModule) -> LiftResult:
     names = user_names(graph)
     tags = tag(graph, local, moving, set(), one_sided=False)
     regions = _cut_all(traced, local, tags, names)
-    unfused = [Reason(r, site_of(n)) for n, r in tags.reasons.items()]
     taken = set().union(*({*r.inside, *r.outputs} for r in regions))
     others = tag(graph, local, moving, taken, one_sided=True)
     more = _cut_all(traced, local, others, names, len(regions), tentative=True)
-    return LiftResult((*regions, *more), tuple(unfused))
+    fused = set().union(*({*r.inside, *r.outputs} for r in (*regions, *more)))
+    unfused = tuple(Reason(r, site_of(n)) for n, r in tags.reasons.items() if n not in fused)
+    return LiftResult((*regions, *more), unfused)
 
 
 def _cut_all(traced, local, tags: Tags, names, first: int = 0, tentative: bool = False) -> list[Region]:
@@ -104,7 +105,7 @@ class _Cutter:
     def __init__(
         self, traced: TracedModule, local: dict[fx.Node, LocalLift], tags: Tags, names: dict[fx.Node, str]
     ):
-        self.graph, self.attributes = traced.graph, traced.attributes
+        self.graph, self.attributes, self.parameters = traced.graph, traced.attributes, traced.parameters
         self.local, self.tags, self.names = local, tags, names
         graph = traced.graph
         self.by_name = {n.name: n for n in graph.nodes}
@@ -135,7 +136,8 @@ class _Cutter:
         while node not in self.names and node.op == "call_function" and call_name(node) in VIEWS:
             node = node.args[0]
         path = self.attributes.get(node.name)
-        return self.names.get(node) or (path.path.split(".")[-1] if path else node.name)
+        own = self.names.get(node) or self.parameters.get(node.name)
+        return own or (path.path.split(".")[-1] if path else node.name)
 
     def _output(self, node: fx.Node, value: Lifted) -> Output:
         return Output(

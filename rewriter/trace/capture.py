@@ -69,6 +69,15 @@ class TracedModule:
         )
 
     @property
+    def parameters(self) -> dict[str, str]:
+        """The user's parameter for each placeholder that is an argument as it was passed."""
+        function = self.module.forward if isinstance(self.module, nn.Module) else self.module
+        bound = inspect.signature(function).bind(*self.args, **self.kwargs).arguments
+        by_leaf = {id(value): name for name, value in bound.items() if torch.is_tensor(value)}
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        return {p: by_leaf[id(leaf)] for p, leaf in zip(self.inputs, leaves) if p and id(leaf) in by_leaf}
+
+    @property
     def placeholders(self) -> dict[str, fx.Node]:
         return {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
 

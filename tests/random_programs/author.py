@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hypothesis import strategies as st
+
 from random_programs.masks import Masks
 from random_programs.weights import Weights
 from random_programs.words import RandomProgram
@@ -47,7 +48,12 @@ def attention_programs(draw: Callable, weights: str) -> RandomProgram:
     body = "\n".join(f"    {line}" for line in author.lines)
     source = HEADER.format(arguments=", ".join(author.inputs), body=body)
     width = draw(st.sampled_from([8, 16]))
-    fixed = {"h": key_heads * group, "g": key_heads, "d": width, "e": draw(st.sampled_from([width, 12]))}
+    fixed = {
+        "h": key_heads * group,
+        "g": key_heads,
+        "d": width,
+        "e": draw(st.sampled_from([width, 12])),
+    }
     lengths = [draw(st.integers(5, 40)) for _ in range(2)]
     traced, other = ({"b": draw(st.integers(1, 2)), "m": m, "n": m} for m in lengths)
     if not author.is_square:
@@ -153,7 +159,9 @@ class Author(Masks, Weights):
     def _bias(self) -> None:
         dims = self.any_of("mn", "hmn", "bmn", "bn", "n", "m", "h", "bhmn", "bm")
         bias = self.spread(self.input("bias", dims), dims)
-        self.say(self.one(f"s = s + {bias}", f"s = {bias} + s", f"s = torch.add(s, {bias}, alpha=0.5)"))
+        self.say(
+            self.one(f"s = s + {bias}", f"s = {bias} + s", f"s = torch.add(s, {bias}, alpha=0.5)")
+        )
 
     def _distance(self) -> None:
         """A penalty that grows with the distance of query and key."""
@@ -200,5 +208,9 @@ class Author(Masks, Weights):
         """The weights times v, in the order of the scores' axes."""
         spellings = [f'torch.einsum("{self.axes},{self.v}->{rows}", p, v)']
         if self.v.startswith(rows[:-2]):
-            spellings += ["p @ v", "torch.matmul(p, v)", *(["torch.bmm(p, v)"] if len(rows) == 3 else [])]
+            spellings += [
+                "p @ v",
+                "torch.matmul(p, v)",
+                *(["torch.bmm(p, v)"] if len(rows) == 3 else []),
+            ]
         self.say(f"out = {self.one(*spellings)}")
