@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,9 @@ class Call:
     kwargs: dict
 
     def __str__(self) -> str:
-        shown = pytree.tree_map(lambda a: list(a.shape) if torch.is_tensor(a) else a, (self.args, self.kwargs))
+        shown = pytree.tree_map(
+            lambda a: list(a.shape) if torch.is_tensor(a) else a, (self.args, self.kwargs)
+        )
         return f"{self.op} {shown}"
 
 
@@ -41,6 +44,7 @@ def graph_of(made: Call, dynamic: bool) -> tuple[fx.Graph, dict[str, torch.Tenso
     """A graph of one call and the tensors it is fed; `dynamic` gives every size a symbol, equal sizes the same."""
     graph, fed = fx.Graph(), {}
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    mode.cache_enabled = False  # of no use here, and half the time
 
     def placeholder(leaf: Any):
         if not torch.is_tensor(leaf):
@@ -48,7 +52,9 @@ def graph_of(made: Call, dynamic: bool) -> tuple[fx.Graph, dict[str, torch.Tenso
         node = graph.placeholder(f"in{len(fed)}")
         fed[node.name] = leaf
         dims = [DimDynamic.DUCK if dynamic else DimDynamic.STATIC] * leaf.dim()
-        node.meta["val"] = mode.from_tensor(leaf, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dims))
+        node.meta["val"] = mode.from_tensor(
+            leaf, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dims)
+        )
         return node
 
     args, kwargs = pytree.tree_map(placeholder, (made.args, made.kwargs))
@@ -58,7 +64,7 @@ def graph_of(made: Call, dynamic: bool) -> tuple[fx.Graph, dict[str, torch.Tenso
         node.meta["val"] = made.op(*fake[0], **fake[1])
     if isinstance(node.meta["val"], (tuple, list)):
         for k, value in enumerate(node.meta["val"]):
-            item = graph.call_function(__import__("operator").getitem, (node, k))
+            item = graph.call_function(operator.getitem, (node, k))
             item.meta["val"] = value
     return graph, fed
 
@@ -85,11 +91,19 @@ def sizes_of(graph: fx.Graph, held: dict[fx.Node, Any]) -> dict[str, int | float
     return Sizes(sizes)
 
 
+_FUNCTIONS = {
+    "FloatPow": math.pow,
+    "FloatTrueDiv": operator.truediv,
+    "IntTrueDiv": operator.truediv,
+}
+_FUNCTIONS |= {"ToFloat": float, "OpaqueUnaryFn_sqrt": math.sqrt, "sqrt": math.sqrt}
+
+
 class Sizes(dict):
     """Sizes by symbol, and numbers made from them by what they are called: `<s3**-0.5>`."""
 
     def __missing__(self, name: str) -> float:
-        return float(eval(name.strip("<>"), {"sqrt": math.sqrt}, self))
+        return float(eval(name.strip("<>"), _FUNCTIONS, dict(self)))
 
 
 def evaluated(value: Lifted, held: dict[fx.Node, Any], sizes: dict) -> torch.Tensor:
@@ -102,7 +116,9 @@ def evaluated(value: Lifted, held: dict[fx.Node, Any], sizes: dict) -> torch.Ten
 def assert_lifted(node: fx.Node, lift: LocalLift, held: dict[fx.Node, Any], sizes: dict) -> None:
     """The lifted value of a node (or of each part of a tuple) is what torch computes."""
     assert lift.value is not None, lift.reason
-    parts = zip(lift.value, held[node]) if isinstance(lift.value, tuple) else [(lift.value, held[node])]
+    parts = (
+        zip(lift.value, held[node]) if isinstance(lift.value, tuple) else [(lift.value, held[node])]
+    )
     for value, want in parts:
         if value is None:
             continue
@@ -111,7 +127,12 @@ def assert_lifted(node: fx.Node, lift: LocalLift, held: dict[fx.Node, Any], size
         assert got.shape == want.shape, (node, got.shape, want.shape)
         off = TOLERANCE.get(want.dtype, 0)
         torch.testing.assert_close(
-            got.double(), want.double(), rtol=off, atol=off, equal_nan=True, msg=lambda m: f"{node.target}: {m}"
+            got.double(),
+            want.double(),
+            rtol=off,
+            atol=off,
+            equal_nan=True,
+            msg=lambda m: f"{node.target}: {m}",
         )
 
 
@@ -126,12 +147,17 @@ def lifted_call(made: Call, dynamic: bool) -> dict[fx.Node, LocalLift]:
     return lift_locally(graph_of(made, dynamic)[0])
 
 
+POSITIONS = "the positions of a maximum stay eager"
+UNSURE = ("a view whose dimensions do not match in groups", "may start before the first element")
+
+
 def check_call(made: Call, dynamic: bool) -> None:
-    """Lifts one call and compares every node it gives."""
+    """Lifts one call and compares every node it gives. Not every relation of symbols to numbers is understood."""
+    allowed = [POSITIONS, *(UNSURE if dynamic else [])]
     graph, fed = graph_of(made, dynamic)
     held = values_of(graph, fed)
     lifts = lift_locally(graph)
     for node, lift in lifts.items():
-        if lift.value is None and "positions of a maximum" in lift.reason:
+        if lift.value is None and any(reason in lift.reason for reason in allowed):
             continue
         assert_lifted(node, lift, held, sizes_of(graph, held))

@@ -126,6 +126,19 @@ def test_a_chain_means_what_the_program_means(case, held, seed):
     assert "proved on" in chain.derivation[-1]
 
 
+@given(cases(), sizes, seeds)
+@fixed(25)
+def test_masked_rows_may_be_zero(case, held, seed):
+    """Where a row sees nothing, and only there, `masked_rows="zero"` differs: it is no NaN."""
+    chain = derive(case.program, masked_rows="zero")
+    tensors = tensors_for(case.program, held, seed)
+    want, got = evaluate(case.program, tensors, held), chain_values(chain, tensors, held)
+    for name in want:
+        kept = ~want[name].isnan()
+        assert_same(got[name][kept], want[name][kept])
+    assert not got["out"].isnan().any()
+
+
 @given(cases(), seeds)
 @fixed(10)
 def test_a_proof_is_deterministic_and_holds_for_other_seeds(case, seed):

@@ -142,6 +142,7 @@ import sys, warnings
 import torch
 sys.path.insert(0, {tests!r})
 from library_programs import attend, attention, tensors, tokens
+from rewriter import rewrite
 warnings.simplefilter("always")
 torch.set_grad_enabled(False)
 for program, args in ((attend, tensors(2, 2, 9, 16)), (attention(), (tokens(),))):

@@ -7,7 +7,7 @@ import torch
 
 from rewriter.lift import local  # noqa: F401  (fills the registry)
 from rewriter.lift.registry import RULES
-from tests import lift_cases_shapes  # noqa: F401  (adds to the cases)
+from tests import lift_cases_reductions, lift_cases_shapes  # noqa: F401  (they add to the cases)
 from tests.lift_cases import CASES, aten, b, f, i
 from tests.lifting import call, check_call, lifted_call
 
@@ -32,3 +32,55 @@ def test_a_rule_means_what_the_op_computes(name, dynamic):
         except Exception as error:
             failed.append(f"{made}: {type(error).__name__}: {error}")
     assert not failed, "\n".join(failed)
+
+
+# What is refused, and why
+
+
+TWO = torch.tensor([True, False, True])
+REFUSED = {
+    "a strided view": call(aten.as_strided.default, f(3, 5), [2, 2], [1, 2]),
+    "the diagonal": call(aten.diagonal.default, f(5, 5)),
+    "overlapping windows": call(aten.unfold.default, f(7), 0, 3, 1),
+    "dropout in training": call(aten.dropout.default, f(3, 5), 0.5, True),
+    "bitwise and of integers": call(aten.bitwise_and.Tensor, i(3), i(3)),
+    "bitwise not of integers": call(aten.bitwise_not.default, i(3)),
+    "any of numbers": call(aten.any.dim, f(3, 5), 0),
+    "rsub with alpha": call(aten.rsub.Scalar, f(3, 5), 1.0, 2),
+    "selu": call(aten.elu.default, f(3, 5), 1.0, 1.05),
+    "padding by reflection": call(aten.pad.default, f(3, 5), [1, 1], "reflect"),
+    "repeat_interleave of everything": call(aten.repeat_interleave.self_int, f(3, 5), 2),
+    "indexing by a mask": call(aten.index.Tensor, f(3, 5), [TWO]),
+    "a slice from before the start": call(aten.slice.Tensor, f(3, 5), 1, -9),
+    "double precision": call(aten.exp.default, f(3, 5).double()),
+    "a sort": call(aten.sort.default, f(3, 5)),
+    "a running sum": call(aten.cumsum.default, f(3, 5), 1),
+    "random numbers": call(aten.rand_like.default, f(3, 5)),
+    "attention with dropout": call(
+        aten.scaled_dot_product_attention.default, f(2, 3, 8), f(2, 7, 8), f(2, 7, 5), None, 0.1
+    ),
+    "assignment that accumulates": call(
+        aten.index_put.default, f(3), [TWO], torch.tensor(1.0), True
+    ),
+    "assignment of a slice with steps": call(aten.slice_scatter.default, f(6), f(3), 0, 0, 6, 2),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_lifted_says_why(name):
+    made = REFUSED[name]
+    lift, *_ = lifted_call(made, dynamic=False).values()
+    assert lift.value is None
+    assert str(made.op) in lift.reason
+
+
+def test_a_bias_that_broadcasts():
+    check_call(call(aten.baddbmm.default, f(3, 7), f(2, 3, 5), f(2, 5, 7), beta=2), dynamic=False)
+
+
+def test_negative_padding_cuts():
+    check_call(call(aten.constant_pad_nd.default, f(3, 7), [-1, -2]), dynamic=False)
+
+
+def test_a_mask_of_one_row_is_not_a_mask_of_many():
+    check_call(call(aten.masked_fill.Scalar, f(3, 5), b(1, 5), 0.0), dynamic=False)

@@ -13,47 +13,16 @@ from rewriter.ir import (
     Node,
     Reduce,
     apply,
-    open_reduce,
     reduce,
-    substitute,
     transform,
     walk,
 )
-from rewriter.ir.ops import MONOIDS
 
-UNROLL = 16  # elements of a reduction that is written out
 
 
 def normalise(node: Node) -> Node:
-    """Splits concatenations, unrolls short reductions that are no contraction, decides NaN by the row."""
-    return transform(transform(split_concatenations(node), unroll_short), nan_of_weights)
-
-
-def unroll_short(node: Node) -> Node:
-    """any_{k<3} (i - j == o[k])  →  (i - j == o[0]) | (i - j == o[1]) | (i - j == o[2])"""
-    if not isinstance(node, Reduce) or _is_contraction(node):
-        return node
-    if (
-        len(node.axes) != 1
-        or not isinstance(node.axes[0].extent, Const)
-        or node.axes[0].extent.value > UNROLL
-    ):
-        return node
-    if any(isinstance(n, Reduce) for n in walk(node.body)):
-        return node
-    (axis,), predicate, body = open_reduce(node)
-    terms = [substitute(body, {axis: Const(k)}) for k in range(int(axis.extent.value))]
-    if predicate is not TRUE:
-        return node
-    out = terms[0]
-    for term in terms[1:]:
-        out = apply(MONOIDS[node.op].combine, out, term)
-    return out
-
-
-def _is_contraction(node: Reduce) -> bool:
-    """A sum of products of loads: it becomes a matrix product."""
-    return node.op == "sum" and any(isinstance(n, Load) for n in walk(node.body))
+    """Splits concatenations and decides NaN by the row."""
+    return transform(split_concatenations(node), nan_of_weights)
 
 
 def nan_of_weights(node: Node) -> Node:

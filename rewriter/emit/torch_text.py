@@ -15,7 +15,7 @@ from rewriter.errors import RewriteError
 from rewriter.ir import Node, Param, walk
 from rewriter.ir.printer import show
 from rewriter.trace.calls import FILLS, call_name, reads_shape_only
-from rewriter.trace.sizes import from_sympy
+from rewriter.trace.sizes import size_node
 
 _INFIX = {
     "add": "+",
@@ -212,7 +212,7 @@ class TorchPrinter:
     def size(self, value: torch.SymInt | int) -> str:
         if isinstance(value, int):
             return str(value)
-        return self.size_node(from_sympy(value.node.expr))
+        return self.size_node(size_node(value))
 
     def size_node(self, node: Node) -> str:
         """An integer node as Python, sizes by their variables."""

@@ -47,7 +47,9 @@ def scalar_tensor(ctx: Context, value, **kwargs) -> Lifted:
 
 @lifts("fill", "fill.Scalar")
 def fill(ctx: Context, x, value) -> Lifted:
-    return _filled(ctx, value)
+    if not isinstance(value, Lifted):
+        return _filled(ctx, value)
+    return Lifted(fresh_axes(ctx.shape), cast(value.body, ctx.dtype))
 
 
 @lifts("eye", "eye.m")

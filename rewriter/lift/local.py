@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from rewriter.ir import Load, Tensor, const
+from rewriter.ir import Load, Tensor, const, transform
 from rewriter.lift import generators, pointwise, reductions, views  # noqa: F401  (they fill the registry)
 from rewriter.lift.registry import Context, rule_for
+from rewriter.lift.short import unroll_short
 from rewriter.lift.values import Lifted, NotLiftable, fresh_axes, positions
 from rewriter.trace.sizes import UnknownSize, shape_of
 from rewriter.trace.source import origin_of
@@ -53,9 +54,15 @@ def _lift(node: fx.Node) -> LocalLift:
             return LocalLift(None, f"{node.target} is not expressed in index notation")
         _refuse_wide_types(node)
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), _argument)
-        return LocalLift(rule(Context(node), *args, **kwargs))
+        return LocalLift(_unrolled(rule(Context(node), *args, **kwargs)))
     except (NotLiftable, UnknownSize, TypeError, AttributeError, KeyError) as error:
         return LocalLift(None, f"{node.target}: {error}")
+
+
+def _unrolled(value: Lifted | tuple | None) -> Lifted | tuple | None:
+    if isinstance(value, tuple):
+        return tuple(map(_unrolled, value))
+    return value and Lifted(value.axes, transform(value.body, unroll_short))
 
 
 def _refuse_wide_types(node: fx.Node) -> None:

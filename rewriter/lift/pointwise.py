@@ -8,7 +8,7 @@ import torch
 
 from rewriter.ir import Node, apply, cast, const, where
 from rewriter.lift.registry import Context, lifts, operand, scalar
-from rewriter.lift.values import Lifted, NotLiftable, broadcast_at, fresh_axes, positions
+from rewriter.lift.values import Lifted, NotLiftable, broadcast_at, fresh_axes, from_end, positions
 
 SAME_NAME = (
     "neg abs sign exp exp2 log log2 log1p expm1 sqrt rsqrt sin cos tanh sigmoid erf floor ceil isinf isnan"
@@ -176,6 +176,8 @@ def elu(ctx: Context, x, alpha=1, scale=1, input_scale=1) -> Lifted:
 def clamp(ctx: Context, x, *bounds, min=None, max=None) -> Lifted:
     name = ctx.node.target._schema.name.split("::")[1]
     bounds = (None, *bounds) if name == "clamp_max" else bounds
+    if name == "hardtanh":
+        bounds = (*bounds, *(-1.0, 1.0)[len(bounds) :])
     low = bounds[0] if bounds else min
     high = bounds[1] if len(bounds) > 1 else max
     out = x
@@ -259,7 +261,7 @@ def slice_scatter(ctx: Context, x, src, dim=0, start=None, end=None, step=1) -> 
     dim = dim % len(axes)
     if step != 1:
         raise NotLiftable("slice_scatter with a step")
-    first = scalar(0 if start is None else start)
+    first = from_end(scalar(0 if start is None else start), x.axes[dim].extent)
     moved = apply("sub", at[dim], first)
     inside = apply("and", apply("ge", moved, const(0)), apply("lt", moved, src.axes[dim].extent))
     return Lifted(axes, where(inside, src.at((*at[:dim], moved, *at[dim + 1 :])), x.at(at)))

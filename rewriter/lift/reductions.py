@@ -188,13 +188,25 @@ def _promoted(ctx: Context, x: Lifted) -> Lifted:
     return Lifted(x.axes, cast(x.body, ctx.dtype))
 
 
-@lifts("softmax", "_softmax", "_safe_softmax")
+@lifts("softmax", "_softmax")
 def softmax(ctx: Context, x: Lifted, dim: int, *args, **kwargs) -> Lifted:
     """exp(x - max x) / sum exp(x - max x)"""
 
     def make(axes: tuple[Axis, ...], body: Node) -> Node:
         _, e = _stable(body, axes)
         return apply("div", e, reduce("sum", axes, e))
+
+    return _over(_promoted(ctx, x), dim % len(x.axes), make)
+
+
+@lifts("_safe_softmax")
+def safe_softmax(ctx: Context, x: Lifted, dim: int, dtype=None) -> Lifted:
+    """softmax, with zeros for a line that is -inf throughout"""
+
+    def make(axes: tuple[Axis, ...], body: Node) -> Node:
+        top, e = _stable(body, axes)
+        empty = apply("eq", top, const(-math.inf, top.dtype))
+        return where(empty, const(0.0, body.dtype), apply("div", e, reduce("sum", axes, e)))
 
     return _over(_promoted(ctx, x), dim % len(x.axes), make)
 

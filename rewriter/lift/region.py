@@ -246,6 +246,7 @@ class _Cutter:
 
 
 def _reduces(body: Node) -> bool:
+    """Whether a value holds a reduction: its result is better stored than computed again."""
     return any(isinstance(n, Reduce) for n in walk(body))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rewriter.ir import Axis, Const, Index, Node, fresh_axis, index, substitute
+from rewriter.ir import Axis, Const, Index, Node, apply, fresh_axis, index, substitute
+from rewriter.ir.integer import proves
 
 
 class NotLiftable(Exception):
@@ -49,4 +50,12 @@ def remap(value: Lifted, shape: tuple[Node, ...], mapping) -> Lifted:
     return Lifted(axes, value.at(tuple(mapping(positions(axes)))))
 
 
-__all__ = ["Index", "Lifted", "NotLiftable", "broadcast_at", "fresh_axes", "positions", "remap"]
+def from_end(start: Node, extent: Node) -> Node:
+    """A start counted from the end; a start past either end is clamped by torch, which we do not follow."""
+    first = apply("add", start, extent) if isinstance(start, Const) and start.value < 0 else start
+    if not proves("le", Const(0), first):
+        raise NotLiftable("a slice that may start before the first element")
+    return first
+
+
+__all__ = ["Index", "Lifted", "NotLiftable", "broadcast_at", "fresh_axes", "from_end", "positions", "remap"]

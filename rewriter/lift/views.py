@@ -5,7 +5,7 @@ from __future__ import annotations
 from rewriter.ir import Const, Node, apply, const, where
 from rewriter.ir.integer import product, proves
 from rewriter.lift.registry import Context, lifts, scalar
-from rewriter.lift.values import Lifted, NotLiftable, broadcast_at, fresh_axes, positions, remap
+from rewriter.lift.values import Lifted, NotLiftable, broadcast_at, fresh_axes, from_end, positions, remap
 from rewriter.trace.sizes import shape_of
 
 
@@ -74,9 +74,14 @@ def transpose(ctx: Context, x: Lifted, a: int, b: int) -> Lifted:
     return remap(x, ctx.shape, lambda i: [i[k] for k in order])
 
 
-@lifts("t", "numpy_T", "mT", "matrix_H", "adjoint", "mH")
+@lifts("t", "mT", "matrix_H", "adjoint", "mH")
 def matrix_transpose(ctx: Context, x: Lifted) -> Lifted:
     return transpose(ctx, x, -1, -2) if len(x.axes) >= 2 else remap(x, ctx.shape, lambda i: i)
+
+
+@lifts("numpy_T")
+def reverse_dims(ctx: Context, x: Lifted) -> Lifted:
+    return remap(x, ctx.shape, lambda i: i[::-1])
 
 
 @lifts("movedim", "moveaxis")
@@ -139,22 +144,14 @@ def repeat_interleave(ctx: Context, x: Lifted, repeats, dim=None, *, output_size
 @lifts("slice")
 def slice_(ctx: Context, x: Lifted, dim=0, start=None, end=None, step=1) -> Lifted:
     dim = _dim(dim, len(x.axes))
-    first = _from_end(scalar(0 if start is None else start), x.axes[dim].extent)
+    first = from_end(scalar(0 if start is None else start), x.axes[dim].extent)
     return _strided(ctx, x, dim, first, scalar(step))
 
 
 @lifts("narrow")
 def narrow(ctx: Context, x: Lifted, dim: int, start, length) -> Lifted:
     dim = _dim(dim, len(x.axes))
-    return _strided(ctx, x, dim, _from_end(scalar(start), x.axes[dim].extent), Const(1))
-
-
-def _from_end(start: Node, extent: Node) -> Node:
-    """A start counted from the end; a start past either end is clamped by torch, which we do not follow."""
-    first = apply("add", start, extent) if isinstance(start, Const) and start.value < 0 else start
-    if not proves("le", Const(0), first):
-        raise NotLiftable("a slice that may start before the first element")
-    return first
+    return _strided(ctx, x, dim, from_end(scalar(start), x.axes[dim].extent), Const(1))
 
 
 def _strided(ctx: Context, x: Lifted, dim: int, first: Node, step: Node) -> Lifted:
@@ -168,7 +165,7 @@ def _strided(ctx: Context, x: Lifted, dim: int, first: Node, step: Node) -> Lift
 @lifts("select")
 def select(ctx: Context, x: Lifted, dim: int, at) -> Lifted:
     dim = _dim(dim, len(x.axes))
-    chosen = _from_end(scalar(at), x.axes[dim].extent)
+    chosen = from_end(scalar(at), x.axes[dim].extent)
     return remap(x, ctx.shape, lambda i: [*i[:dim], chosen, *i[dim:]])
 
 

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from rewriter.errors import Reason, RewriteError, Site
 from rewriter.ir import Param
 from rewriter.trace.ones import Dimension, enlarge
-from rewriter.trace.sizes import clamped, shape_of
+from rewriter.trace.sizes import decided, shape_of
 from rewriter.trace.source import is_user_file, user_site
 
 
@@ -288,13 +288,11 @@ def _conditions(graph: fx.Graph) -> tuple[sympy.Expr, ...]:
     """What must hold of the sizes for the traced branches to be the right ones."""
     environment = _environment(graph)
     conditions = [environment.replace(g) for g, _ in _user_guards(graph)]
-    sizes = {s for n in graph.nodes for s in _sizes(n.meta.get("val"))}
-    for size in sizes:
-        for least in size.atoms(sympy.Function):
-            if type(least).__name__ in ("Min", "Max"):
-                conditions.append(environment.replace(clamped(least)[1]))
+    for node in graph.nodes:
+        for size in _symbols(node.meta.get("val")):
+            conditions += [environment.replace(c) for c in decided(size)[1]]
     return tuple(dict.fromkeys(c for c in conditions if c.free_symbols))
 
 
-def _sizes(value: Any) -> list[sympy.Expr]:
-    return [s.node.expr for s in value.shape if isinstance(s, torch.SymInt)] if torch.is_tensor(value) else []
+def _symbols(value: Any) -> list[torch.SymInt]:
+    return [s for s in value.shape if isinstance(s, torch.SymInt)] if torch.is_tensor(value) else []

@@ -15,7 +15,7 @@ class UnknownSize(Exception):
 def size_node(size: int | torch.SymInt) -> Node:
     """A size as an integer node; symbols become `Param`s by their name."""
     if isinstance(size, torch.SymInt):
-        return from_sympy(size.node.expr)
+        return from_sympy(decided(size)[0])
     return Const(int(size))
 
 
@@ -29,8 +29,6 @@ def from_sympy(expr: sympy.Expr) -> Node:
         return Const(int(expr))
     if expr.is_Symbol:
         return Param(expr.name)
-    if type(expr).__name__ in ("Min", "Max"):
-        return from_sympy(clamped(expr)[0])
     args = [from_sympy(a) for a in expr.args] if not expr.is_Pow else []
     name = type(expr).__name__
     if expr.is_Pow and expr.exp.is_Integer and int(expr.exp) > 0:
@@ -44,14 +42,28 @@ def from_sympy(expr: sympy.Expr) -> Node:
     raise UnknownSize(f"a size of the form {expr}")
 
 
-def clamped(expr: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
-    """Min(128, s) → (s, s ≤ 128): a buffer's slice is taken to be as long as asked; the condition is guarded."""
-    symbolic = [a for a in expr.args if not a.is_Integer]
-    numbers = [a for a in expr.args if a.is_Integer]
-    if len(symbolic) != 1 or len(numbers) != 1:
-        raise UnknownSize(f"a size of the form {expr}")
-    relation = sympy.Le if type(expr).__name__ == "Min" else sympy.Ge
-    return symbolic[0], relation(symbolic[0], numbers[0])
+def decided(size: torch.SymInt) -> tuple[sympy.Expr, list[sympy.Expr]]:
+    """A size without Min and Max, and what must hold for that: Min(128, s) → (s, [s ≤ 128]) where s was traced as 37.
+
+    A buffer's slice is as long as asked, or as the buffer: whichever it was when traced, the condition is guarded."""
+    expr, conditions = size.node.expr, []
+    known = _hints(size.node.shape_env)
+    for node in sorted(set(sympy.preorder_traversal(expr)), key=str):
+        if type(node).__name__ in ("Min", "Max") and len(node.args) == 2:
+            first, second = sorted(node.args, key=lambda e: int(e.subs(known)))
+            chosen, relation = (first, sympy.Le(first, second)) if type(node).__name__ == "Min" else (second, sympy.Ge(second, first))
+            expr = expr.xreplace({node: chosen})
+            conditions.append(relation)
+    return expr, conditions
+
+
+def _hints(environment) -> dict[sympy.Symbol, int]:
+    """The traced value of every symbol; torch has renamed the table."""
+    for name in ("backed_var_to_val", "var_to_val"):
+        table = getattr(environment, name, None)
+        if table:
+            return dict(table)
+    return {}
 
 
 def _fold(op: str, nodes: list[Node]) -> Node:
