@@ -5,6 +5,7 @@ After a change of the emitter: `scripts/test tests/test_goldens.py --update-gold
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import random
 import re
@@ -40,9 +41,15 @@ def test_emitted_as_before(name, tmp_path, request):
     path = FOLDER / f"{name}.py"
     if request.config.getoption("--update-goldens"):
         path.write_text(text)
-    assert (
-        path.read_text() == text
-    ), f"{path.name} is emitted differently; see the head of this file"
+    before = path.read_text() if path.exists() else ""
+    assert before == text, difference(before, text, path.name)
+
+
+def difference(before: str, after: str, name: str) -> str:
+    lines = difflib.unified_diff(
+        before.splitlines(), after.splitlines(), name, "emitted now", n=1, lineterm=""
+    )
+    return "\n".join(["see the head of this file", *lines])
 
 
 def test_no_golden_is_left_over():

@@ -3,17 +3,17 @@
 Written from golden_programs.py:45-56 (sha256 07da00969b08).
 
 Math
-    m_i[b, h, m] = max_n (sum_r0_0 query[b, h, m, d] * m_t[b, h, d, n]) * 0.125
-    l_i[b, h, m] = sum_n exp((sum_r0_0 query[b, h, m, d] * m_t[b, h, d, n]) * 0.125 - maximum(m_i[b, h, m], unsqueeze_2[0, h, 0, 0]))
-    acc[b, h, m, e] = sum_n exp((sum_r0_0 query[b, h, m, d] * m_t[b, h, d, n]) * 0.125 - maximum(m_i[b, h, m], unsqueeze_2[0, h, 0, 0])) * value[b, h, n, e]
-    matmul_1[b, h, m, e] = where(maximum(m_i[b, h, m], unsqueeze_2[0, h, 0, 0]) == -inf, nan, acc[b, h, m, e]) / (where(maximum(m_i[b, h, m], unsqueeze_2[0, h, 0, 0]) == -inf, nan, l_i[b, h, m]) + exp(unsqueeze_2[0, h, 0, 0] - maximum(m_i[b, h, m], unsqueeze_2[0, h, 0, 0])))
+    m_i[b, h, m] = max_n (sum_r0_0 query[b, h, m, d] * key[b, h, d, n]) * 0.125
+    l_i[b, h, m] = sum_n exp((sum_r0_0 query[b, h, m, d] * key[b, h, d, n]) * 0.125 - maximum(m_i[b, h, m], sinks[0, h, 0, 0]))
+    acc[b, h, m, e] = sum_n exp((sum_r0_0 query[b, h, m, d] * key[b, h, d, n]) * 0.125 - maximum(m_i[b, h, m], sinks[0, h, 0, 0])) * value[b, h, n, e]
+    matmul_1[b, h, m, e] = where(maximum(m_i[b, h, m], sinks[0, h, 0, 0]) == -inf, nan, acc[b, h, m, e]) / (where(maximum(m_i[b, h, m], sinks[0, h, 0, 0]) == -inf, nan, l_i[b, h, m]) + exp(sinks[0, h, 0, 0] - maximum(m_i[b, h, m], sinks[0, h, 0, 0])))
 
 Why one pass is enough
     shift: T(old → new) = exp(phi(old) - phi(new)), phi = maximum(m_i, unsqueeze_2) at least every exponent seen so far
     hoist: factors that do not depend on the stream are taken out of the sum
     proved on 3 random cases, stream in blocks and in halves
 
-Fixed: H = 4, D = 64, E = 64. Known at the call: M (query.shape[2]), N (m_t.shape[3]), B (query.shape[0]).
+Fixed: H = 4, D = 64, E = 64. Known at the call: M (query.shape[2]), N (key.shape[3]), B (query.shape[0]).
 Regenerate: flashlight-rewrite golden_programs.py
 """
 
@@ -26,25 +26,25 @@ LOG2E = tl.constexpr(1.4426950408889634)
 H = tl.constexpr(4)
 
 # Tiles of 128 rows and 64 stream positions; warps and pipeline stages.
-CONFIG = dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=3)
+CONFIG = dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=8, num_stages=3)
 
 
 @triton.jit
 def sink_by_cat_kernel(
     query_ptr,
-    m_t_ptr,
-    unsqueeze_2_ptr,
+    key_ptr,
+    sinks_ptr,
     value_ptr,
     out_ptr,
     stride_query_b,
     stride_query_h,
     stride_query_m,
     stride_query_d,
-    stride_m_t_b,
-    stride_m_t_h,
-    stride_m_t_d,
-    stride_m_t_n,
-    stride_unsqueeze_2_h,
+    stride_key_b,
+    stride_key_h,
+    stride_key_d,
+    stride_key_n,
+    stride_sinks_h,
     stride_value_b,
     stride_value_h,
     stride_value_n,
@@ -71,7 +71,7 @@ def sink_by_cat_kernel(
     b = rest
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     offs_e = tl.arange(0, BLOCK_E)  # [BLOCK_E]
-    query_2 = tl.load(
+    query = tl.load(
         query_ptr
         + b.to(tl.int64) * stride_query_b
         + h.to(tl.int64) * stride_query_h
@@ -88,63 +88,63 @@ def sink_by_cat_kernel(
     full = N // BLOCK_N * BLOCK_N
     for start in range(0, full, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        m_t_2 = tl.load(
-            m_t_ptr
-            + b.to(tl.int64) * stride_m_t_b
-            + h.to(tl.int64) * stride_m_t_h
-            + offs_d[None, :] * stride_m_t_d
-            + offs_n.to(tl.int64)[:, None] * stride_m_t_n
+        key = tl.load(
+            key_ptr
+            + b.to(tl.int64) * stride_key_b
+            + h.to(tl.int64) * stride_key_h
+            + offs_d[None, :] * stride_key_d
+            + offs_n.to(tl.int64)[:, None] * stride_key_n
         )  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:53  scores = query @ key.mT * query.shape[-1] ** -0.5
-        qk = tl.dot(query_2, tl.trans(m_t_2))  # [BLOCK_M, BLOCK_N]
+        qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         scores = qk * 0.125  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(scores, 1))  # [BLOCK_M]
         # golden_programs.py:54  sinks = self.sinks[None, :, None, None].expand(*scores.shape[:-1], 1)
-        sinks = tl.load(unsqueeze_2_ptr + h.to(tl.int64) * stride_unsqueeze_2_h)
+        sinks = tl.load(sinks_ptr + h.to(tl.int64) * stride_sinks_h)
         x = tl.maximum(m_new, sinks)  # [BLOCK_M]
-        shift = tl.where(x == NEG_INF, 0.0, x * LOG2E)  # [BLOCK_M]
-        sinks_2 = tl.load(unsqueeze_2_ptr + h.to(tl.int64) * stride_unsqueeze_2_h)
+        shift = tl.where(x == NEG_INF, 0.0, x)  # [BLOCK_M]
+        sinks_2 = tl.load(sinks_ptr + h.to(tl.int64) * stride_sinks_h)
         x_2 = tl.maximum(m_i, sinks_2)  # [BLOCK_M]
-        alpha = tl.exp2(x_2 * LOG2E - shift)  # [BLOCK_M]
-        p = tl.exp2(scores * LOG2E - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp(x_2 - shift)  # [BLOCK_M]
+        p = tl.exp2(scores * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
-        value_2 = tl.load(
+        value = tl.load(
             value_ptr
             + b.to(tl.int64) * stride_value_b
             + h.to(tl.int64) * stride_value_h
             + offs_n.to(tl.int64)[:, None] * stride_value_n
             + offs_e[None, :] * stride_value_e
         )  # [BLOCK_N, BLOCK_E]
-        acc = tl.dot(p.to(tl.float16), value_2, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
+        acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
         m_i = m_new
 
     # What is left of the stream: positions past its end take no part.
     if full < N:
         offs_n = full + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        m_t_2 = tl.load(
-            m_t_ptr
-            + b.to(tl.int64) * stride_m_t_b
-            + h.to(tl.int64) * stride_m_t_h
-            + offs_d[None, :] * stride_m_t_d
-            + offs_n.to(tl.int64)[:, None] * stride_m_t_n,
+        key = tl.load(
+            key_ptr
+            + b.to(tl.int64) * stride_key_b
+            + h.to(tl.int64) * stride_key_h
+            + offs_d[None, :] * stride_key_d
+            + offs_n.to(tl.int64)[:, None] * stride_key_n,
             mask=(offs_n[:, None] < N),
             other=0,
         )  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:53  scores = query @ key.mT * query.shape[-1] ** -0.5
-        qk = tl.dot(query_2, tl.trans(m_t_2))  # [BLOCK_M, BLOCK_N]
+        qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         scores = qk * 0.125  # [BLOCK_M, BLOCK_N]
         scores_2 = tl.where(offs_n[None, :] < N, scores, NEG_INF)  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(scores_2, 1))  # [BLOCK_M]
         # golden_programs.py:54  sinks = self.sinks[None, :, None, None].expand(*scores.shape[:-1], 1)
-        sinks = tl.load(unsqueeze_2_ptr + h.to(tl.int64) * stride_unsqueeze_2_h)
+        sinks = tl.load(sinks_ptr + h.to(tl.int64) * stride_sinks_h)
         x = tl.maximum(m_new, sinks)  # [BLOCK_M]
-        shift = tl.where(x == NEG_INF, 0.0, x * LOG2E)  # [BLOCK_M]
-        sinks_2 = tl.load(unsqueeze_2_ptr + h.to(tl.int64) * stride_unsqueeze_2_h)
+        shift = tl.where(x == NEG_INF, 0.0, x)  # [BLOCK_M]
+        sinks_2 = tl.load(sinks_ptr + h.to(tl.int64) * stride_sinks_h)
         x_2 = tl.maximum(m_i, sinks_2)  # [BLOCK_M]
-        alpha = tl.exp2(x_2 * LOG2E - shift)  # [BLOCK_M]
-        p = tl.exp2(scores_2 * LOG2E - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp(x_2 - shift)  # [BLOCK_M]
+        p = tl.exp2(scores_2 * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
-        value_2 = tl.load(
+        value = tl.load(
             value_ptr
             + b.to(tl.int64) * stride_value_b
             + h.to(tl.int64) * stride_value_h
@@ -153,11 +153,11 @@ def sink_by_cat_kernel(
             mask=(offs_n[:, None] < N),
             other=0,
         )  # [BLOCK_N, BLOCK_E]
-        acc = tl.dot(p.to(tl.float16), value_2, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
+        acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
         m_i = m_new
 
     # golden_programs.py:54  sinks = self.sinks[None, :, None, None].expand(*scores.shape[:-1], 1)
-    sinks = tl.load(unsqueeze_2_ptr + h.to(tl.int64) * stride_unsqueeze_2_h)
+    sinks = tl.load(sinks_ptr + h.to(tl.int64) * stride_sinks_h)
     x = tl.maximum(m_i, sinks)  # [BLOCK_M]
     mask = x == float("-inf")  # [BLOCK_M]
     x_2 = (
@@ -175,45 +175,45 @@ def sink_by_cat_kernel(
     )
 
 
-def reference(query, m_t, unsqueeze_2, value):
+def reference(query, key, sinks, value):
     """The same chain in eager PyTorch: what runs on a CPU, and what the kernel is tested against."""
     M = query.shape[2]
-    N = m_t.shape[3]
+    N = key.shape[3]
     B = query.shape[0]
-    matmul = query @ m_t
+    matmul = query @ key
     scores = matmul * 0.125
-    sinks = unsqueeze_2.expand([B, 4, M, 1])
-    cat = torch.cat([scores, sinks], -1)
+    sinks_2 = sinks.expand(B, 4, M, 1)
+    cat = torch.cat([scores, sinks_2], -1)
     weights = cat.softmax(-1)
     slice_1 = weights[:, :, :, :-1]
     matmul_1 = slice_1 @ value
     return matmul_1
 
 
-def launch(query, m_t, unsqueeze_2, value):
+def launch(query, key, sinks, value):
     """Runs the kernel.
 
     query: (B, 4, M, 64), torch.float16, any strides
-    m_t: (B, 4, 64, N), torch.float16, any strides
-    unsqueeze_2: (1, 4, 1, 1), torch.float16, any strides
+    key: (B, 4, 64, N), torch.float16, any strides
+    sinks: (1, 4, 1, 1), torch.float16, any strides
     value: (B, 4, N, 64), torch.float16, any strides
     Returns (B, 4, M, 64) torch.float16.
     Raises ValueError for other shapes or dtypes.
     """
     M = query.shape[2]
-    N = m_t.shape[3]
+    N = key.shape[3]
     B = query.shape[0]
     if tuple(query.shape) != (B, 4, M, 64) or query.dtype != torch.float16:
         raise ValueError(
             f"query: expected { (B, 4, M, 64) } torch.float16, got {tuple(query.shape)} { query.dtype}"
         )
-    if tuple(m_t.shape) != (B, 4, 64, N) or m_t.dtype != torch.float16:
+    if tuple(key.shape) != (B, 4, 64, N) or key.dtype != torch.float16:
         raise ValueError(
-            f"m_t: expected { (B, 4, 64, N) } torch.float16, got {tuple(m_t.shape)} { m_t.dtype}"
+            f"key: expected { (B, 4, 64, N) } torch.float16, got {tuple(key.shape)} { key.dtype}"
         )
-    if tuple(unsqueeze_2.shape) != (1, 4, 1, 1) or unsqueeze_2.dtype != torch.float16:
+    if tuple(sinks.shape) != (1, 4, 1, 1) or sinks.dtype != torch.float16:
         raise ValueError(
-            f"unsqueeze_2: expected { (1, 4, 1, 1) } torch.float16, got {tuple(unsqueeze_2.shape)} { unsqueeze_2.dtype}"
+            f"sinks: expected { (1, 4, 1, 1) } torch.float16, got {tuple(sinks.shape)} { sinks.dtype}"
         )
     if tuple(value.shape) != (B, 4, N, 64) or value.dtype != torch.float16:
         raise ValueError(
@@ -225,19 +225,19 @@ def launch(query, m_t, unsqueeze_2, value):
         with torch.cuda.device_of(query):
             sink_by_cat_kernel[(programs,)](
                 query,
-                m_t,
-                unsqueeze_2,
+                key,
+                sinks,
                 value,
                 out,
                 query.stride(0),
                 query.stride(1),
                 query.stride(2),
                 query.stride(3),
-                m_t.stride(0),
-                m_t.stride(1),
-                m_t.stride(2),
-                m_t.stride(3),
-                unsqueeze_2.stride(1),
+                key.stride(0),
+                key.stride(1),
+                key.stride(2),
+                key.stride(3),
+                sinks.stride(1),
                 value.stride(0),
                 value.stride(1),
                 value.stride(2),
@@ -258,22 +258,22 @@ def _on_cpu(*args):
     return launch(*args) if triton.knobs.runtime.interpret else reference(*args)
 
 
-def _fake(query, m_t, unsqueeze_2, value):
+def _fake(query, key, sinks, value):
     M = query.shape[2]
-    N = m_t.shape[3]
+    N = key.shape[3]
     B = query.shape[0]
     return torch.empty((B, 4, M, 64), device=query.device, dtype=torch.float16)
 
 
-OP = "sink_by_cat_c80cd50c"
+OP = "sink_by_cat_662f1c02"
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
-    LIBRARY.define(OP + "(Tensor query, Tensor m_t, Tensor unsqueeze_2, Tensor value) -> (Tensor)")
+    LIBRARY.define(OP + "(Tensor query, Tensor key, Tensor sinks, Tensor value) -> (Tensor)")
     LIBRARY.impl(OP, launch, "CUDA")
     LIBRARY.impl(OP, _on_cpu, "CPU")
     torch.library.register_fake("flashlight::" + OP, _fake, lib=LIBRARY)
 
 
-def sink_by_cat(query, m_t, unsqueeze_2, value):
+def sink_by_cat(query, key, sinks, value):
     """The chain as a `torch.library` op: what the patched module calls."""
-    return getattr(torch.ops.flashlight, OP)(query, m_t, unsqueeze_2, value)
+    return getattr(torch.ops.flashlight, OP)(query, key, sinks, value)

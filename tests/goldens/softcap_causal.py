@@ -3,9 +3,9 @@
 Written from golden_programs.py:15-24 (sha256 273718f833e3).
 
 Math
-    m_i[b, h, m] = max_{n | n < m + 1} tanh((sum_r0_0 query[b, h, m, d] * transpose[b, h, d, n]) / 8 / 30) * 30
-    l_i[b, h, m] = sum_{n | n < m + 1} exp(tanh((sum_r0_0 query[b, h, m, d] * transpose[b, h, d, n]) / 8 / 30) * 30 - m_i[b, h, m])
-    acc[b, h, m, e] = sum_{n | n < m + 1} exp(tanh((sum_r0_0 query[b, h, m, d] * transpose[b, h, d, n]) / 8 / 30) * 30 - m_i[b, h, m]) * value[b, h, n, e]
+    m_i[b, h, m] = max_{n | n < m + 1} tanh((sum_r0_0 query[b, h, m, d] * key[b, h, d, n]) / 8 / 30) * 30
+    l_i[b, h, m] = sum_{n | n < m + 1} exp(tanh((sum_r0_0 query[b, h, m, d] * key[b, h, d, n]) / 8 / 30) * 30 - m_i[b, h, m])
+    acc[b, h, m, e] = sum_{n | n < m + 1} exp(tanh((sum_r0_0 query[b, h, m, d] * key[b, h, d, n]) / 8 / 30) * 30 - m_i[b, h, m]) * value[b, h, n, e]
     matmul_1[b, h, m, e] = acc[b, h, m, e] / l_i[b, h, m]
 
 Why one pass is enough
@@ -25,7 +25,7 @@ NEG_INF = tl.constexpr(float("-inf"))
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Tiles of 128 rows and 64 stream positions; warps and pipeline stages.
-CONFIG = dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=3)
+CONFIG = dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=8, num_stages=3)
 
 
 @triton.jit
@@ -37,17 +37,17 @@ def fast_tanh(x):
 @triton.jit
 def softcap_causal_kernel(
     query_ptr,
-    transpose_ptr,
+    key_ptr,
     value_ptr,
     out_ptr,
     stride_query_b,
     stride_query_h,
     stride_query_m,
     stride_query_d,
-    stride_transpose_b,
-    stride_transpose_h,
-    stride_transpose_d,
-    stride_transpose_n,
+    stride_key_b,
+    stride_key_h,
+    stride_key_d,
+    stride_key_n,
     stride_value_b,
     stride_value_h,
     stride_value_n,
@@ -74,7 +74,7 @@ def softcap_causal_kernel(
     b = rest
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     offs_e = tl.arange(0, BLOCK_E)  # [BLOCK_E]
-    query_2 = tl.load(
+    query = tl.load(
         query_ptr
         + b.to(tl.int64) * stride_query_b
         + h.to(tl.int64) * stride_query_h
@@ -92,60 +92,60 @@ def softcap_causal_kernel(
     full = M // BLOCK_N * BLOCK_N
     for start in range(0, full, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        transpose_2 = tl.load(
-            transpose_ptr
-            + b.to(tl.int64) * stride_transpose_b
-            + h.to(tl.int64) * stride_transpose_h
-            + offs_d[None, :] * stride_transpose_d
-            + offs_n.to(tl.int64)[:, None] * stride_transpose_n
+        key = tl.load(
+            key_ptr
+            + b.to(tl.int64) * stride_key_b
+            + h.to(tl.int64) * stride_key_h
+            + offs_d[None, :] * stride_key_d
+            + offs_n.to(tl.int64)[:, None] * stride_key_n
         )  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:19  scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-        qk = tl.dot(query_2, tl.trans(transpose_2))  # [BLOCK_M, BLOCK_N]
+        qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         scores = qk * (1.0 / 8.0)  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:20  scores = 30.0 * torch.tanh(scores / 30.0)
         scores = fast_tanh(scores * (1.0 / 30.0)) * 30.0  # [BLOCK_M, BLOCK_N]
         mask = offs_n[None, :] < i[:, None]  # [BLOCK_M, BLOCK_N]
         scores_2 = tl.where(mask, scores, NEG_INF)  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(scores_2, 1))  # [BLOCK_M]
-        shift = tl.where(m_new == NEG_INF, 0.0, m_new * LOG2E)  # [BLOCK_M]
-        alpha = tl.exp2(m_i * LOG2E - shift)  # [BLOCK_M]
-        p = tl.exp2(scores_2 * LOG2E - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
+        alpha = tl.exp(m_i - shift)  # [BLOCK_M]
+        p = tl.exp2(scores_2 * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
-        value_2 = tl.load(
+        value = tl.load(
             value_ptr
             + b.to(tl.int64) * stride_value_b
             + h.to(tl.int64) * stride_value_h
             + offs_n.to(tl.int64)[:, None] * stride_value_n
             + offs_e[None, :] * stride_value_e
         )  # [BLOCK_N, BLOCK_E]
-        acc = tl.dot(p.to(tl.float16), value_2, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
+        acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
         m_i = m_new
 
     # What is left of the stream: positions past its end take no part.
     if full < M:
         offs_n = full + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        transpose_2 = tl.load(
-            transpose_ptr
-            + b.to(tl.int64) * stride_transpose_b
-            + h.to(tl.int64) * stride_transpose_h
-            + offs_d[None, :] * stride_transpose_d
-            + offs_n.to(tl.int64)[:, None] * stride_transpose_n,
+        key = tl.load(
+            key_ptr
+            + b.to(tl.int64) * stride_key_b
+            + h.to(tl.int64) * stride_key_h
+            + offs_d[None, :] * stride_key_d
+            + offs_n.to(tl.int64)[:, None] * stride_key_n,
             mask=(offs_n[:, None] < M),
             other=0,
         )  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:19  scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-        qk = tl.dot(query_2, tl.trans(transpose_2))  # [BLOCK_M, BLOCK_N]
+        qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         scores = qk * (1.0 / 8.0)  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:20  scores = 30.0 * torch.tanh(scores / 30.0)
         scores = fast_tanh(scores * (1.0 / 30.0)) * 30.0  # [BLOCK_M, BLOCK_N]
         mask = offs_n[None, :] < i[:, None]  # [BLOCK_M, BLOCK_N]
         scores_2 = tl.where((offs_n[None, :] < M) & mask, scores, NEG_INF)  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(scores_2, 1))  # [BLOCK_M]
-        shift = tl.where(m_new == NEG_INF, 0.0, m_new * LOG2E)  # [BLOCK_M]
-        alpha = tl.exp2(m_i * LOG2E - shift)  # [BLOCK_M]
-        p = tl.exp2(scores_2 * LOG2E - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
+        alpha = tl.exp(m_i - shift)  # [BLOCK_M]
+        p = tl.exp2(scores_2 * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
-        value_2 = tl.load(
+        value = tl.load(
             value_ptr
             + b.to(tl.int64) * stride_value_b
             + h.to(tl.int64) * stride_value_h
@@ -154,7 +154,7 @@ def softcap_causal_kernel(
             mask=(offs_n[:, None] < M),
             other=0,
         )  # [BLOCK_N, BLOCK_E]
-        acc = tl.dot(p.to(tl.float16), value_2, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
+        acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
         m_i = m_new
 
     tl.store(
@@ -168,12 +168,12 @@ def softcap_causal_kernel(
     )
 
 
-def reference(query, transpose, value):
+def reference(query, key, value):
     """The same chain in eager PyTorch: what runs on a CPU, and what the kernel is tested against."""
     M = query.shape[2]
     B = query.shape[0]
     H = query.shape[1]
-    matmul = query @ transpose
+    matmul = query @ key
     scores = matmul / 8.0
     div_1 = scores / 30.0
     tanh = div_1.tanh()
@@ -186,11 +186,11 @@ def reference(query, transpose, value):
     return matmul_1
 
 
-def launch(query, transpose, value):
+def launch(query, key, value):
     """Runs the kernel.
 
     query: (B, H, M, 64), torch.float16, any strides
-    transpose: (B, H, 64, M), torch.float16, any strides
+    key: (B, H, 64, M), torch.float16, any strides
     value: (B, H, M, 64), torch.float16, any strides
     Returns (B, H, M, 64) torch.float16.
     Raises ValueError for other shapes or dtypes.
@@ -202,9 +202,9 @@ def launch(query, transpose, value):
         raise ValueError(
             f"query: expected { (B, H, M, 64) } torch.float16, got {tuple(query.shape)} { query.dtype}"
         )
-    if tuple(transpose.shape) != (B, H, 64, M) or transpose.dtype != torch.float16:
+    if tuple(key.shape) != (B, H, 64, M) or key.dtype != torch.float16:
         raise ValueError(
-            f"transpose: expected { (B, H, 64, M) } torch.float16, got {tuple(transpose.shape)} { transpose.dtype}"
+            f"key: expected { (B, H, 64, M) } torch.float16, got {tuple(key.shape)} { key.dtype}"
         )
     if tuple(value.shape) != (B, H, M, 64) or value.dtype != torch.float16:
         raise ValueError(
@@ -216,17 +216,17 @@ def launch(query, transpose, value):
         with torch.cuda.device_of(query):
             softcap_causal_kernel[(programs,)](
                 query,
-                transpose,
+                key,
                 value,
                 out,
                 query.stride(0),
                 query.stride(1),
                 query.stride(2),
                 query.stride(3),
-                transpose.stride(0),
-                transpose.stride(1),
-                transpose.stride(2),
-                transpose.stride(3),
+                key.stride(0),
+                key.stride(1),
+                key.stride(2),
+                key.stride(3),
                 value.stride(0),
                 value.stride(1),
                 value.stride(2),
@@ -247,22 +247,22 @@ def _on_cpu(*args):
     return launch(*args) if triton.knobs.runtime.interpret else reference(*args)
 
 
-def _fake(query, transpose, value):
+def _fake(query, key, value):
     M = query.shape[2]
     B = query.shape[0]
     H = query.shape[1]
     return torch.empty((B, H, M, 64), device=query.device, dtype=torch.float16)
 
 
-OP = "softcap_causal_6666a26c"
+OP = "softcap_causal_d7d56fbc"
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
-    LIBRARY.define(OP + "(Tensor query, Tensor transpose, Tensor value) -> (Tensor)")
+    LIBRARY.define(OP + "(Tensor query, Tensor key, Tensor value) -> (Tensor)")
     LIBRARY.impl(OP, launch, "CUDA")
     LIBRARY.impl(OP, _on_cpu, "CPU")
     torch.library.register_fake("flashlight::" + OP, _fake, lib=LIBRARY)
 
 
-def softcap_causal(query, transpose, value):
+def softcap_causal(query, key, value):
     """The chain as a `torch.library` op: what the patched module calls."""
-    return getattr(torch.ops.flashlight, OP)(query, transpose, value)
+    return getattr(torch.ops.flashlight, OP)(query, key, value)

@@ -25,7 +25,7 @@ NEG_INF = tl.constexpr(float("-inf"))
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Tiles of 128 rows and 64 stream positions; warps and pipeline stages.
-CONFIG = dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=128, BLOCK_E=64, BLOCK_F=128, num_warps=8, num_stages=3)
+CONFIG = dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=128, BLOCK_E=64, BLOCK_F=128, num_warps=4, num_stages=2)
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def two_products_kernel(
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     offs_e = tl.arange(0, BLOCK_E)  # [BLOCK_E]
     offs_f = tl.arange(0, BLOCK_F)  # [BLOCK_F]
-    q_nope_2 = tl.load(
+    q_nope = tl.load(
         q_nope_ptr
         + b.to(tl.int64) * stride_q_nope_b
         + h.to(tl.int64) * stride_q_nope_h
@@ -89,7 +89,7 @@ def two_products_kernel(
         mask=(offs_m[:, None] < M),
         other=0,
     )  # [BLOCK_M, BLOCK_D]
-    q_rope_2 = tl.load(
+    q_rope = tl.load(
         q_rope_ptr
         + b.to(tl.int64) * stride_q_rope_b
         + h.to(tl.int64) * stride_q_rope_h
@@ -106,7 +106,7 @@ def two_products_kernel(
     full = N // BLOCK_N * BLOCK_N
     for start in range(0, full, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        k_nope_2 = tl.load(
+        k_nope = tl.load(
             k_nope_ptr
             + b.to(tl.int64) * stride_k_nope_b
             + h.to(tl.int64) * stride_k_nope_h
@@ -114,37 +114,37 @@ def two_products_kernel(
             + offs_d[None, :] * stride_k_nope_d
         )  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:99  scores = torch.einsum("bshd,bthd->bsht", q_nope, k_nope)
-        scores = tl.dot(q_nope_2, tl.trans(k_nope_2))  # [BLOCK_M, BLOCK_N]
-        k_rope_2 = tl.load(
+        scores = tl.dot(q_nope, tl.trans(k_nope))  # [BLOCK_M, BLOCK_N]
+        k_rope = tl.load(
             k_rope_ptr
             + b.to(tl.int64) * stride_k_rope_b
             + offs_n.to(tl.int64)[:, None] * stride_k_rope_n
             + offs_e[None, :] * stride_k_rope_e
         )  # [BLOCK_N, BLOCK_E]
         # golden_programs.py:100  scores = scores + torch.einsum("bshr,btr->bsht", q_rope, k_rope)
-        qk = tl.dot(q_rope_2, tl.trans(k_rope_2))  # [BLOCK_M, BLOCK_N]
+        qk = tl.dot(q_rope, tl.trans(k_rope))  # [BLOCK_M, BLOCK_N]
         scores_2 = scores + qk  # [BLOCK_M, BLOCK_N]
         x = scores_2 * 0.07216878364870322  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(x, 1))  # [BLOCK_M]
-        shift = tl.where(m_new == NEG_INF, 0.0, m_new * LOG2E)  # [BLOCK_M]
-        alpha = tl.exp2(m_i * LOG2E - shift)  # [BLOCK_M]
+        shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
+        alpha = tl.exp(m_i - shift)  # [BLOCK_M]
         x_2 = scores * 0.07216878364870322 + qk * 0.07216878364870322  # [BLOCK_M, BLOCK_N]
-        p = tl.exp2(x_2 * LOG2E - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(x_2 * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
-        value_2 = tl.load(
+        value = tl.load(
             value_ptr
             + b.to(tl.int64) * stride_value_b
             + h.to(tl.int64) * stride_value_h
             + offs_n.to(tl.int64)[:, None] * stride_value_n
             + offs_f[None, :] * stride_value_f
         )  # [BLOCK_N, BLOCK_F]
-        acc = tl.dot(p.to(tl.float16), value_2, acc * alpha[:, None])  # [BLOCK_M, BLOCK_F]
+        acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_F]
         m_i = m_new
 
     # What is left of the stream: positions past its end take no part.
     if full < N:
         offs_n = full + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        k_nope_2 = tl.load(
+        k_nope = tl.load(
             k_nope_ptr
             + b.to(tl.int64) * stride_k_nope_b
             + h.to(tl.int64) * stride_k_nope_h
@@ -154,8 +154,8 @@ def two_products_kernel(
             other=0,
         )  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:99  scores = torch.einsum("bshd,bthd->bsht", q_nope, k_nope)
-        scores = tl.dot(q_nope_2, tl.trans(k_nope_2))  # [BLOCK_M, BLOCK_N]
-        k_rope_2 = tl.load(
+        scores = tl.dot(q_nope, tl.trans(k_nope))  # [BLOCK_M, BLOCK_N]
+        k_rope = tl.load(
             k_rope_ptr
             + b.to(tl.int64) * stride_k_rope_b
             + offs_n.to(tl.int64)[:, None] * stride_k_rope_n
@@ -164,17 +164,17 @@ def two_products_kernel(
             other=0,
         )  # [BLOCK_N, BLOCK_E]
         # golden_programs.py:100  scores = scores + torch.einsum("bshr,btr->bsht", q_rope, k_rope)
-        qk = tl.dot(q_rope_2, tl.trans(k_rope_2))  # [BLOCK_M, BLOCK_N]
+        qk = tl.dot(q_rope, tl.trans(k_rope))  # [BLOCK_M, BLOCK_N]
         scores_2 = scores + qk  # [BLOCK_M, BLOCK_N]
         x = tl.where(offs_n[None, :] < N, scores_2 * 0.07216878364870322, NEG_INF)  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(x, 1))  # [BLOCK_M]
-        shift = tl.where(m_new == NEG_INF, 0.0, m_new * LOG2E)  # [BLOCK_M]
-        alpha = tl.exp2(m_i * LOG2E - shift)  # [BLOCK_M]
+        shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
+        alpha = tl.exp(m_i - shift)  # [BLOCK_M]
         x_2 = scores * 0.07216878364870322 + qk * 0.07216878364870322  # [BLOCK_M, BLOCK_N]
         x_3 = tl.where(offs_n[None, :] < N, x_2, NEG_INF)  # [BLOCK_M, BLOCK_N]
-        p = tl.exp2(x_3 * LOG2E - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(x_3 * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
-        value_2 = tl.load(
+        value = tl.load(
             value_ptr
             + b.to(tl.int64) * stride_value_b
             + h.to(tl.int64) * stride_value_h
@@ -183,7 +183,7 @@ def two_products_kernel(
             mask=(offs_n[:, None] < N),
             other=0,
         )  # [BLOCK_N, BLOCK_F]
-        acc = tl.dot(p.to(tl.float16), value_2, acc * alpha[:, None])  # [BLOCK_M, BLOCK_F]
+        acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_F]
         m_i = m_new
 
     tl.store(
@@ -303,7 +303,7 @@ def _fake(q_nope, k_nope, q_rope, k_rope, value):
     return torch.empty((B, H, M, 128), device=q_nope.device, dtype=torch.float16).permute(0, 2, 1, 3)
 
 
-OP = "two_products_c21ececd"
+OP = "two_products_eb63848a"
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
     LIBRARY.define(
