@@ -226,20 +226,15 @@ def test_every_node_of_a_traced_function(function, inputs):
             assert_lifted(node, lift, held, sizes_of(traced.graph, held))
 
 
-@pytest.mark.xfail(strict=True, reason="Min(2, s) is taken to be s: the size of the slice is wrong")
 def test_a_slice_of_a_symbolic_size_up_to_a_number():
     """k[:, :2] of 4 heads has 2, not 4."""
     check_at(lambda k: k[:, :2] + 1.0, r(2, 4, 3), r(3, 5, 7))
 
 
-@pytest.mark.xfail(strict=True, reason="Max(0, s - Min(2, s)) is taken to be 0")
 def test_a_slice_of_a_symbolic_size_from_a_number():
     check_at(lambda k: k[:, 2:] + 1.0, r(2, 4, 3), r(3, 5, 7))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="no guard follows from Min and Max in sizes: they are no sympy.Function"
-)
 def test_sizes_that_slices_assume_are_conditions():
     traced = capture(lambda k: k[:, :5] + 1.0, (r(2, 4, 3),), {})
     assert traced.conditions

@@ -46,6 +46,7 @@ from rewriter.ir import (
     open_reduce,
     rebuild,
     substitute,
+    transform,
     walk,
     where,
 )
@@ -79,6 +80,8 @@ def _chain(program: Program, outputs: tuple[Output, ...], empty_row: float) -> C
     bodies = [builder.resolved(o.body) for o in outputs]
     if not builder.definitions:
         raise NotDerivable("no reduction is left over a stream")
+    if empty_row == 0.0:
+        bodies = [transform(b, _zero_by_zero) for b in bodies]
     settled = tuple(replace(o, body=b) for o, b in zip(outputs, bodies))
     notes = tuple(dict.fromkeys(builder.notes))
     return Chain(program.name, builder.stream, tuple(builder.definitions), settled, notes, program.origins)
@@ -344,6 +347,16 @@ def _quotient(over: list[Node], reduced: Node, under: list[Node]) -> Node:
         return quotient([*over, reduced], under)
     value = quotient([*over, reduced.other], [u.other for u in under])
     return value if math.isnan(reduced.then.value) else where(reduced.predicate, reduced.then, value)
+
+
+def _zero_by_zero(node: Node) -> Node:
+    """where(empty, 0, acc) / where(empty, 0, l)  →  where(empty, 0, acc / l), for rows that are to be zero"""
+    if not (isinstance(node, Apply) and node.op == "div" and all(isinstance(a, Where) for a in node.args)):
+        return node
+    over, under = node.args
+    if over.predicate is not under.predicate or not over.then is under.then is const(0.0):
+        return node
+    return where(over.predicate, over.then, apply("div", over.other, under.other))
 
 
 def _is_exp(node: Node) -> bool:
