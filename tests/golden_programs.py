@@ -104,7 +104,7 @@ class TwoProducts(nn.Module):
 
 @dataclass(frozen=True)
 class Golden:
-    """A program and what it is called with: floats of `shapes`, then ids. `sizes` are those that its kernel is run at."""
+    """A program and what it is called with: floats of `shapes`, then ids. `sizes` are what its kernel is run at."""
 
     build: Callable[[], nn.Module]
     shapes: tuple[tuple[int, ...], ...]

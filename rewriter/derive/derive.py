@@ -84,7 +84,9 @@ def _chain(program: Program, outputs: tuple[Output, ...], empty_row: float) -> C
         bodies = [transform(b, _zero_by_zero) for b in bodies]
     settled = tuple(replace(o, body=b) for o, b in zip(outputs, bodies))
     notes = tuple(dict.fromkeys(builder.notes))
-    return Chain(program.name, builder.stream, tuple(builder.definitions), settled, notes, program.origins)
+    return Chain(
+        program.name, builder.stream, tuple(builder.definitions), settled, notes, program.origins
+    )
 
 
 def _aligned(outputs: tuple[Output, ...]) -> tuple[Output, ...]:
@@ -103,7 +105,9 @@ def _renamed(output: Output, axes: tuple[Axis, ...]) -> Output:
         rest = rest[rest.index(match) + 1 :]
     renamed = tuple(mapping[a] for a in output.axes)
     return replace(
-        output, axes=renamed, body=substitute(output.body, {a: index(b) for a, b in mapping.items()})
+        output,
+        axes=renamed,
+        body=substitute(output.body, {a: index(b) for a, b in mapping.items()}),
     )
 
 
@@ -154,7 +158,9 @@ class _Builder:
             moving, row = as_terms(body), []
         inner = total(moving) if row else body
         if has_refs(inner) or has_refs(predicate):
-            raise NotDerivable(f"{op} of a value that depends on an earlier reduction needs another pass")
+            raise NotDerivable(
+                f"{op} of a value that depends on an earlier reduction needs another pass"
+            )
         reduced = self._add(op, predicate, (inner,), None, inner)
         return total([Term(1, reduced), *row])
 
@@ -199,7 +205,9 @@ class _Builder:
         row_over, over = self._sorted(product.over)
         row_under, under = self._sorted(product.under)
         if row_over or row_under:
-            self.notes.append("hoist: factors that do not depend on the stream are taken out of the sum")
+            self.notes.append(
+                "hoist: factors that do not depend on the stream are taken out of the sum"
+            )
         reduced = self._one_sum(over, under, predicate)
         out = _quotient(row_over, reduced, row_under)
         return out if gate is TRUE else where(gate, out, const(0.0))
@@ -222,13 +230,17 @@ class _Builder:
     def _distributed(self, product: Product) -> list[Product]:
         """(a + b)·g → a·g, b·g where a factor mixes the stream with earlier reductions other than through exp."""
         mixed = [self._is_mixed(f) for f in product.over]
-        if sum(mixed) > 1:  # sum (v - mean)² written out cancels: 1775 times worse than eager at offset 30
+        if (
+            sum(mixed) > 1
+        ):  # sum (v - mean)² written out cancels: 1775 times worse than eager at offset 30
             raise NotDerivable(
                 "a product of two sums with earlier reductions (a variance) would cancel when written out"
             )
         for k, factor in enumerate(product.over):
             if mixed[k]:
-                rest = Product(product.over[:k] + product.over[k + 1 :], product.under, product.predicate)
+                rest = Product(
+                    product.over[:k] + product.over[k + 1 :], product.under, product.predicate
+                )
                 terms = as_terms(factor)
                 signed = [as_product(t.node).times(Product([const(float(t.sign))])) for t in terms]
                 return [p for s in signed for p in self._distributed(s.times(rest))]
@@ -251,7 +263,9 @@ class _Builder:
             return self._add("sum", predicate, tuple(rest), None, multiply(rest) or const(1.0))
         shift, mask = self._shift(exponent)
         predicate = apply("and", predicate, mask)
-        inner = shift.exponent if shift.phi is const(0.0) else apply("sub", shift.exponent, shift.phi)
+        inner = (
+            shift.exponent if shift.phi is const(0.0) else apply("sub", shift.exponent, shift.phi)
+        )
         body = multiply([apply("exp", inner), *rest])
         if not has_refs(shift.phi):
             return self._add("sum", predicate, (apply("exp", inner), *rest), None, body)
@@ -282,15 +296,23 @@ class _Builder:
             raise NotDerivable("an exponent shifted by several reductions")
         bound = next(d for d in self.definitions if d.name == next(iter(refs)).name)
         if bound.op != "max" or not _dominates(shift, bound, self.stream):
-            raise NotDerivable(f"exp(x − {bound.name}) where {bound.name} is not proved to be at least x")
+            raise NotDerivable(
+                f"exp(x − {bound.name}) where {bound.name} is not proved to be at least x"
+            )
         if not set(_conjuncts(bound.predicate)) <= {TRUE, *_conjuncts(predicate)}:
-            raise NotDerivable(f"exp(x − {bound.name}) at positions that are masked in {bound.name}")
-        phi = re.sub(r"\[[^]]*\]", "", repr(shift.phi))  # by name alone: axes have none that would last
+            raise NotDerivable(
+                f"exp(x − {bound.name}) at positions that are masked in {bound.name}"
+            )
+        phi = re.sub(
+            r"\[[^]]*\]", "", repr(shift.phi)
+        )  # by name alone: axes have none that would last
         self.notes.append(
             f"shift: T(old → new) = exp(phi(old) - phi(new)), phi = {phi} at least every exponent seen so far"
         )
 
-    def _add(self, op: str, predicate: Node, rest: tuple[Node, ...], shift: Shift | None, body: Node) -> Node:
+    def _add(
+        self, op: str, predicate: Node, rest: tuple[Node, ...], shift: Shift | None, body: Node
+    ) -> Node:
         for known in self.definitions:
             if (known.op, known.predicate, known.body) == (op, predicate, body):
                 return known.ref
@@ -311,10 +333,16 @@ def _without_logs(product: Product) -> Product:
             out.over.append(factor)
             continue
         terms = as_terms(factor.args[0])
-        logs = [t for t in terms if isinstance(t.node, Apply) and t.node.op == "log" and has_refs(t.node)]
+        logs = [
+            t
+            for t in terms
+            if isinstance(t.node, Apply) and t.node.op == "log" and has_refs(t.node)
+        ]
         out.over += [t.node.args[0] for t in logs if t.sign > 0]
         out.under += [t.node.args[0] for t in logs if t.sign < 0]
-        out.over.append(apply("exp", total([t for t in terms if t not in logs])) if logs else factor)
+        out.over.append(
+            apply("exp", total([t for t in terms if t not in logs])) if logs else factor
+        )
     return out
 
 
@@ -325,9 +353,17 @@ def _settled(term: Term) -> list[Term]:
 
 
 def _is_settled(node: Node) -> bool:
-    if not (isinstance(node, Where) and isinstance(node.predicate, Apply) and node.predicate.op == "isinf"):
+    if not (
+        isinstance(node, Where)
+        and isinstance(node.predicate, Apply)
+        and node.predicate.op == "isinf"
+    ):
         return False
-    return node.predicate.args[0] is node.other and isinstance(node.then, Const) and node.then.value == 0
+    return (
+        node.predicate.args[0] is node.other
+        and isinstance(node.then, Const)
+        and node.then.value == 0
+    )
 
 
 def _conjuncts(predicate: Node) -> list[Node]:
@@ -346,12 +382,18 @@ def _quotient(over: list[Node], reduced: Node, under: list[Node]) -> Node:
     if not same or len(same) != len(under):
         return quotient([*over, reduced], under)
     value = quotient([*over, reduced.other], [u.other for u in under])
-    return value if math.isnan(reduced.then.value) else where(reduced.predicate, reduced.then, value)
+    return (
+        value if math.isnan(reduced.then.value) else where(reduced.predicate, reduced.then, value)
+    )
 
 
 def _zero_by_zero(node: Node) -> Node:
     """where(empty, 0, acc) / where(empty, 0, l)  →  where(empty, 0, acc / l), for rows that are to be zero"""
-    if not (isinstance(node, Apply) and node.op == "div" and all(isinstance(a, Where) for a in node.args)):
+    if not (
+        isinstance(node, Apply)
+        and node.op == "div"
+        and all(isinstance(a, Where) for a in node.args)
+    ):
         return node
     over, under = node.args
     if over.predicate is not under.predicate or not over.then is under.then is const(0.0):
@@ -366,10 +408,13 @@ def _is_exp(node: Node) -> bool:
 def _dominates(shift: Shift, bound: Definition, stream: Axis) -> bool:
     """Whether Φ stays at or above the exponent, up to a row constant, because R is the maximum of the same expression.
 
-    Φ is R, R scaled by a positive constant as the exponent is, or a maximum of such with anything."""
+    Φ is R, R scaled by a positive constant as the exponent is, or a maximum of such with anything.
+    """
     phi = without_cast(shift.phi)
     if isinstance(phi, Apply) and phi.op == "maximum":
-        return any(_dominates(Shift(a, shift.exponent), bound, stream) for a in phi.args if has_refs(a))
+        return any(
+            _dominates(Shift(a, shift.exponent), bound, stream) for a in phi.args if has_refs(a)
+        )
     moving = _stream_terms(shift.exponent, stream)
     if isinstance(phi, Ref):
         return moving == _stream_terms(bound.body, stream)
@@ -382,4 +427,6 @@ def _dominates(shift: Shift, bound: Definition, stream: Axis) -> bool:
 
 def _stream_terms(node: Node, stream: Axis) -> Counter:
     """The summands that move along the stream, as a multiset."""
-    return Counter((t.sign, without_cast(t.node)) for t in as_terms(node) if depends_on(t.node, stream))
+    return Counter(
+        (t.sign, without_cast(t.node)) for t in as_terms(node) if depends_on(t.node, stream)
+    )
