@@ -35,6 +35,11 @@ def signature_of(traced: TracedModule) -> Signature:
         raise RewriteError("arguments that are not passed by name or position")
     tensors = {name: text for name, (text, _) in zip(traced.inputs, paths) if name}
     constants = tuple((text, leaf) for (text, leaf) in paths if not torch.is_tensor(leaf))
+    constants += tuple(
+        (p.name, p.default)
+        for p in signature.parameters.values()
+        if p.name not in bound.arguments and p.default is not inspect.Parameter.empty
+    )
     return Signature(_parameters(signature), tensors, constants, _forwarded(signature))
 
 

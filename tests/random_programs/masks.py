@@ -49,7 +49,7 @@ class Masks(Words):
             )
         )
         if is_divided and self.coin():
-            self.say(f"{p} = {p} / ({p}.sum(-1, keepdim=True) + 1e-6)")
+            self.say(f"{p} = {p} / ({p}.sum(-1, keepdim=True) + {self.least})")
 
     def _predicate(self) -> str:
         self.positions()

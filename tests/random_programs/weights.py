@@ -79,7 +79,8 @@ class Weights(Words):
         return self._by_length()
 
     def _by_length(self) -> str:
-        total = self.one("", "s.shape[-1]", "(p.sum(-1, keepdim=True) + 1e-6)")
+        self.least = "0.5"
+        total = self.one("", "s.shape[-1]", f"(p.sum(-1, keepdim=True) + {self.least})")
         if total:
             self.say(f"p = p / {total}")
         return ""

@@ -58,6 +58,7 @@ class Words:
         self.axes = "".join(a for a in "bh" if a in self.q) + "mn"  # of the scores
         self.is_square = False  # as many keys as queries
         self.has_positions = False
+        self.least = "1e-6"  # added to sums that are divided by: scores near zero are not exact enough for little
 
     def one(self, *options):
         return self.draw(st.sampled_from(options))
