@@ -22,6 +22,8 @@ from strategies import MORE, fixed
 from rewriter.api import Rewrite, rewrite
 from rewriter.check.numerics import compare, run_float64
 
+pytestmark = pytest.mark.slow
+
 PHASES = [Phase.generate, *([Phase.shrink] if os.environ.get("FLASHLIGHT_SHRINK") else [])]
 SETTINGS = settings(fixed(6), phases=PHASES)  # for each of eight kinds of weights
 _numbers = itertools.count()

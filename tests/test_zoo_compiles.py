@@ -21,6 +21,8 @@ from rewriter.check.run import compile_request
 from rewriter.emit import KernelFile
 from rewriter.pipeline import package_files, rewrite_module
 
+pytestmark = pytest.mark.slow
+
 FUSED = [p for p in programs() if p.fused]
 FIRST = {p.family: p for p in reversed(FUSED)}  # one spelling of each family, for every target
 NEVER_SPILL = ("vanilla", "causal", "softcap")
