@@ -229,7 +229,7 @@ def chain_values(chain: Chain, tensors: dict, sizes: dict) -> dict[str, torch.Te
     """What a chain says, definition by definition over the whole stream at once."""
     evaluator = Evaluator(tensors, sizes)
     for d in chain.definitions:
-        body = reduce(d.op, (chain.stream,), d.body, d.predicate)
+        body = reduce(d.op, (d.stream,), d.body, d.predicate)
         evaluator.refs[d.name] = evaluator.output(Output(d.name, d.axes, body, d.body.dtype))
     return {o.name: evaluator.output(o) for o in chain.outputs}
 

@@ -161,6 +161,11 @@ def has_refs(node: Node) -> bool:
     return any(isinstance(n, Ref) for n in walk(node))
 
 
+def is_running(node: Node) -> bool:
+    """Whether a value depends on reductions that are still running in this sweep."""
+    return any(isinstance(n, Ref) and not n.final for n in walk(node))
+
+
 def split_mask(node: Node) -> tuple[Node, Node]:
     """(predicate, value): `where(p, s, -inf)` and `s + where(p, 0, -inf)` → (p, s), through casts and sums."""
     predicate, kept = TRUE, []
