@@ -25,7 +25,7 @@ from rewriter.lift import Region, lift
 from rewriter.lift.region import site_of
 from rewriter.options import STAGES
 from rewriter.patch import Patched, patch
-from rewriter.plan import KernelPlan, NeedsFixed, NotPlannable, plan
+from rewriter.plan import ChainPlan, KernelPlan, NeedsFixed, NotPlannable, plan
 from rewriter.trace import Dimension, TracedModule, capture
 
 
@@ -35,7 +35,7 @@ class Fused:
 
     region: Region
     chain: Chain
-    plan: KernelPlan | None = None
+    plan: ChainPlan | None = None
     kernel: KernelFile | None = None
 
 
@@ -163,15 +163,20 @@ def _kernel_names(module: Callable, fused: list[Fused]) -> list[str]:
 
 
 def _show_chain(chain: Chain) -> str:
-    lines = [d.show(chain.stream, {}) for d in chain.definitions]
+    lines = [f"{d.show({})}    (sweep {d.sweep + 1})" for d in chain.definitions]
     return "\n".join([*lines, *(show_output(o) for o in chain.outputs), *chain.derivation])
 
 
-def _show_plan(plan: KernelPlan) -> str:
+def _show_plan(plan: ChainPlan) -> str:
+    return "\n".join(map(_show_kernel, plan.kernels))
+
+
+def _show_kernel(plan: KernelPlan) -> str:
     config = plan.config
+    roles = {"grid": plan.grid, "rows": plan.rows, "streams": tuple(s.stream for s in plan.sweeps), "features": plan.features}
+    shown = "; ".join(f"{role} {', '.join(a.name for a in axes)}" for role, axes in roles.items())
     return (
-        f"{plan.name}: grid {', '.join(a.name for a in plan.grid)}; row {plan.row.name}; stream {plan.stream.name}; "
-        f"features {', '.join(a.name for a in plan.features)}; tiles {config.block_m} x {config.block_n}, "
+        f"{plan.name}: {shown}; tiles {config.block_m} x {config.block_n}, "
         f"{config.num_warps} warps, {config.num_stages} stages"
     )
 

@@ -35,7 +35,7 @@ def chain_report(region: Region, chain: Chain, kernel: KernelFile, host: str) ->
     files = sorted({os.path.basename(o.file) for o in origins if o.file})
     saved = " + ".join(dict.fromkeys(_size(n) for n in region.wide))
     return ChainReport(
-        kernel.name, host, ", ".join(files), lines, (f"kernels/{kernel.name}.py",), 1, chain.derivation, saved
+        kernel.name, host, ", ".join(files), lines, (f"kernels/{kernel.name}.py",), kernel.plan.sweeps, chain.derivation, saved
     )
 
 
