@@ -21,15 +21,25 @@ Tag = tuple[int, str]
 
 @dataclass
 class Tags:
-    """`dims[node]` holds a set of tags per dimension; `roots` and `wide` in graph order."""
+    """`dims[node]` holds a set of tags per dimension; `roots`, `wide` and `written` in graph order.
+
+    `written` are wide values that a chain gives as they are, because something outside reads them; `stored` those that are
+    read from memory by what follows.
+    """
 
     dims: dict[fx.Node, tuple[frozenset[Tag], ...]] = field(default_factory=dict)
     wide: list[fx.Node] = field(default_factory=list)
     roots: list[fx.Node] = field(default_factory=list)
+    written: list[fx.Node] = field(default_factory=list)
+    stored: set[fx.Node] = field(default_factory=set)
+    derived: set[fx.Node] = field(default_factory=set)
     reasons: dict[fx.Node, str] = field(default_factory=dict)
 
-    def is_wide(self, node: fx.Node) -> bool:
+    def has_both_sides(self, node: fx.Node) -> bool:
         return _both_sides(frozenset().union(*self.dims.get(node, ())))
+
+    def is_wide(self, node: fx.Node) -> bool:
+        return node not in self.stored and self.has_both_sides(node)
 
 
 def _both_sides(tags: frozenset[Tag]) -> bool:
@@ -67,22 +77,44 @@ def tag(
             continue
         reads = sources(lifted, by_name)
         dims = _inherited(lifted, reads, tags)
-        lost = any(tags.is_wide(y) for y, _ in reads) and not _both_sides(frozenset().union(*dims))
+        lost = any(tags.has_both_sides(y) for y, _ in reads) and not _both_sides(frozenset().union(*dims))
         is_root = lost or (not _both_sides(frozenset().union(*dims)) and _is_chain(lifted, reads, moving))
         if not is_root:
             alive = {n for n, _ in reads} if one_sided and _is_half_fixed(lifted, reads, moving) else moving
             dims = _with_origin(order, lifted, reads, alive, dims)
+        tags.dims[node] = dims
         if is_root:
             tags.roots.append(node)
         elif _both_sides(frozenset().union(*dims)):
-            reason = _escape(node, local)
-            if reason:
-                if any(tags.is_wide(y) for y, _ in reads):
-                    tags.reasons[node] = reason
-                continue
-            tags.wide.append(node)
-        tags.dims[node] = dims
+            _place_wide(node, lifted, reads, local, tags)
+        if is_root or any(y in tags.derived for y, _ in reads) or _reduces_wide(lifted, reads, tags):
+            tags.derived.add(node)
     return tags
+
+
+def _place_wide(node: fx.Node, lifted: Lifted, reads, local: dict[fx.Node, LocalLift], tags: Tags) -> None:
+    """A wide value is inside a chain, unless something outside reads it: then it is written, by the chain if it follows from a
+    reduction, else by the program itself."""
+    reader = _reader_outside(node, local)
+    derived = any(y in tags.derived for y, _ in reads) or _reduces_wide(lifted, reads, tags)
+    if reader is None or derived:
+        tags.wide.append(node)
+    if reader is None:
+        return
+    returned = reader == ""
+    if derived:
+        tags.written.append(node)
+    if not (derived and returned):
+        tags.stored.add(node)
+    if not derived or not returned:
+        tags.reasons[node] = f"written, because it is {'returned' if returned else f'read by an op that stays eager ({reader})'}"
+
+
+def _reduces_wide(lifted: Lifted, reads, tags: Tags) -> bool:
+    """Whether a value is made of reductions of wide values: softmax."""
+    wide = {load.tensor.name for y, load in reads if tags.has_both_sides(y)}
+    inside = (n for r in walk(lifted.body) if isinstance(r, Reduce) for n in walk(r.body))
+    return any(isinstance(n, Load) and n.tensor.name in wide for n in inside)
 
 
 def _is_half_fixed(lifted: Lifted, reads, moving: set[fx.Node]) -> bool:
@@ -152,11 +184,9 @@ def _has_inner_reduce(body: Node) -> bool:
     return any(isinstance(n, Reduce) for n in walk(body))
 
 
-def _escape(node: fx.Node, local: dict[fx.Node, LocalLift]) -> str:
-    """Why a wide value must be written anyway: something outside index notation reads it."""
-    for user in node.users:
-        if user.op == "output":
-            return "it is returned, so it is written anyway"
-        if user in local and local[user].value is None:
-            return f"it is read by an op that stays eager ({local[user].reason})"
-    return ""
+def _reader_outside(node: fx.Node, local: dict[fx.Node, LocalLift]) -> str | None:
+    """Why a wide value must be written: "" where it is returned, else what of index notation is missing in its reader."""
+    readers = [u for u in node.users if u in local and local[u].value is None]
+    if readers:
+        return local[readers[0]].reason
+    return "" if any(u.op == "output" for u in node.users) else None
