@@ -33,6 +33,7 @@ class Values:
         self.dots = {d.node: d for d in plan.dots}
         self.loops = {r.node: r for r in plan.loops}
         self.needs_offsets: set[Axis] = set()
+        self.stepped = {r.axis for r in plan.loops} | (set(plan.streams) if plan.steps else set())
         self.holders: dict[str, tuple[Node, Scope]] = {}
 
     # -- values ---------------------------------------------------------------------------------------------------
@@ -224,6 +225,8 @@ class Values:
         narrow = not text.axes and isinstance(entry, Const)
         if narrow or (text.axes and set(text.axes) <= set(self.plan.features)):
             return operand(text, axes, 7)
+        if isinstance(entry, Index) and entry.axis in self.stepped:
+            return f"tl.cast({text.code}, tl.int64)"  # a number of Python's where Triton is interpreted
         cast = f"{text.tight(ATOM)}.to(tl.int64)"
         return spread(Text(cast, text.axes), axes) if text.axes else cast
 
