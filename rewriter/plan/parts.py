@@ -43,7 +43,7 @@ class _Partition:
     def _add_definition(self, definition: Definition) -> None:
         rows = self._rows(definition.axes)
         first = self._earliest(definition.roots, rows)
-        at = next((k for k in range(first, len(self.parts)) if self._shares(k, rows)), None)
+        at = next((k for k in range(first, len(self.parts)) if self._shares(k, rows, definition.stream)), None)
         if at is None:
             at = len(self.parts)
             self.parts.append(Part(rows))
@@ -52,10 +52,10 @@ class _Partition:
         part.definitions.append(definition)
         self.place[definition.name] = at
 
-    def _shares(self, at: int, rows: frozenset[Axis]) -> bool:
+    def _shares(self, at: int, rows: frozenset[Axis], stream: Axis) -> bool:
         """Whether a part's programs have the rows, or would with a few axes more."""
         own = self.parts[at].rows
-        streams = {d.stream for d in self.parts[at].definitions}
+        streams = {stream, *(d.stream for d in self.parts[at].definitions)}
         return (own <= rows or rows <= own) and not (own | rows) & streams
 
     def _earliest(self, nodes: tuple[Node, ...], rows: frozenset[Axis]) -> int:

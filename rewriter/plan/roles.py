@@ -32,11 +32,12 @@ def tile_rows(chain: Chain, rows: tuple[Axis, ...], features: frozenset[Axis]) -
     """One row axis, whose tile is reused by every position of the streams; two where contractions pair rows only."""
     streams = tuple(dict.fromkeys(d.stream for d in chain.definitions))
     pairs = [p for node in _leaves(chain) for p in _pairs(node, frozenset(rows) | frozenset(streams))]
-    if not any(set(p) & set(streams) for p in pairs):
+    paired = {a for p in pairs if set(p) & set(streams) for a in p} & set(rows)
+    if not paired:
         among_rows = next((p for p in pairs if set(p) <= set(rows)), None)
         if among_rows or (not streams and len(rows) > 1):
             return tuple(sorted(among_rows or rows[-2:], key=rows.index))
-    row = _row(chain, rows, streams)
+    row = _row(chain, tuple(a for a in rows if a in paired) or rows, streams)
     return (row,) if row else ()
 
 
