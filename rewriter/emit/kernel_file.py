@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -90,8 +91,11 @@ class _View:
             if node not in known and node not in passed:
                 parts = [p for p in walk(node) if isinstance(p, Param) and p not in known and p not in passed]
                 passed += [p for p in parts if p not in self.names.sizes]
-                known[node] = show(node)
+                known[node] = _renamed(show(node), self._size_names())
         return known, passed
+
+    def _size_names(self) -> dict[str, str]:
+        return {p.name: n for p, n in self.names.sizes.items() if isinstance(p, Param)}
 
     def values(self) -> dict[str, object]:
         plan, names = self.plan, self.names
@@ -143,22 +147,13 @@ class _View:
         tensors = self.names
         lines = [d.show(self.plan.stream, tensors.axes) for d in self.chain.definitions]
         lines += [show_output(o, tensors.axes) for o in self.chain.outputs]
-        return [self._renamed(line) for line in lines]
+        table = {t.name: n for t, n in tensors.tensors.items()} | tensors.state | self._size_names()
+        table |= {f"r{k}_0": tensors.axes[a] for k, a in enumerate(d.axis for d in self.plan.dots[:1])}
+        return [_renamed(line, table) for line in lines]
 
     def _with_state(self, line: str) -> str:
         """Prose, with the running state called as in this file."""
-        import re
-
-        return re.sub(r"\w+", lambda m: self.names.state.get(m[0], m[0]), line)
-
-    def _renamed(self, line: str) -> str:
-        """Index notation with the names of this file."""
-        import re
-
-        table = {t.name: n for t, n in self.names.tensors.items()}
-        table |= self.names.state | {p.name: n for p, n in self.names.sizes.items() if isinstance(p, Param)}
-        table |= {f"r{k}_0": self.names.axes[a] for k, a in enumerate(d.axis for d in self.plan.dots[:1])}
-        return re.sub(r"[A-Za-z_]\w*", lambda m: table.get(m[0], m[0]), line)
+        return _renamed(line, self.names.state)
 
     def _fixed(self) -> list[str]:
         axes = [*self.plan.grid, self.plan.row, self.plan.stream, *self.plan.features]
@@ -229,6 +224,11 @@ class _View:
         from rewriter.emit.signature import kernel_signature
 
         return kernel_signature(self.names, self.writer.strides, self.chain.outputs)
+
+
+def _renamed(text: str, names: dict[str, str]) -> str:
+    """Prose or index notation with some words replaced by the names of this file."""
+    return re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m[0], m[0]), text)
 
 
 def _tuple(items: list[str]) -> str:
