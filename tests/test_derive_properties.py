@@ -86,14 +86,13 @@ def test_splitting_masks(case, held, seed):
     assert_equivalent(before, after, held, seed)
 
 
-@given(cases(), sizes, seeds)
-@fixed(40)
-def test_sums_of_terms(case, held, seed):
+@given(cases(), sizes, seeds, st.booleans())
+@fixed(60)
+def test_sums_of_terms(case, held, seed, everywhere):
     shifted = apply("mul", apply("sub", case.score, const(0.5)), const(-2.0))
     assume(not any(n is INF for n in walk(shifted)))  # 0 · -inf is NaN, either way
-    assert_equivalent(
-        over_score(case, shifted), over_score(case, total(as_terms(shifted))), held, seed
-    )
+    again = total(as_terms(shifted, everywhere))
+    assert_equivalent(over_score(case, shifted), over_score(case, again), held, seed)
 
 
 @given(cases(), sizes, seeds)

@@ -428,5 +428,7 @@ def _dominates(shift: Shift, bound: Definition, stream: Axis) -> bool:
 def _stream_terms(node: Node, stream: Axis) -> Counter:
     """The summands that move along the stream, as a multiset."""
     return Counter(
-        (t.sign, without_cast(t.node)) for t in as_terms(node) if depends_on(t.node, stream)
+        (t.sign, without_cast(t.node))
+        for t in as_terms(node, everywhere=True)
+        if depends_on(t.node, stream)
     )

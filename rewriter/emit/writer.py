@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from rewriter.derive import Definition
+from rewriter.derive.factors import multiply, without_cast
 from rewriter.emit.expr import (
     ATOM,
     TRITON_DTYPES,
@@ -366,6 +367,7 @@ class Writer:
 
     def _masked(self, node: Node, definition: Definition, neutral: str) -> Text:
         """`where(keep, node, neutral)`, written once for a node and a predicate."""
+        node = without_cast(node)  # registers are fp32 either way
         key = Where(
             Apply("eq", (definition.predicate, TRUE), torch.bool),
             node,
@@ -455,8 +457,6 @@ class Writer:
 
     def _weight(self, definition: Definition, factors: list[Node]) -> Text:
         """The tile that is summed, zero where the predicate fails."""
-        from rewriter.derive.factors import multiply
-
         if definition.shift is None:
             return self._masked(multiply(factors) or Const(1.0, torch.float32), definition, "0.0")
         return self._shifted(definition, factors)

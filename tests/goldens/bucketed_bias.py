@@ -160,8 +160,7 @@ def bucketed_bias_kernel(
         m_new = tl.maximum(m_i, tl.max(x_2, 1))  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        x_3 = tl.where(offs_n[None, :] < N, x, NEG_INF)  # [BLOCK_M, BLOCK_N]
-        p = tl.exp(x_3 - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        p = tl.exp(x_2 - shift[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = tl.load(
             value_ptr
@@ -300,7 +299,7 @@ def _fake(query, key, weight, value):
     return torch.empty((B, 4, M, 64), device=query.device, dtype=torch.float16)
 
 
-OP = "bucketed_bias_737777ed"
+OP = "bucketed_bias_e8d78de7"
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
     LIBRARY.define(OP + "(Tensor query, Tensor key, Tensor weight, Tensor value) -> (Tensor)")

@@ -4,8 +4,8 @@ Written from golden_programs.py:94-102 (sha256 fe65b105683d).
 
 Math
     m_i[b, m, h] = max_n float32((sum_r0_0 q_nope[b, m, h, d] * k_nope[b, n, h, d] + (sum_r0_0 q_rope[b, m, h, d] * k_rope[b, n, d])) * 0.0721688)
-    l_i[b, m, h] = sum_n exp((sum_r0_0 q_nope[b, m, h, d] * k_nope[b, n, h, d]) * 0.0721688 + (sum_r0_0 q_rope[b, m, h, d] * k_rope[b, n, d]) * 0.0721688 - m_i[b, m, h])
-    acc[b, m, h, f] = sum_n exp((sum_r0_0 q_nope[b, m, h, d] * k_nope[b, n, h, d]) * 0.0721688 + (sum_r0_0 q_rope[b, m, h, d] * k_rope[b, n, d]) * 0.0721688 - m_i[b, m, h]) * value[b, n, h, f]
+    l_i[b, m, h] = sum_n exp((sum_r0_0 q_nope[b, m, h, d] * k_nope[b, n, h, d] + (sum_r0_0 q_rope[b, m, h, d] * k_rope[b, n, d])) * 0.0721688 - m_i[b, m, h])
+    acc[b, m, h, f] = sum_n exp((sum_r0_0 q_nope[b, m, h, d] * k_nope[b, n, h, d] + (sum_r0_0 q_rope[b, m, h, d] * k_rope[b, n, d])) * 0.0721688 - m_i[b, m, h]) * value[b, n, h, f]
     einsum_2[b, m, h, f] = acc[b, m, h, f] / l_i[b, m, h]
 
 Why one pass is enough
@@ -123,13 +123,13 @@ def two_products_kernel(
         )  # [BLOCK_N, BLOCK_E]
         # golden_programs.py:100  scores = scores + torch.einsum("bshr,btr->bsht", q_rope, k_rope)
         qk = tl.dot(q_rope, tl.trans(k_rope))  # [BLOCK_M, BLOCK_N]
-        scores_2 = scores + qk  # [BLOCK_M, BLOCK_N]
-        x = scores_2 * 0.07216878364870322  # [BLOCK_M, BLOCK_N]
+        scores = scores + qk  # [BLOCK_M, BLOCK_N]
+        # golden_programs.py:101  weights = (scores * scale).softmax(dim=-1, dtype=torch.float32).type_as(value)
+        x = scores * 0.07216878364870322  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(x, 1))  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        x_2 = scores * 0.07216878364870322 + qk * 0.07216878364870322  # [BLOCK_M, BLOCK_N]
-        p = tl.exp2(x_2 * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(x * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = tl.load(
             value_ptr
@@ -165,14 +165,14 @@ def two_products_kernel(
         )  # [BLOCK_N, BLOCK_E]
         # golden_programs.py:100  scores = scores + torch.einsum("bshr,btr->bsht", q_rope, k_rope)
         qk = tl.dot(q_rope, tl.trans(k_rope))  # [BLOCK_M, BLOCK_N]
-        scores_2 = scores + qk  # [BLOCK_M, BLOCK_N]
-        x = tl.where(offs_n[None, :] < N, scores_2 * 0.07216878364870322, NEG_INF)  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(x, 1))  # [BLOCK_M]
+        scores = scores + qk  # [BLOCK_M, BLOCK_N]
+        # golden_programs.py:101  weights = (scores * scale).softmax(dim=-1, dtype=torch.float32).type_as(value)
+        x = scores * 0.07216878364870322  # [BLOCK_M, BLOCK_N]
+        x_2 = tl.where(offs_n[None, :] < N, x, NEG_INF)  # [BLOCK_M, BLOCK_N]
+        m_new = tl.maximum(m_i, tl.max(x_2, 1))  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        x_2 = scores * 0.07216878364870322 + qk * 0.07216878364870322  # [BLOCK_M, BLOCK_N]
-        x_3 = tl.where(offs_n[None, :] < N, x_2, NEG_INF)  # [BLOCK_M, BLOCK_N]
-        p = tl.exp2(x_3 * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(x_2 * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = tl.load(
             value_ptr
@@ -303,7 +303,7 @@ def _fake(q_nope, k_nope, q_rope, k_rope, value):
     return torch.empty((B, H, M, 128), device=q_nope.device, dtype=torch.float16).permute(0, 2, 1, 3)
 
 
-OP = "two_products_eb63848a"
+OP = "two_products_d57d8e39"
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
     LIBRARY.define(
