@@ -42,3 +42,51 @@ def test_a_small_program(program):
     result = fused(program, inputs(7, 9))
     for sizes in ((7, 9), (20, 37)):
         assert_right(result, program, inputs(*sizes))
+
+
+# Rows masked throughout, where asked to be zero. `s` are scores, with -inf where nothing is seen.
+
+
+def called(s, v):
+    return s.softmax(-1) @ v
+
+
+def by_hand(s, v):
+    e = torch.exp(s - s.amax(-1, keepdim=True))
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+def with_a_finite_maximum(s, v):
+    top = s.amax(-1, keepdim=True)
+    e = torch.exp(s - torch.where(torch.isinf(top), 0.0, top))
+    return (e @ v) / e.sum(-1, keepdim=True)
+
+
+def without_a_maximum(s, v):
+    e = torch.exp(s)
+    return (e @ v) * (1 / e.sum(-1, keepdim=True))
+
+
+def by_logsumexp(s, v):
+    return torch.exp(s - s.logsumexp(-1, keepdim=True)) @ v
+
+
+def shared_with_one(s, v):
+    e = torch.exp(s)
+    return (e / (1 + e.sum(-1, keepdim=True))) @ v
+
+
+SPELLINGS = (called, by_hand, with_a_finite_maximum, without_a_maximum, by_logsumexp, shared_with_one)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: s.__name__)
+def test_rows_masked_throughout_are_zero(spelling):
+    def attend(q, k, v, lengths):
+        keep = torch.arange(k.shape[1]) < lengths[:, :, None]
+        return spelling((q @ k.mT).masked_fill(~keep, float("-inf")), v)
+
+    lengths = torch.arange(14).view(2, 7) % 5
+    args = (*qkv(7, 9), lengths)
+    out, eager = fused(attend, args, masked_rows="zero").module(*args), attend(*args)
+    assert (out[lengths == 0] == 0).all()
+    torch.testing.assert_close(out[lengths > 0], eager[lengths > 0])

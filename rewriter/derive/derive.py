@@ -66,22 +66,23 @@ def derive(program: Program, masked_rows: str = "match") -> Chain:
         raise NotDerivable(
             "a chain of matrix products without anything between them is left to the matrix products"
         )
-    chain = _chain(program, outputs, math.nan)
+    chain = _chain(program, outputs)
     proof = prove(program, chain)
     if not proof.ok:
         raise NotDerivable(f"not proved: {proof.reason}")
     if masked_rows == "zero":
-        chain = _chain(program, outputs, 0.0)
+        chain = _chain(program, outputs, empty_is_zero=True)
     return replace(chain, derivation=(*chain.derivation, str(proof)))
 
 
-def _chain(program: Program, outputs: tuple[Output, ...], empty_row: float) -> Chain:
-    builder = _Builder(max((o.axes for o in outputs), key=len), empty_row)
+def _chain(program: Program, outputs: tuple[Output, ...], empty_is_zero: bool = False) -> Chain:
+    builder = _Builder(max((o.axes for o in outputs), key=len), empty_is_zero)
     bodies = [builder.resolved(o.body) for o in outputs]
     if not builder.definitions:
         raise NotDerivable("no reduction is left over a stream")
-    if empty_row == 0.0:
-        bodies = [transform(b, _zero_by_zero) for b in bodies]
+    if empty_is_zero:
+        weights = {d.ref for d in builder.definitions if _sums_exponentials(d)}
+        bodies = [transform(b, lambda n: _zero_by_zero(n, weights)) for b in bodies]
     settled = tuple(replace(o, body=b) for o, b in zip(outputs, bodies))
     notes = tuple(dict.fromkeys(builder.notes))
     return Chain(
@@ -116,7 +117,7 @@ class _Builder:
     """Collects definitions while the outputs' reductions are replaced by `Ref`s, innermost dependence first."""
 
     order: tuple[Axis, ...]
-    empty_row: float
+    empty_is_zero: bool
     stream: Axis | None = None
     definitions: list[Definition] = field(default_factory=list)
     known: dict[Node, Node] = field(default_factory=dict)
@@ -274,8 +275,10 @@ class _Builder:
         return reduced if shift.settled else self._of_empty_rows(reduced, shift)
 
     def _of_empty_rows(self, reduced: Node, shift: Shift) -> Node:
-        """A row whose shift is -inf saw only -inf: eager's exp(-inf + inf) is NaN there, where the kernel summed zeros."""
-        return where(apply("eq", shift.phi, const(-math.inf)), const(self.empty_row), reduced)
+        """A row whose shift is -inf saw only -inf: eager's exp(-inf + inf) is NaN there, where the kernel sums zeros."""
+        if self.empty_is_zero:
+            return reduced
+        return where(apply("eq", shift.phi, const(-math.inf)), const(math.nan), reduced)
 
     def _shift(self, terms: list[Term]) -> tuple[Shift, Node]:
         """exp(e − Φ): Φ is what depends on earlier reductions; a −inf mask in e becomes a predicate."""
@@ -373,7 +376,7 @@ def _conjuncts(predicate: Node) -> list[Node]:
 
 
 def _quotient(over: list[Node], reduced: Node, under: list[Node]) -> Node:
-    """acc / l needs one choice for empty rows, and none where that is NaN: 0 / 0 is."""
+    """where(empty, NaN, acc) / where(empty, NaN, l)  →  acc / l, which is NaN in empty rows by itself: 0 / 0"""
     same = [
         u
         for u in under
@@ -381,24 +384,24 @@ def _quotient(over: list[Node], reduced: Node, under: list[Node]) -> Node:
     ]
     if not same or len(same) != len(under):
         return quotient([*over, reduced], under)
-    value = quotient([*over, reduced.other], [u.other for u in under])
-    return (
-        value if math.isnan(reduced.then.value) else where(reduced.predicate, reduced.then, value)
+    return quotient([*over, reduced.other], [u.other for u in under])
+
+
+def _sums_exponentials(definition: Definition) -> bool:
+    """A sum that is 0 where nothing is summed, and else is not, save for underflow."""
+    return definition.op == "sum" and bool(
+        definition.shift or (definition.rest and all(map(_is_exp, definition.rest)))
     )
 
 
-def _zero_by_zero(node: Node) -> Node:
-    """where(empty, 0, acc) / where(empty, 0, l)  →  where(empty, 0, acc / l), for rows that are to be zero"""
-    if not (
-        isinstance(node, Apply)
-        and node.op == "div"
-        and all(isinstance(a, Where) for a in node.args)
-    ):
+def _zero_by_zero(node: Node, weights: set[Node]) -> Node:
+    """a / l  →  where(l == 0, 0, a / l) where l is among `weights`, for rows that are to be zero"""
+    if not (isinstance(node, Apply) and node.op == "div"):
         return node
-    over, under = node.args
-    if over.predicate is not under.predicate or not over.then is under.then is const(0.0):
+    under = without_cast(node.args[1])
+    if under not in weights:
         return node
-    return where(over.predicate, over.then, apply("div", over.other, under.other))
+    return where(apply("eq", under, const(0.0)), const(0.0, node.dtype), node)
 
 
 def _is_exp(node: Node) -> bool:
