@@ -131,6 +131,21 @@ def test_sizes_that_no_evaluation_bears_are_skipped_and_said():
     assert proof.ok and proof.cases == 0 and "not run" in str(proof)
 
 
+def test_rows_that_seldom_see_anything_are_proved():
+    """Four kinds of ids that must all be equal: in the first cases, no row sees a position."""
+    kept = TRUE
+    for t in ("id", "kind", "part", "page"):
+        row, column = (load(t, Index(a), dtype=torch.int64) for a in (m, n))
+        kept = apply("and", kept, apply("eq", row, column))
+    wanted = softmax_of(where(kept, S, INF))
+    assert prove(wanted, derive(wanted)).ok
+
+
+def test_a_program_that_gives_nothing_but_nan_is_refused():
+    with pytest.raises(NotDerivable, match="nothing but NaN"):
+        derive(softmax_of(where(apply("lt", Index(n), Const(0)), S, INF)))
+
+
 def test_derive_refuses_what_is_not_proved(monkeypatch):
     stage = sys.modules["rewriter.derive.derive"]
     monkeypatch.setattr(stage, "prove", lambda *_: Proof(False, 0, "because"))

@@ -30,11 +30,11 @@ from rewriter.ir import (
 class Builder:
     """Collects definitions while reductions are replaced by `Ref`s, innermost dependence first.
 
-    empty_row: what a row gives that sees nothing but -inf (NaN as eager, or 0).
+    empty_is_zero: rows that see nothing but -inf give zeros, not eager's NaN.
     """
 
     axes: Axes
-    empty_row: float
+    empty_is_zero: bool
     definitions: list[Definition] = field(default_factory=list)
     known: dict[Node, Node] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

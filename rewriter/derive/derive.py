@@ -5,16 +5,16 @@ Before that, reductions are split at concatenations; a rule that fits no value i
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 from rewriter.derive.axes import Axes
 from rewriter.derive.builder import Builder
-from rewriter.derive.chain import Chain
-from rewriter.derive.forms import NotDerivable
+from rewriter.derive.chain import Chain, Definition
+from rewriter.derive.factors import without_cast
+from rewriter.derive.forms import NotDerivable, is_exp
 from rewriter.derive.normal import is_bilinear, normalise
 from rewriter.derive.prove import prove
-from rewriter.ir import Apply, Node, Output, Program, Where, apply, const, transform, where
+from rewriter.ir import Apply, Node, Output, Program, apply, const, transform, where
 
 
 def derive(program: Program, masked_rows: str = "match") -> Chain:
@@ -25,34 +25,41 @@ def derive(program: Program, masked_rows: str = "match") -> Chain:
     outputs = tuple(replace(o, body=normalise(o.body)) for o in program.outputs)
     if all(is_bilinear(o.body) for o in outputs):
         raise NotDerivable("a chain of matrix products without anything between them is left to the matrix products")
-    chain = _chain(program, outputs, math.nan)
+    chain = _chain(program, outputs)
     proof = prove(program, chain)
     if not proof.ok:
         raise NotDerivable(f"not proved: {proof.reason}")
     if masked_rows == "zero":
-        chain = _chain(program, outputs, 0.0)
+        chain = _chain(program, outputs, empty_is_zero=True)
     return replace(chain, derivation=(*chain.derivation, str(proof)))
 
 
-def _chain(program: Program, outputs: tuple[Output, ...], empty_row: float) -> Chain:
+def _chain(program: Program, outputs: tuple[Output, ...], empty_is_zero: bool = False) -> Chain:
     axes = Axes()
     outputs = axes.of_outputs(outputs)
-    builder = Builder(axes, empty_row)
+    builder = Builder(axes, empty_is_zero)
     bodies = builder.outputs([o.body for o in outputs])
     if not builder.definitions:
         raise NotDerivable("no reduction is left over a stream")
-    if empty_row == 0.0:
-        bodies = [transform(b, _zero_by_zero) for b in bodies]
+    if empty_is_zero:
+        weights = {replace(d.ref, final=True) for d in builder.definitions if _sums_exponentials(d)}
+        bodies = [transform(b, lambda n: _zero_by_zero(n, weights)) for b in bodies]
     settled = tuple(replace(o, body=b) for o, b in zip(outputs, bodies))
     notes = tuple(dict.fromkeys(builder.notes))
     return Chain(program.name, axes.order, tuple(builder.definitions), settled, notes, program.origins)
 
 
-def _zero_by_zero(node: Node) -> Node:
-    """where(empty, 0, acc) / where(empty, 0, l)  →  where(empty, 0, acc / l), for rows that are to be zero"""
-    if not (isinstance(node, Apply) and node.op == "div" and all(isinstance(a, Where) for a in node.args)):
+def _sums_exponentials(definition: Definition) -> bool:
+    """A sum that is 0 where nothing is summed, and else is not, save for underflow."""
+    factors = definition.rest
+    return definition.op == "sum" and bool(definition.shift or (factors and all(map(is_exp, factors))))
+
+
+def _zero_by_zero(node: Node, weights: set[Node]) -> Node:
+    """a / l  →  where(l == 0, 0, a / l) where l is among `weights`, for rows that are to be zero"""
+    if not (isinstance(node, Apply) and node.op == "div"):
         return node
-    over, under = node.args
-    if over.predicate is not under.predicate or not over.then is under.then is const(0.0):
+    under = without_cast(node.args[1])
+    if under not in weights:
         return node
-    return where(over.predicate, over.then, apply("div", over.other, under.other))
+    return where(apply("eq", under, const(0.0)), const(0.0, node.dtype), node)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,6 +23,7 @@ from rewriter.ir.evaluate import Evaluator
 LONGEST = 1 << 13  # the largest constant that sizes are raised to
 BUDGET = 1_000_000  # elements of one value
 TRIES = 200
+FURTHER = 40  # cases drawn where no other has given a number
 _DIVIDING = ("floordiv", "mod", "truncdiv")
 
 
@@ -71,6 +72,12 @@ class Draws:
         floors = self._floors()
         for kind in (PLAIN, LARGE) if floors else ():
             yield kind, self._case(kind, floors)
+
+    def further(self) -> Iterator[tuple[Kind, Values]]:
+        """More plain cases, every other one with few integers: that ids are equal, say, is rare otherwise."""
+        for k in range(FURTHER):
+            values = self._case(PLAIN, {})
+            yield PLAIN, values if k % 2 else replace(values, pool=(0, 1))
 
     def note(self, seen: dict[Node, set[bool]]) -> None:
         for node, truth in seen.items():

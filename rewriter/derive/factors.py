@@ -88,21 +88,23 @@ class Term:
     node: Node
 
 
-def as_terms(node: Node) -> list[Term]:
-    """Flattens add, sub, neg, and multiplication or division of a sum by one factor."""
+def as_terms(node: Node, everywhere: bool = False) -> list[Term]:
+    """Flattens add, sub, neg, and multiplication or division of a sum by one factor.
+
+    Such a sum stays whole where it holds no earlier reduction, unless wanted `everywhere`: (1 - keep) * -1e4 written out cancels.
+    """
     if is_float_cast(node):
-        return as_terms(node.args[0])
+        return as_terms(node.args[0], everywhere)
     if not isinstance(node, Apply) or not node.dtype.is_floating_point:
         return [Term(1, node)]
     match node.op:
-        case "add":
-            return as_terms(node.args[0]) + as_terms(node.args[1])
-        case "sub":
-            return as_terms(node.args[0]) + negated(as_terms(node.args[1]))
+        case "add" | "sub":
+            left, right = (as_terms(a, everywhere) for a in node.args)
+            return left + (negated(right) if node.op == "sub" else right)
         case "neg":
-            return negated(as_terms(node.args[0]))
+            return negated(as_terms(node.args[0], everywhere))
         case "mul" | "div":
-            return _distributed(node)
+            return _distributed(node, everywhere)
         case "maximum":
             return _common(node)
     return [Term(1, node)]
@@ -112,13 +114,14 @@ def negated(terms: list[Term]) -> list[Term]:
     return [Term(-t.sign, t.node) for t in terms]
 
 
-def _distributed(node: Apply) -> list[Term]:
-    left = as_terms(node.args[0])
+def _distributed(node: Apply, everywhere: bool) -> list[Term]:
+    over, factor = node.args
+    left = as_terms(over, everywhere) if everywhere or has_refs(over) else []
     if len(left) > 1:
-        return [Term(t.sign, apply(node.op, t.node, node.args[1])) for t in left]
-    right = as_terms(node.args[1])
+        return [Term(t.sign, apply(node.op, t.node, factor)) for t in left]
+    right = as_terms(factor, everywhere) if everywhere or has_refs(factor) else []
     if node.op == "mul" and len(right) > 1:
-        return [Term(t.sign, apply("mul", node.args[0], t.node)) for t in right]
+        return [Term(t.sign, apply("mul", over, t.node)) for t in right]
     return [Term(1, node)]
 
 

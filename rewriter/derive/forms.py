@@ -122,7 +122,7 @@ class Form:
     def _split(self, factor: Node, rest: Product) -> list[Product]:
         """A sum's terms as products, an exponent among them kept whole: (e − Φ) + r → (e − Φ)·g, r·g"""
         terms = as_terms(factor)
-        exponent = [t for f in rest.over if _is_exp(f) for t in as_terms(f.args[0])]
+        exponent = [t for f in rest.over if is_exp(f) for t in as_terms(f.args[0])]
         if exponent and not Counter(exponent) - Counter(terms):
             if Counter(exponent) == Counter(terms):
                 return [Product([*rest.over, factor], rest.under, rest.predicate)]
@@ -135,8 +135,8 @@ class Form:
         return sums and is_running(factor) and depends_on(factor, self.stream)
 
     def _one_sum(self, over: list[Node], under: list[Node], predicate: Node) -> Node:
-        rest = [f for f in over if not _is_exp(f)]
-        exponent = [t for f in over if _is_exp(f) for t in as_terms(f.args[0])]
+        rest = [f for f in over if not is_exp(f)]
+        exponent = [t for f in over if is_exp(f) for t in as_terms(f.args[0])]
         lever = next((f for f in rest if exponent and Counter(as_terms(f)) == Counter(exponent)), None)
         rest = [f for f in rest if f is not lever]
         if any(is_running(f) for f in [*rest, *under, predicate]):
@@ -171,8 +171,10 @@ class Form:
         return self._add("sum", predicate, tuple(rest), moved, body)
 
     def _of_empty_rows(self, reduced: Node, shift: Shift) -> Node:
-        """A row whose shift is -inf saw only -inf: eager's exp(-inf + inf) is NaN there, where the kernel summed zeros."""
-        return where(apply("eq", shift.phi, const(-math.inf)), const(self.builder.empty_row), reduced)
+        """A row whose shift is -inf saw only -inf: eager's exp(-inf + inf) is NaN there, where the kernel sums zeros."""
+        if self.builder.empty_is_zero:
+            return reduced
+        return where(apply("eq", shift.phi, const(-math.inf)), const(math.nan), reduced)
 
     def _shift(self, terms: list[Term], keep_mask: bool) -> tuple[Shift, Node]:
         """exp(e − Φ): Φ is what depends on running values; a −inf mask in e becomes a predicate."""
@@ -218,7 +220,7 @@ def _without_logs(product: Product) -> Product:
     """exp(x - log y) → exp(x) / y where y is a row's value"""
     out = Product([], list(product.under), product.predicate)
     for factor in product.over:
-        if not _is_exp(factor):
+        if not is_exp(factor):
             out.over.append(factor)
             continue
         terms = as_terms(factor.args[0])
@@ -248,17 +250,18 @@ def _conjuncts(predicate: Node) -> list[Node]:
 
 
 def _quotient(over: list[Node], reduced: Node, under: list[Node]) -> Node:
-    """acc / l needs one choice for empty rows, and none where that is NaN: 0 / 0 is."""
+    """where(empty, NaN, acc) / where(empty, NaN, l)  →  acc / l, which is NaN in empty rows by itself: 0 / 0"""
     same = [
-        u for u in under if isinstance(u, Where) and isinstance(reduced, Where) and u.predicate is reduced.predicate
+        u
+        for u in under
+        if isinstance(u, Where) and isinstance(reduced, Where) and u.predicate is reduced.predicate
     ]
     if not same or len(same) != len(under):
         return quotient([*over, reduced], under)
-    value = quotient([*over, reduced.other], [u.other for u in under])
-    return value if math.isnan(reduced.then.value) else where(reduced.predicate, reduced.then, value)
+    return quotient([*over, reduced.other], [u.other for u in under])
 
 
-def _is_exp(node: Node) -> bool:
+def is_exp(node: Node) -> bool:
     return isinstance(node, Apply) and node.op == "exp"
 
 
@@ -282,7 +285,8 @@ def _dominates(shift: Shift, bound: Definition, stream: Axis) -> bool:
 
 def _stream_terms(node: Node, stream: Axis) -> Counter:
     """The summands that move along the stream, as a multiset."""
-    return Counter((t.sign, without_cast(t.node)) for t in as_terms(node) if depends_on(t.node, stream))
+    terms = as_terms(node, everywhere=True)
+    return Counter((t.sign, without_cast(t.node)) for t in terms if depends_on(t.node, stream))
 
 
 def _summands(node: Node) -> Counter:

@@ -5,8 +5,10 @@ Only some rows are looked at, and no tensor is stored, so that a proof costs lit
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,7 +42,7 @@ def prove(program: Program, chain: Chain, seed: int = 0) -> Proof:
     prover = _Prover(program, chain, random.Random(seed))
     done = 0
     try:
-        for kind, values in prover.draws.cases():
+        for kind, values in prover.cases():
             failure = prover.failure(kind, values)
             if failure:
                 where = f"{kind.name} values, sizes {prover.draws.sizes}"
@@ -64,6 +66,11 @@ class _Prover:
         self.draws = Draws(program, chain, rng)
         self.finite = False
         self.opened: dict = {}
+
+    def cases(self) -> Iterator[tuple[Kind, Values]]:
+        """Those of every proof, then others until one gives a number."""
+        yield from self.draws.cases()
+        yield from itertools.takewhile(lambda _: not self.finite, self.draws.further())
 
     def failure(self, kind: Kind, values: Values) -> str:
         """Why program and chain differ; empty where they agree."""

@@ -202,8 +202,11 @@ class _FileView:
             if node not in known and node not in passed:
                 parts = [p for p in walk(node) if isinstance(p, Param) and p not in known and p not in passed]
                 passed += [p for p in parts if p not in self.names.sizes]
-                known[node] = show(node)
+                known[node] = _renamed(show(node), self._size_names())
         return known, passed
+
+    def _size_names(self) -> dict[str, str]:
+        return {p.name: n for p, n in self.names.sizes.items() if isinstance(p, Param)}
 
     def values(self) -> dict[str, object]:
         names = self.names
@@ -234,21 +237,17 @@ class _FileView:
         return self.kernels[0].text(node)
 
     def _math(self) -> list[str]:
+        """Index notation with the names of this file."""
         lines = [d.show(self.names.axes) for d in self.chain.definitions]
         lines += [show_output(o, self.names.axes) for o in self.chain.outputs]
-        return [self._renamed(line) for line in lines]
+        table = {t.name: n for t, n in self.inputs.items()} | self.names.state | self._size_names()
+        contracted = [d.axis for k in self.plan.kernels for d in k.dots[:1]]
+        table |= {"r0_0": self.names.axes[a] for a in contracted[:1]}
+        return [_renamed(line, table) for line in lines]
 
     def _with_state(self, line: str) -> str:
         """Prose, with the running state called as in this file."""
-        return re.sub(r"\w+", lambda m: self.names.state.get(m[0], m[0]), line)
-
-    def _renamed(self, line: str) -> str:
-        """Index notation with the names of this file."""
-        table = {t.name: n for t, n in self.inputs.items()}
-        table |= self.names.state | {p.name: n for p, n in self.names.sizes.items() if isinstance(p, Param)}
-        contracted = [d.axis for k in self.plan.kernels for d in k.dots[:1]]
-        table |= {"r0_0": self.names.axes[a] for a in contracted[:1]}
-        return re.sub(r"[A-Za-z_]\w*", lambda m: table.get(m[0], m[0]), line)
+        return _renamed(line, self.names.state)
 
     def _fixed(self) -> list[str]:
         axes = dict.fromkeys(a for a in self.names.axes if isinstance(a.extent, Const))
@@ -291,6 +290,11 @@ class _FileView:
 
     def _first(self) -> str:
         return next(iter(self.inputs.values()))
+
+
+def _renamed(text: str, names: dict[str, str]) -> str:
+    """Prose or index notation with some words replaced by the names of this file."""
+    return re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m[0], m[0]), text)
 
 
 def _tuple(items: list[str]) -> str:

@@ -10,7 +10,7 @@ from rewriter.emit.expr import ATOM, NotEmittable, Text, apply_text, constant, o
 from rewriter.emit.names import Names, stride_name
 from rewriter.emit.origins import Origins
 from rewriter.emit.scope import Line, Scope
-from rewriter.ir import Apply, Axis, Const, Index, Load, Node, Reduce, Ref, Where, walk
+from rewriter.ir import Axis, Const, Index, Load, Node, Reduce, Ref, Where, walk
 from rewriter.ir.integer import proves
 from rewriter.plan import KernelPlan
 from rewriter.plan.kernel import LONG_BLOCK

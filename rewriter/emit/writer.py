@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rewriter.derive import Definition
-from rewriter.derive.factors import multiply
+from rewriter.derive.factors import multiply, without_cast
 from rewriter.emit.expr import ATOM, NotEmittable, TRITON_DTYPES, Text, operand, spread, spread_argument
 from rewriter.emit.inner import INTO, NEUTRAL, Inner, precision
 from rewriter.emit.names import Names
@@ -99,6 +99,7 @@ class Writer(Inner):
 
     def _masked(self, node: Node, definition: Definition, neutral: str) -> Text:
         """`where(keep, node, neutral)`, written once for a node and a predicate."""
+        node = without_cast(node)  # registers are fp32 either way
         key = Where(
             Apply("eq", (definition.predicate, TRUE), torch.bool),
             node,

@@ -1,17 +1,19 @@
 """Which values are wide: rows × stream.
 
-A node is an *origin* when it combines two tensors of which each has an axis the other lacks (scores from q and k, a document
-mask from two views of the ids). Its axes are tagged by side, and tags follow the axes through everything computed from it. A
-value is *wide* while it has axes of both sides of one origin; a value computed from wide ones that has lost a side is a *root*.
+A node is an *origin* when it combines two narrow tensors of which each has an axis the other lacks (scores from q and k, a
+document mask from two views of the ids). Its axes are tagged by side, and tags follow the axes through everything computed from
+it. A value is *wide* while it has axes of both sides of one origin; a value computed from wide ones that has lost a side of one
+is a *root*: it is stored, so that its tags end there.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 from torch import fx
 
-from rewriter.ir import Axis, Load, Node, Reduce, open_reduce, walk
+from rewriter.ir import Axis, Const, Load, Node, Reduce, open_reduce, walk
 from rewriter.ir.integer import product, proves
 from rewriter.lift.local import LocalLift
 from rewriter.lift.values import Lifted
@@ -36,14 +38,22 @@ class Tags:
     reasons: dict[fx.Node, str] = field(default_factory=dict)
 
     def has_both_sides(self, node: fx.Node) -> bool:
-        return _both_sides(frozenset().union(*self.dims.get(node, ())))
+        return bool(_origins(self.dims.get(node, ())))
 
     def is_wide(self, node: fx.Node) -> bool:
         return node not in self.stored and self.has_both_sides(node)
 
 
-def _both_sides(tags: frozenset[Tag]) -> bool:
-    return any((origin, "rows") in tags and (origin, "stream") in tags for origin, _ in tags)
+def _origins(dims: tuple[frozenset[Tag], ...]) -> set[int]:
+    """Those of which a value has both sides."""
+    tags = frozenset().union(*dims)
+    return {origin for origin, _ in tags if {(origin, "rows"), (origin, "stream")} <= tags}
+
+
+def _has_lost_a_side(dims: tuple[frozenset[Tag], ...], reads, tags: Tags) -> bool:
+    """Whether a value has axes of one side only (or of none) of an origin of which it reads both."""
+    read = set().union(*(_origins(tags.dims.get(source, ())) for source, _ in reads))
+    return not read <= _origins(dims)
 
 
 def sources(lifted: Lifted, by_name: dict[str, fx.Node]) -> list[tuple[fx.Node, Load]]:
@@ -77,26 +87,25 @@ def tag(
             continue
         reads = sources(lifted, by_name)
         dims = _inherited(lifted, reads, tags)
-        lost = any(tags.has_both_sides(y) for y, _ in reads) and not _both_sides(frozenset().union(*dims))
-        is_root = lost or (not _both_sides(frozenset().union(*dims)) and _is_chain(lifted, reads, moving))
-        if not is_root:
-            alive = {n for n, _ in reads} if one_sided and _is_half_fixed(lifted, reads, moving) else moving
-            dims = _with_origin(order, lifted, reads, alive, dims)
-        tags.dims[node] = dims
-        if is_root:
+        if _has_lost_a_side(dims, reads, tags) or (not _origins(dims) and _is_chain(lifted, reads, moving)):
             tags.roots.append(node)
-        elif _both_sides(frozenset().union(*dims)):
-            _place_wide(node, lifted, reads, local, tags)
-        if is_root or any(y in tags.derived for y, _ in reads) or _reduces_wide(lifted, reads, tags):
             tags.derived.add(node)
+            continue
+        alive = {n for n, _ in reads} if one_sided and _is_half_fixed(lifted, reads, moving) else moving
+        narrow = {n for n in alive if not tags.has_both_sides(n)}
+        tags.dims[node] = _with_origin(order, lifted, reads, narrow, dims)
+        if any(y in tags.derived for y, _ in reads) or _reduces_wide(lifted, reads, tags):
+            tags.derived.add(node)
+        if tags.has_both_sides(node):
+            _place_wide(node, local, tags)
     return tags
 
 
-def _place_wide(node: fx.Node, lifted: Lifted, reads, local: dict[fx.Node, LocalLift], tags: Tags) -> None:
+def _place_wide(node: fx.Node, local: dict[fx.Node, LocalLift], tags: Tags) -> None:
     """A wide value is inside a chain, unless something outside reads it: then it is written, by the chain if it follows from a
     reduction, else by the program itself."""
     reader = _reader_outside(node, local)
-    derived = any(y in tags.derived for y, _ in reads) or _reduces_wide(lifted, reads, tags)
+    derived = node in tags.derived
     if reader is None or derived:
         tags.wide.append(node)
     if reader is None:
@@ -135,7 +144,7 @@ def _inherited(lifted: Lifted, reads, tags: Tags) -> tuple[frozenset[Tag], ...]:
 def _with_origin(order: int, lifted: Lifted, reads, moving: set[fx.Node], dims):
     """Adds this node's own pair of sides, where it is an origin."""
     groups = [_inside(r, reads) for r in walk(lifted.body) if isinstance(r, Reduce)] or [reads]
-    sides = next(filter(None, (_outer_pair(frozenset(lifted.axes), group, moving) for group in groups)), None)
+    sides = next(filter(None, (_outer_pair(lifted.axes, group, moving) for group in groups)), None)
     if not sides:
         return dims
     rows, stream = sides
@@ -152,18 +161,37 @@ def _inside(reduce: Reduce, reads):
 
 
 def _outer_pair(
-    axes: frozenset[Axis], reads, moving: set[fx.Node]
+    axes: tuple[Axis, ...], reads, moving: set[fx.Node]
 ) -> tuple[frozenset[Axis], frozenset[Axis]] | None:
     """(axes only the first read has, axes only the second has) of two reads that vary with the input."""
-    used = frozenset().union(*(load.free for _, load in reads)) & axes
+    used = frozenset().union(*(load.free for _, load in reads)) & frozenset(axes)
     if any(used <= load.free for _, load in reads):
         return None
-    live = [load.free & axes for node, load in reads if node in moving]
-    for i, first in enumerate(live):
-        for second in live[i + 1 :]:
-            if first - second and second - first:
-                return first - second, second - first
+    live = [load for node, load in reads if node in moving]
+    for first, second in itertools.combinations(live, 2):
+        rows, stream = (first.free - second.free) & used, (second.free - first.free) & used
+        if rows and stream:
+            return _not_repeated(rows, second, axes), _not_repeated(stream, first, axes)
     return None
+
+
+def _not_repeated(side: frozenset[Axis], other: Load, axes: tuple[Axis, ...]) -> frozenset[Axis]:
+    """Axes of one operand without those along which the other is repeated, unless that leaves none.
+
+    q[b, 1, m, d] k[b, h, n, d]  →  n alone"""
+    return frozenset(a for a in side if not _is_repeated(other, a, axes)) or side
+
+
+def _is_repeated(load: Load, axis: Axis, axes: tuple[Axis, ...]) -> bool:
+    """Whether a read has a dimension of one element where `axis` stands among the result's axes."""
+    place = {a: k for k, a in enumerate(axes)}
+    found = [[place[a] for a in entry.free & place.keys()] for entry in load.index]
+    return any(
+        extent is Const(1)
+        and all(p < place[axis] for before in found[:k] for p in before)
+        and all(p > place[axis] for after in found[k + 1 :] for p in after)
+        for k, extent in enumerate(load.tensor.shape)
+    )
 
 
 def _is_chain(lifted: Lifted, reads, moving: set[fx.Node]) -> bool:
