@@ -119,7 +119,7 @@ class _KernelView:
         }
 
     def text(self, node: Node) -> str:
-        return self.writer.value(node, self.writer.prologue).code
+        return size_text(node, self.names)
 
     @property
     def config_name(self) -> str:
@@ -234,7 +234,7 @@ class _FileView:
         }
 
     def text(self, node: Node) -> str:
-        return self.kernels[0].text(node)
+        return size_text(node, self.names)
 
     def _math(self) -> list[str]:
         """Index notation with the names of this file."""
@@ -290,6 +290,13 @@ class _FileView:
 
     def _first(self) -> str:
         return next(iter(self.inputs.values()))
+
+
+def size_text(node: Node, names: Names) -> str:
+    """An extent as Python, of the sizes that have names."""
+    if node in names.sizes:
+        return names.sizes[node]
+    return _renamed(show(node), {p.name: n for p, n in names.sizes.items() if isinstance(p, Param)})
 
 
 def _renamed(text: str, names: dict[str, str]) -> str:
