@@ -139,7 +139,10 @@ def _refuse_mutation(signature) -> None:
 
 def _export(module: nn.Module, args: tuple, kwargs: dict, bound: frozenset[Dimension]):
     """Exports with every size symbolic that the program leaves free, and in-place ops made functional."""
-    grown_args, grown_kwargs, ones = enlarge(module, args, kwargs)
+    try:
+        grown_args, grown_kwargs, ones = enlarge(module, args, kwargs)
+    except Exception as error:  # tensors without sizes: nested ones
+        raise _trace_error(error) from error
     try:
         program = _try_export(module, grown_args, grown_kwargs, bound | ones)
     except Exception as error:
