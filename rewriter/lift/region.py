@@ -60,7 +60,8 @@ def lift(traced: TracedModule) -> LiftResult:
 def _cut_all(traced, local, tags: Tags, names, first: int = 0, tentative: bool = False) -> list[Region]:
     cutter = _Cutter(traced, local, tags, names)
     groups = [g for g in _components(tags, cutter.reads_of) if cutter.saves(g)]
-    return [cutter.cut(roots, f"chain_{first + k}", tentative) for k, roots in enumerate(groups)]
+    cut = [cutter.cut(roots, f"chain_{first + k}", tentative) for k, roots in enumerate(groups)]
+    return [region for region in cut if region.outputs]  # else nothing reads what it computes
 
 
 def site_of(node: fx.Node) -> Site | None:

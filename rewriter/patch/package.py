@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from rewriter.emit import KernelFile, render
+from rewriter.errors import RewriteError
 from rewriter.lift import Region
 from rewriter.patch.forward import ForwardPrinter, attribute_path
 from rewriter.patch.guards import guards_of
 from rewriter.patch.signature import signature_of
 from rewriter.trace import TracedModule
+from rewriter.trace.sizes import UnknownSize
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,10 @@ def patch(
     """The text of `module.py`. Raises RewriteError where the forward cannot be written down."""
     signature = signature_of(traced)
     printer = ForwardPrinter(traced, kernels, regions, signature.leaves)
-    forward = printer.print()
+    try:
+        forward, guards = printer.print(), guards_of(traced, signature)
+    except UnknownSize as size:
+        raise RewriteError(f"forward depends on {size}, which can't be written down") from size
     is_module = isinstance(traced.module, nn.Module)
     name = type(traced.module).__name__ if is_module else traced.module.__name__
     text = render(
@@ -40,7 +45,7 @@ def patch(
         parameters=[
             attribute_path(a.path) for a in traced.attributes.values() if a.path not in traced.constants
         ],
-        guards=guards_of(traced, signature),
+        guards=guards,
         lines=forward.lines,
         kernels=[k.name for k in {k.name: k for k in kernels}.values()],
         qualified=f"{type(traced.module).__qualname__}" if is_module else name,

@@ -7,10 +7,12 @@ user's code. Sizes are `Dim.AUTO` under `backed_size_oblivious`, or a batch of 1
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import io
 import itertools
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +26,11 @@ from torch import fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from rewriter.errors import Reason, RewriteError, Site
-from rewriter.ir import Param
+from rewriter.errors import RewriteError, Site
+from rewriter.ir import Const, Param
 from rewriter.trace.ones import Dimension, enlarge
 from rewriter.trace.sizes import decided, shape_of
-from rewriter.trace.source import is_user_file, user_site
+from rewriter.trace.source import is_user_file, origin_of, user_site
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,17 @@ class Attribute:
 
     path: str
     is_parameter: bool
+
+
+@dataclass(frozen=True)
+class FixedSize:
+    """A size of an input that is a number in the kernels, why, and the user's line that made it so where one did."""
+
+    placeholder: str
+    dimension: Dimension
+    size: int
+    why: str
+    site: Site | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,7 @@ class TracedModule:
     attributes: dict[str, Attribute]
     constants: dict[str, torch.Tensor]
     out_spec: pytree.TreeSpec
-    fixed: tuple[Reason, ...]
+    fixed: tuple[FixedSize, ...]
     conditions: tuple[sympy.Expr, ...]
 
     def dimensions_of(self, size: Param) -> frozenset[Dimension]:
@@ -87,10 +100,12 @@ class _Function(nn.Module):
 
     def __init__(self, function: Callable):
         super().__init__()
-        self.function = function
 
-    def forward(self, *args, **kwargs):
-        return self.function(*args, **kwargs)
+        @functools.wraps(function)  # its parameters are asked for, and name the inputs
+        def forward(*args, **kwargs):
+            return function(*args, **kwargs)
+
+        self.forward = forward
 
 
 def capture(
@@ -139,7 +154,10 @@ def _refuse_mutation(signature) -> None:
 
 def _export(module: nn.Module, args: tuple, kwargs: dict, bound: frozenset[Dimension]):
     """Exports with every size symbolic that the program leaves free, and in-place ops made functional."""
-    grown_args, grown_kwargs, ones = enlarge(module, args, kwargs)
+    try:
+        grown_args, grown_kwargs, ones = enlarge(module, args, kwargs)
+    except Exception as error:  # tensors without sizes: nested ones
+        raise _trace_error(error) from error
     try:
         program = _try_export(module, grown_args, grown_kwargs, bound | ones)
     except Exception as error:
@@ -196,7 +214,7 @@ def _try_export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[
         _quiet(),
     ):
         warnings.simplefilter("ignore")
-        with _decided():
+        with _decided(), _every_frame():
             return torch.export.export(module, args, kwargs, dynamic_shapes=named, strict=False)
 
 
@@ -218,15 +236,29 @@ def _decided() -> Iterator[None]:
         torch.nn.functional.scaled_dot_product_attention = original
 
 
+@contextmanager
+def _every_frame() -> Iterator[None]:
+    """A node remembers all of the user's frames, not those of functions called `forward` alone."""
+
+    def users(tracer: Any, stack: traceback.StackSummary) -> traceback.StackSummary:
+        start = max(k for k, f in enumerate(stack) if (f.filename, f.name) == (__file__, _try_export.__name__))
+        inside = (f for f in stack[start:] if f.filename != __file__)
+        return traceback.StackSummary.from_list(
+            f for f in inside if f.name == "forward" or is_user_file(f.filename)
+        )
+
+    original = fx.proxy.TracerBase._filter_traceback_frames
+    fx.proxy.TracerBase._filter_traceback_frames = users
+    try:
+        yield
+    finally:
+        fx.proxy.TracerBase._filter_traceback_frames = original
+
+
 def _by_parameter(module: nn.Module, args: tuple, specs: tuple):
-    """`export` wants the shapes of keyword arguments by name and of a function's *args as one entry."""
+    """`export` wants the shapes by parameter: of `*args` and `**kwargs` as one entry each."""
     positional, keywords = specs
-    if isinstance(module, _Function):
-        return {"args": positional, "kwargs": keywords} if keywords else {"args": positional}
-    if not keywords:
-        return positional
-    names = list(inspect.signature(module.forward).parameters)
-    return {**dict(zip(names, positional)), **keywords}
+    return dict(inspect.signature(module.forward).bind(*positional, **keywords).arguments)
 
 
 @contextlib.contextmanager
@@ -269,19 +301,34 @@ def _user_guards(graph: fx.Graph) -> list[tuple[sympy.Expr, Site]]:
     return out
 
 
-def _fixed_sizes(graph: fx.Graph, inputs, leaves, bound: frozenset[Dimension]) -> tuple[Reason, ...]:
-    """Sizes of inputs that are numbers in the kernels, with the user's line that made them so where one did."""
+def _fixed_sizes(graph: fx.Graph, inputs, leaves, bound: frozenset[Dimension]) -> tuple[FixedSize, ...]:
     values = {n.name: n.meta.get("val") for n in graph.nodes if n.op == "placeholder"}
     lines = {
         int(g.rhs): site for g, site in _user_guards(graph) if isinstance(g, sympy.Eq) and g.rhs.is_Integer
     }
     out = []
     for k, name in enumerate(inputs):
-        for d, size in enumerate(values[name].shape if name else ()):
-            if isinstance(size, int):
-                why = "kept whole by a kernel" if (k, d) in bound else "fixed by the program"
-                out.append(Reason(f"{name}.shape[{d}] = {size}, {why}", lines.get(size)))
+        for d, size in enumerate(shape_of(values[name]) if name else ()):
+            if isinstance(size, Const):
+                if (k, d) in bound:
+                    out.append(FixedSize(name, (k, d), size.value, "kept whole by a kernel"))
+                    continue
+                site = lines.get(size.value) or _first_meeting(graph, name)
+                out.append(FixedSize(name, (k, d), size.value, "fixed by the program", site))
     return tuple(out)
+
+
+def _first_meeting(graph: fx.Graph, placeholder: str) -> Site | None:
+    """The line where an input first meets another tensor: what torch's own code found equal has no line of the user's."""
+    reached: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.name == placeholder or any(n in reached for n in inputs):
+            if len(inputs) > 1:
+                origin = origin_of(node)
+                return Site(origin.file, origin.line) if origin.file else None
+            reached.add(node)
+    return None
 
 
 def _conditions(graph: fx.Graph) -> tuple[sympy.Expr, ...]:
