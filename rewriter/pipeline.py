@@ -117,7 +117,8 @@ def rewrite_module(
     if stop_after == "emit" or not fused:
         return Rewritten(traced, tuple(fused), None, tuple(unfused), printed)
     progress("patch")
-    patched = patch(traced, tuple(f.region for f in fused), [f.kernel for f in fused], source.title)
+    regions = tuple(f.region for f in fused)
+    patched = patch(traced, regions, [f.kernel for f in fused], source.title, lifted.broadcast)
     printed["patch"] = patched.text
     return Rewritten(traced, tuple(fused), patched, tuple(unfused), printed)
 

@@ -18,6 +18,7 @@ from rewriter.ir import Axis, Const, Load, Node, Output, Param, Tensor, walk
 from rewriter.ir.printer import show, show_output
 from rewriter.lift import Region
 from rewriter.plan import KernelPlan
+from rewriter.trace.sizes import renamed
 
 NAMESPACE = "flashlight"
 
@@ -90,8 +91,11 @@ class _View:
             if node not in known and node not in passed:
                 parts = [p for p in walk(node) if isinstance(p, Param) and p not in known and p not in passed]
                 passed += [p for p in parts if p not in self.names.sizes]
-                known[node] = show(node)
+                known[node] = renamed(show(node), self._size_names())
         return known, passed
+
+    def _size_names(self) -> dict[str, str]:
+        return {p.name: name for p, name in self.names.sizes.items() if isinstance(p, Param)}
 
     def values(self) -> dict[str, object]:
         plan, names = self.plan, self.names
@@ -156,7 +160,7 @@ class _View:
         import re
 
         table = {t.name: n for t, n in self.names.tensors.items()}
-        table |= self.names.state | {p.name: n for p, n in self.names.sizes.items() if isinstance(p, Param)}
+        table |= self.names.state | self._size_names()
         table |= {f"r{k}_0": self.names.axes[a] for k, a in enumerate(d.axis for d in self.plan.dots[:1])}
         return re.sub(r"[A-Za-z_]\w*", lambda m: table.get(m[0], m[0]), line)
 

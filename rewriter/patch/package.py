@@ -11,7 +11,8 @@ from rewriter.lift import Region
 from rewriter.patch.forward import ForwardPrinter, attribute_path
 from rewriter.patch.guards import guards_of
 from rewriter.patch.signature import signature_of
-from rewriter.trace import TracedModule
+from rewriter.patch.sizes import sizes_of
+from rewriter.trace import Dimension, TracedModule
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,16 @@ class Patched:
 
 
 def patch(
-    traced: TracedModule, regions: tuple[Region, ...], kernels: list[KernelFile], title: str
+    traced: TracedModule,
+    regions: tuple[Region, ...],
+    kernels: list[KernelFile],
+    title: str,
+    broadcast: frozenset[Dimension],
 ) -> Patched:
     """The text of `module.py`. Raises RewriteError where the forward cannot be written down."""
     signature = signature_of(traced)
-    printer = ForwardPrinter(traced, kernels, regions, signature.leaves)
+    sizes = sizes_of(traced, signature.leaves, broadcast)
+    printer = ForwardPrinter(traced, kernels, regions, signature.leaves, sizes)
     forward = printer.print()
     is_module = isinstance(traced.module, nn.Module)
     name = type(traced.module).__name__ if is_module else traced.module.__name__
@@ -40,7 +46,7 @@ def patch(
         parameters=[
             attribute_path(a.path) for a in traced.attributes.values() if a.path not in traced.constants
         ],
-        guards=guards_of(traced, signature),
+        guards=guards_of(traced, signature, sizes, regions),
         lines=forward.lines,
         kernels=[k.name for k in {k.name: k for k in kernels}.values()],
         qualified=f"{type(traced.module).__qualname__}" if is_module else name,
