@@ -74,7 +74,7 @@ def rewrite_module(
     """
     printed: dict[str, str] = {}
     progress("trace")
-    traced = _with_lines(capture(module, args, kwargs, frozenset(bound)), bound)
+    traced = capture(module, args, kwargs, bound)
     printed["trace"] = str(traced.graph)
     if stop_after == "trace":
         return Rewritten(traced, (), None, (), printed)
@@ -120,7 +120,8 @@ def rewrite_module(
     if stop_after == "emit" or not fused:
         return Rewritten(traced, tuple(fused), None, tuple(unfused), printed)
     progress("patch")
-    patched = patch(traced, tuple(f.region for f in fused), [f.kernel for f in fused], source.title)
+    regions = tuple(f.region for f in fused)
+    patched = patch(traced, regions, [f.kernel for f in fused], source.title, lifted.broadcast)
     printed["patch"] = patched.text
     return Rewritten(traced, tuple(fused), patched, tuple(unfused), printed)
 
@@ -135,12 +136,6 @@ def _each(items, step: Callable, region_of: Callable, unfused: list[Reason]) -> 
             if not region_of(item).tentative:
                 unfused.append(Reason(str(reason), site_of(region_of(item).outputs[0])))
     return out
-
-
-def _with_lines(traced: TracedModule, bound: Mapping[Dimension, Site | None]) -> TracedModule:
-    """The trace, with a line for every size that a chain asked to have fixed."""
-    fixed = tuple(replace(f, site=f.site or bound.get(f.dimension)) for f in traced.fixed)
-    return replace(traced, fixed=fixed)
 
 
 def _planned(item: Fused, name: str, traced: TracedModule, needed: dict[Dimension, Site | None]) -> Fused:

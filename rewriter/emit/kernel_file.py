@@ -22,6 +22,7 @@ from rewriter.ir.printer import show, show_output
 from rewriter.lift import Region
 from rewriter.plan import ChainPlan, KernelPlan
 from rewriter.plan.kernel import LONG_BLOCK
+from rewriter.trace.sizes import renamed
 
 NAMESPACE = "flashlight"
 
@@ -202,7 +203,7 @@ class _FileView:
             if node not in known and node not in passed:
                 parts = [p for p in walk(node) if isinstance(p, Param) and p not in known and p not in passed]
                 passed += [p for p in parts if p not in self.names.sizes]
-                known[node] = _renamed(show(node), self._size_names())
+                known[node] = renamed(show(node), self._size_names())
         return known, passed
 
     def _size_names(self) -> dict[str, str]:
@@ -243,11 +244,11 @@ class _FileView:
         table = {t.name: n for t, n in self.inputs.items()} | self.names.state | self._size_names()
         contracted = [d.axis for k in self.plan.kernels for d in k.dots[:1]]
         table |= {"r0_0": self.names.axes[a] for a in contracted[:1]}
-        return [_renamed(line, table) for line in lines]
+        return [renamed(line, table) for line in lines]
 
     def _with_state(self, line: str) -> str:
         """Prose, with the running state called as in this file."""
-        return _renamed(line, self.names.state)
+        return renamed(line, self.names.state)
 
     def _fixed(self) -> list[str]:
         axes = dict.fromkeys(a for a in self.names.axes if isinstance(a.extent, Const))
@@ -296,12 +297,7 @@ def size_text(node: Node, names: Names) -> str:
     """An extent as Python, of the sizes that have names."""
     if node in names.sizes:
         return names.sizes[node]
-    return _renamed(show(node), {p.name: n for p, n in names.sizes.items() if isinstance(p, Param)})
-
-
-def _renamed(text: str, names: dict[str, str]) -> str:
-    """Prose or index notation with some words replaced by the names of this file."""
-    return re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m[0], m[0]), text)
+    return renamed(show(node), {p.name: n for p, n in names.sizes.items() if isinstance(p, Param)})
 
 
 def _tuple(items: list[str]) -> str:

@@ -175,6 +175,10 @@ class TorchPrinter:
         entries = [":" if i is None else self.value(i) for i in node.args[1]]
         return f"{self.value(node.args[0])}[{', '.join(entries)}]"
 
+    def _index_put(self, node: fx.Node) -> str:
+        """torch.index_put takes no None among the indices, the op itself does."""
+        return f"torch.ops.aten.index_put.default({self._arguments(node.args, node.kwargs)})"
+
     def _arguments(self, args: tuple, kwargs: dict[str, Any]) -> str:
         return ", ".join([*map(self.value, args), *(f"{k}={self.value(v)}" for k, v in kwargs.items())])
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from rewriter.ir import Load, Tensor, const, transform
-from rewriter.lift import generators, pointwise, reductions, views  # noqa: F401  (they fill the registry)
+from rewriter.lift import generators, pointwise, reductions, scatters, views  # noqa: F401  (they fill the registry)
 from rewriter.lift.registry import Context, rule_for
 from rewriter.lift.short import unroll_short
 from rewriter.lift.values import Lifted, NotLiftable, fresh_axes, positions

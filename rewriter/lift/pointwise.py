@@ -8,7 +8,7 @@ import torch
 
 from rewriter.ir import Node, apply, cast, const, where
 from rewriter.lift.registry import Context, lifts, operand, scalar
-from rewriter.lift.values import Lifted, NotLiftable, broadcast_at, fresh_axes, from_end, positions
+from rewriter.lift.values import Lifted, NotLiftable, broadcast_at, fresh_axes, positions
 
 SAME_NAME = (
     "neg abs sign exp exp2 log log2 log1p expm1 sqrt rsqrt sin cos tanh sigmoid erf floor ceil isinf isnan"
@@ -251,41 +251,6 @@ def nan_to_num(ctx: Context, x, nan=None, posinf=None, neginf=None) -> Lifted:
         return where(apply("isinf", a), where(apply("gt", a, const(0.0, a.dtype)), high, low), out)
 
     return pointwise(ctx, go, x)
-
-
-@lifts("slice_scatter")
-def slice_scatter(ctx: Context, x, src, dim=0, start=None, end=None, step=1) -> Lifted:
-    """`x` with a slice replaced: where(start ≤ i < end, src[i - start], x[i])"""
-    axes = fresh_axes(ctx.shape)
-    at = positions(axes)
-    dim = dim % len(axes)
-    if step != 1:
-        raise NotLiftable("slice_scatter with a step")
-    first = from_end(scalar(0 if start is None else start), x.axes[dim].extent)
-    moved = apply("sub", at[dim], first)
-    inside = apply("and", apply("ge", moved, const(0)), apply("lt", moved, src.axes[dim].extent))
-    return Lifted(axes, where(inside, src.at((*at[:dim], moved, *at[dim + 1 :])), x.at(at)))
-
-
-@lifts("select_scatter")
-def select_scatter(ctx: Context, x, src, dim: int, index: int) -> Lifted:
-    axes = fresh_axes(ctx.shape)
-    at = positions(axes)
-    dim = dim % len(axes)
-    place = scalar(index) if index >= 0 else apply("add", x.axes[dim].extent, const(index))
-    chosen = apply("eq", at[dim], place)
-    return Lifted(axes, where(chosen, src.at((*at[:dim], *at[dim + 1 :])), x.at(at)))
-
-
-@lifts("index_put")
-def index_put(ctx: Context, x, indices, values, accumulate=False) -> Lifted:
-    """`x[mask] = value` for one boolean mask and one value: where(mask, value, x)"""
-    if accumulate or len(indices) != 1 or indices[0].body.dtype is not torch.bool or values.axes:
-        raise NotLiftable("assignment by index")
-    mask = indices[0]
-    axes = fresh_axes(ctx.shape)
-    at = positions(axes)
-    return Lifted(axes, where(mask.at(at[: len(mask.axes)]), cast(values.body, ctx.dtype), x.at(at)))
 
 
 @lifts("copy")

@@ -9,11 +9,12 @@ from torch import fx
 
 from rewriter.errors import Reason, Site
 from rewriter.ir import Load, Node, Origin, Output, Program, Reduce, index, transform, walk
+from rewriter.lift.broadcast import broadcast_dimensions
 from rewriter.lift.local import LocalLift, lift_locally, load_of
 from rewriter.lift.rounding import with_absorption
 from rewriter.lift.tags import Tags, covers, sources, tag
 from rewriter.lift.values import Lifted
-from rewriter.trace import TracedModule
+from rewriter.trace import Dimension, TracedModule
 from rewriter.trace.calls import VIEWS, call_name, value_inputs
 from rewriter.trace.source import origin_of, user_names
 
@@ -35,10 +36,11 @@ class Region:
 
 @dataclass(frozen=True)
 class LiftResult:
-    """The regions found, and what was wide but stays eager, with the reason."""
+    """The regions found, and what was wide but stays eager, with the reason. `broadcast`: input dimensions that may be 1."""
 
     regions: tuple[Region, ...]
     unfused: tuple[Reason, ...]
+    broadcast: frozenset[Dimension]
 
 
 def lift(traced: TracedModule) -> LiftResult:
@@ -54,7 +56,7 @@ def lift(traced: TracedModule) -> LiftResult:
     more = _cut_all(traced, local, others, names, len(regions), tentative=True)
     fused = set().union(*({*r.inside, *r.outputs} for r in (*regions, *more)))
     unfused = tuple(Reason(r, site_of(n)) for n, r in tags.reasons.items() if n not in fused)
-    return LiftResult((*regions, *more), unfused)
+    return LiftResult((*regions, *more), unfused, broadcast_dimensions(traced, local))
 
 
 def _cut_all(traced, local, tags: Tags, names, first: int = 0, tentative: bool = False) -> list[Region]:

@@ -5,7 +5,17 @@ from __future__ import annotations
 from rewriter.ir import Const, Node, apply, const, where
 from rewriter.ir.integer import product, proves
 from rewriter.lift.registry import Context, lifts, scalar
-from rewriter.lift.values import Lifted, NotLiftable, broadcast_at, fresh_axes, from_end, positions, remap
+from rewriter.lift.values import (
+    Lifted,
+    NotLiftable,
+    broadcast_at,
+    first_of,
+    fresh_axes,
+    position_of,
+    positions,
+    remap,
+    wrapped,
+)
 from rewriter.trace.sizes import shape_of
 
 
@@ -144,14 +154,14 @@ def repeat_interleave(ctx: Context, x: Lifted, repeats, dim=None, *, output_size
 @lifts("slice")
 def slice_(ctx: Context, x: Lifted, dim=0, start=None, end=None, step=1) -> Lifted:
     dim = _dim(dim, len(x.axes))
-    first = from_end(scalar(0 if start is None else start), x.axes[dim].extent)
+    first = first_of(scalar(0 if start is None else start), x.axes[dim].extent)
     return _strided(ctx, x, dim, first, scalar(step))
 
 
 @lifts("narrow")
 def narrow(ctx: Context, x: Lifted, dim: int, start, length) -> Lifted:
     dim = _dim(dim, len(x.axes))
-    return _strided(ctx, x, dim, from_end(scalar(start), x.axes[dim].extent), Const(1))
+    return _strided(ctx, x, dim, position_of(scalar(start), x.axes[dim].extent), Const(1))
 
 
 def _strided(ctx: Context, x: Lifted, dim: int, first: Node, step: Node) -> Lifted:
@@ -165,7 +175,7 @@ def _strided(ctx: Context, x: Lifted, dim: int, first: Node, step: Node) -> Lift
 @lifts("select")
 def select(ctx: Context, x: Lifted, dim: int, at) -> Lifted:
     dim = _dim(dim, len(x.axes))
-    chosen = from_end(scalar(at), x.axes[dim].extent)
+    chosen = position_of(scalar(at), x.axes[dim].extent)
     return remap(x, ctx.shape, lambda i: [*i[:dim], chosen, *i[dim:]])
 
 
@@ -254,16 +264,27 @@ def flip(ctx: Context, x: Lifted, dims) -> Lifted:
     return remap(x, ctx.shape, mapping)
 
 
-@lifts("diagonal", "unfold", "as_strided")
+@lifts("diagonal")
+def diagonal(ctx: Context, x: Lifted, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Lifted:
+    """x[..., i, i + offset]; the diagonal is the last dimension"""
+    dim1, dim2 = _dim(dim1, len(x.axes)), _dim(dim2, len(x.axes))
+    if not isinstance(offset, int):
+        raise NotLiftable("a diagonal that sizes decide")
+
+    def mapping(i: tuple[Node, ...]) -> list[Node]:
+        place = {
+            dim1: apply("add", i[-1], Const(max(-offset, 0))),
+            dim2: apply("add", i[-1], Const(max(offset, 0))),
+        }
+        rest = iter(i[:-1])
+        return [place[d] if d in place else next(rest) for d in range(len(x.axes))]
+
+    return remap(x, ctx.shape, mapping)
+
+
+@lifts("unfold", "as_strided")
 def unsupported_view(ctx: Context, x: Lifted, *args, **kwargs) -> Lifted:
     raise NotLiftable("a strided view")
-
-
-def _wrapped(i: Node, extent: Node) -> Node:
-    """torch counts negative indices from the end."""
-    if proves("le", Const(0), i):
-        return i
-    return where(apply("lt", i, Const(0)), apply("add", i, extent), i)
 
 
 @lifts("embedding")
@@ -304,7 +325,7 @@ def index_tensor(ctx: Context, x: Lifted, indices) -> Lifted:
     index = []
     for k, axis in enumerate(x.axes):
         if k in used:
-            index.append(_wrapped(broadcast_at(indices[k], chosen), axis.extent))
+            index.append(wrapped(broadcast_at(indices[k], chosen), axis.extent))
         else:
             index.append(next(rest))
     return Lifted(axes, x.at(tuple(index)))

@@ -85,7 +85,7 @@ def report_on(
         return Report(title, (), unfused, (), check)
     sizes = sizes_of(rewritten.traced)
     chains = tuple(chain_report(f.region, f.chain, f.kernel, host, sizes) for f in rewritten.fused)
-    fixed = tuple(map(_without_folder, specialised(rewritten.traced)))
+    fixed = tuple(map(_without_folder, rewritten.traced.fixed))
     return Report(title, chains, unfused, fixed, check)
 
 
@@ -152,15 +152,6 @@ def _bytes(node: fx.Node) -> Node:
     for extent in shape_of(value):
         total = apply("mul", total, extent)
     return total
-
-
-def specialised(traced: TracedModule) -> tuple[Reason, ...]:
-    """`x.shape[2] = 64, kept whole by a kernel`, with the line that fixed it where one did."""
-    texts = signature_of(traced).leaves
-    return tuple(
-        Reason(f"{texts[f.placeholder]}.shape[{f.dimension[1]}] = {f.size}, {f.why}", f.site)
-        for f in traced.fixed
-    )
 
 
 def _chain_json(chain: ChainReport) -> dict[str, Any]:
