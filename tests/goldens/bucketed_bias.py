@@ -252,6 +252,8 @@ def launch(query, key, weight, value):
         raise ValueError(
             f"value: expected { (B, 4, N, 64) } torch.float16, got {tuple(value.shape)} { value.dtype}"
         )
+    if N == 0:  # nothing to reduce
+        return reference(query, key, weight, value)
     out = torch.empty((B, 4, M, 64), device=query.device, dtype=torch.float16)
     programs = triton.cdiv(M, CONFIG["BLOCK_M"]) * (B) * (4)
     if programs:
@@ -299,7 +301,7 @@ def _fake(query, key, weight, value):
     return torch.empty((B, 4, M, 64), device=query.device, dtype=torch.float16)
 
 
-OP = "bucketed_bias_e8d78de7"
+OP = "bucketed_bias_9de58bc6"
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
     LIBRARY.define(OP + "(Tensor query, Tensor key, Tensor weight, Tensor value) -> (Tensor)")

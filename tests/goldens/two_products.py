@@ -248,6 +248,8 @@ def launch(q_nope, k_nope, q_rope, k_rope, value):
         raise ValueError(
             f"value: expected { (B, N, H, 128) } torch.float16, got {tuple(value.shape)} { value.dtype}"
         )
+    if N == 0:  # nothing to reduce
+        return reference(q_nope, k_nope, q_rope, k_rope, value)
     out = torch.empty((B, H, M, 128), device=q_nope.device, dtype=torch.float16).permute(0, 2, 1, 3)
     programs = triton.cdiv(M, CONFIG["BLOCK_M"]) * (B) * (H)
     if programs:
@@ -303,7 +305,7 @@ def _fake(q_nope, k_nope, q_rope, k_rope, value):
     return torch.empty((B, H, M, 128), device=q_nope.device, dtype=torch.float16).permute(0, 2, 1, 3)
 
 
-OP = "two_products_d57d8e39"
+OP = "two_products_d84eb3a3"
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
     LIBRARY.define(
