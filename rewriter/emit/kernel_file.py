@@ -225,6 +225,7 @@ class _FileView:
             "constants": self._constants(),
             "helpers": sorted(set().union(*(k.writer.helpers for k in self.kernels))),
             "kernels": kernels,
+            "streams": self._dynamic_streams(),
             "aligned": any(k["aligned"] for k in kernels),
             "arguments": self._arguments(),
             "sizes": [(names.sizes[p], e) for p, e in self.known_sizes.items()],
@@ -236,6 +237,10 @@ class _FileView:
 
     def text(self, node: Node) -> str:
         return size_text(node, self.names)
+
+    def _dynamic_streams(self) -> list[str]:
+        streams = dict.fromkeys(a.extent for k in self.plan.kernels for a in k.streams)
+        return [self.text(e) for e in streams if not isinstance(e, Const)]
 
     def _math(self) -> list[str]:
         """Index notation with the names of this file."""

@@ -146,8 +146,6 @@ class Writer(Inner):
             self._running_extremum(definition)
         elif definition.op == "sum":
             self._running_sum(definition)
-        elif definition.op in ("any", "all"):
-            self._running_truth(definition)
         else:
             raise NotEmittable(f"a running {definition.op}")
 
@@ -165,15 +163,6 @@ class Writer(Inner):
         axes = self.tile(definition.axes)
         code = INTO[definition.op].format(state, spread(folded, axes))
         self.loop.lines.append(Line(f"{new} = {code}", self.shape(axes)))
-
-    def _running_truth(self, definition: Definition) -> None:
-        """any and all, as the maximum and minimum of 0 and 1"""
-        state, axes = self.names.state[definition.name], self.tile(definition.axes)
-        value = self._masked(definition.body, definition, NEUTRAL[definition.op])
-        ones = Text(f"{value.tight(ATOM)}.to(tl.int32)", value.axes)
-        folded = self._folded("tl.max" if definition.op == "any" else "tl.min", ones)
-        code = INTO[definition.op].format(state, f"({folded.code} != 0)")
-        self.loop.lines.append(Line(f"{state} = {code}", self.shape(axes)))
 
     def _new(self, definition: Definition) -> str:
         return self.names.state[definition.name].replace("_i", "_new", 1)

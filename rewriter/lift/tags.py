@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from rewriter.ir import Axis, Const, Load, Node, Reduce, open_reduce, walk
+from rewriter.ir import Axis, Load, Node, Reduce, open_reduce, walk
 from rewriter.ir.integer import product, proves
 from rewriter.lift.local import LocalLift
 from rewriter.lift.values import Lifted
 
 Tag = tuple[int, str]
+Sides = tuple[frozenset[Axis], frozenset[Axis]]
 
 
 @dataclass
@@ -80,20 +81,22 @@ def tag(
     stopped: nodes taken as they are stored.
     """
     by_name = {n.name: n for n in graph.nodes}
+    weighed = _Weighed(graph, local, moving)
     tags = Tags()
     for order, node in enumerate(graph.nodes):
         lifted = local[node].value if node in local else None
         if not isinstance(lifted, Lifted) or node in stopped:
             continue
         reads = sources(lifted, by_name)
-        dims = _inherited(lifted, reads, tags)
+        dims = _inherited(lifted, reads, tags.dims)
         if _has_lost_a_side(dims, reads, tags) or (not _origins(dims) and _is_chain(lifted, reads, moving)):
             tags.roots.append(node)
             tags.derived.add(node)
             continue
         alive = {n for n, _ in reads} if one_sided and _is_half_fixed(lifted, reads, moving) else moving
         narrow = {n for n in alive if not tags.has_both_sides(n)}
-        tags.dims[node] = _with_origin(order, lifted, reads, narrow, dims)
+        sides = _sides(lifted, reads, narrow)
+        tags.dims[node] = _with_origin(order, lifted, dims, weighed.narrowed(order, sides)) if sides else dims
         if any(y in tags.derived for y, _ in reads) or _reduces_wide(lifted, reads, tags):
             tags.derived.add(node)
         if tags.has_both_sides(node):
@@ -131,22 +134,23 @@ def _is_half_fixed(lifted: Lifted, reads, moving: set[fx.Node]) -> bool:
     return isinstance(lifted.body, Reduce) and len({n in moving for n, _ in reads}) == 2
 
 
-def _inherited(lifted: Lifted, reads, tags: Tags) -> tuple[frozenset[Tag], ...]:
-    """Each axis takes the tags of every dimension it indexes."""
-    out: dict[Axis, set[Tag]] = {a: set() for a in lifted.axes}
+def _inherited(lifted: Lifted, reads, dims: dict[fx.Node, tuple[frozenset, ...]]) -> tuple[frozenset, ...]:
+    """Each axis takes what is held by every dimension it indexes."""
+    out: dict[Axis, set] = {a: set() for a in lifted.axes}
     for source, load in reads:
-        for entry, held in zip(load.index, tags.dims.get(source, ())):
+        for entry, held in zip(load.index, dims.get(source, ())):
             for axis in entry.free & out.keys():
                 out[axis] |= held
     return tuple(frozenset(out[a]) for a in lifted.axes)
 
 
-def _with_origin(order: int, lifted: Lifted, reads, moving: set[fx.Node], dims):
-    """Adds this node's own pair of sides, where it is an origin."""
+def _sides(lifted: Lifted, reads, moving: set[fx.Node]) -> Sides | None:
+    """A node's own pair of sides, where it is an origin."""
     groups = [_inside(r, reads) for r in walk(lifted.body) if isinstance(r, Reduce)] or [reads]
-    sides = next(filter(None, (_outer_pair(lifted.axes, group, moving) for group in groups)), None)
-    if not sides:
-        return dims
+    return next(filter(None, (_outer_pair(lifted.axes, group, moving) for group in groups)), None)
+
+
+def _with_origin(order: int, lifted: Lifted, dims, sides: Sides) -> tuple[frozenset[Tag], ...]:
     rows, stream = sides
     side = lambda a: (
         {(order, "rows")} if a in rows else {(order, "stream")} if a in stream else set()
@@ -160,9 +164,7 @@ def _inside(reduce: Reduce, reads):
     return [(node, load) for node, load in reads if load.tensor.name in names]
 
 
-def _outer_pair(
-    axes: tuple[Axis, ...], reads, moving: set[fx.Node]
-) -> tuple[frozenset[Axis], frozenset[Axis]] | None:
+def _outer_pair(axes: tuple[Axis, ...], reads, moving: set[fx.Node]) -> Sides | None:
     """(axes only the first read has, axes only the second has) of two reads that vary with the input."""
     used = frozenset().union(*(load.free for _, load in reads)) & frozenset(axes)
     if any(used <= load.free for _, load in reads):
@@ -171,27 +173,48 @@ def _outer_pair(
     for first, second in itertools.combinations(live, 2):
         rows, stream = (first.free - second.free) & used, (second.free - first.free) & used
         if rows and stream:
-            return _not_repeated(rows, second, axes), _not_repeated(stream, first, axes)
+            return rows, stream
     return None
 
 
-def _not_repeated(side: frozenset[Axis], other: Load, axes: tuple[Axis, ...]) -> frozenset[Axis]:
-    """Axes of one operand without those along which the other is repeated, unless that leaves none.
+class _Weighed:
+    """Finds axes of an origin over which a later contraction weighs something narrow: n in p[m, n] v[n, e]."""
 
-    q[b, 1, m, d] k[b, h, n, d]  →  n alone"""
-    return frozenset(a for a in side if not _is_repeated(other, a, axes)) or side
+    def __init__(self, graph: fx.Graph, local: dict[fx.Node, LocalLift], moving: set[fx.Node]):
+        self.nodes, self.local, self.moving = list(graph.nodes), local, moving
+        self.by_name = {n.name: n for n in graph.nodes}
 
+    def narrowed(self, order: int, sides: Sides) -> Sides:
+        """Both sides without what is only carried along, where one has several axes.
 
-def _is_repeated(load: Load, axis: Axis, axes: tuple[Axis, ...]) -> bool:
-    """Whether a read has a dimension of one element where `axis` stands among the result's axes."""
-    place = {a: k for k, a in enumerate(axes)}
-    found = [[place[a] for a in entry.free & place.keys()] for entry in load.index]
-    return any(
-        extent is Const(1)
-        and all(p < place[axis] for before in found[:k] for p in before)
-        and all(p > place[axis] for after in found[k + 1 :] for p in after)
-        for k, extent in enumerate(load.tensor.shape)
-    )
+        q[b, m, r, d] k[b, n, g, d]  →  m and r, n alone: v[b, n, g, e] is weighed over n"""
+        if max(map(len, sides)) == 1:
+            return sides
+        found = self._found(order, sides)
+        return tuple(side & found or side for side in sides)
+
+    def _found(self, order: int, sides: Sides) -> frozenset[Axis]:
+        origin = self.nodes[order]
+        held = {origin: tuple(frozenset([a]) for a in self.local[origin].value.axes)}
+        found: set[Axis] = set()
+        for node in self.nodes[order + 1 :]:
+            lifted = self.local[node].value if node in self.local else None
+            reads = sources(lifted, self.by_name) if isinstance(lifted, Lifted) else []
+            if not any(source in held for source, _ in reads):
+                continue
+            bound = self._over_narrow(lifted, reads, held)
+            dims = _inherited(lifted, reads, held)
+            found |= bound
+            if not bound and all(side & frozenset().union(*dims) for side in sides):
+                held[node] = dims
+        return frozenset(found)
+
+    def _over_narrow(self, lifted: Lifted, reads, held) -> frozenset[Axis]:
+        """Of the axes that are held, those summed together with something narrow."""
+        narrow = [load.free for n, load in reads if n in self.moving and n not in held]
+        shared = frozenset().union(*narrow) - frozenset(lifted.axes)
+        entries = [pair for n, load in reads for pair in zip(load.index, held.get(n, ()))]
+        return frozenset().union(*(axes for entry, axes in entries if entry.free & shared))
 
 
 def _is_chain(lifted: Lifted, reads, moving: set[fx.Node]) -> bool:
