@@ -59,6 +59,7 @@ class Writer(Inner):
             axes = self.tile(definition.axes)
             shape = ", ".join(self.block(a) for a in axes)
             neutral, dtype = NEUTRAL[definition.op], self._held(definition)
+            neutral = self._zero(definition) if definition.op == "sum" else neutral
             code = f"{self.names.state[definition.name]} = tl.full([{shape}], {neutral}, {dtype})"
             out.append(Line(code, self.shape(axes)))
         return out
@@ -103,7 +104,7 @@ class Writer(Inner):
         key = Where(
             Apply("eq", (definition.predicate, TRUE), torch.bool),
             node,
-            Const(("NEG_INF", "0.0", "POS_INF", "False", "True").index(neutral)),
+            Const(("NEG_INF", "0.0", "POS_INF", "0").index(neutral)),
         )
         if key not in self.loop.known and definition.predicate is TRUE and not self.loop.tail:
             self.loop.known[key] = self._whole(node, definition)
@@ -202,8 +203,11 @@ class Writer(Inner):
     def _weight(self, definition: Definition, factors: list[Node]) -> Text:
         """The tile that is summed, zero where the predicate fails."""
         if definition.shift is None:
-            return self._masked(multiply(factors) or Const(1.0, torch.float32), definition, "0.0")
+            return self._masked(multiply(factors) or Const(1.0, torch.float32), definition, self._zero(definition))
         return self._shifted(definition, factors)
+
+    def _zero(self, definition: Definition) -> str:
+        return "0.0" if definition.body.dtype.is_floating_point else "0"
 
     def _shifted(self, definition: Definition, factors: list[Node]) -> Text:
         """p = exp(exponent − phi), with 0 for what is masked (its exponent is −inf) and for rows still all −inf."""
