@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, field
 
@@ -38,7 +37,6 @@ class KernelFile:
 
     name: str
     text: str
-    op: str
     tensors: tuple[Tensor, ...]
     sizes: tuple[Param, ...]
     plan: KernelPlan
@@ -52,12 +50,7 @@ def emit_kernel(region: Region, plan: KernelPlan, source: "Source") -> KernelFil
     writer.write()
     view = _View(plan, names, writer, region, source)
     text = render("kernel.py.jinja", **view.values())
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    op = f"{plan.name}_{digest}"
-    text = text.replace("@OP@", op)
-    return KernelFile(
-        plan.name, text, op, tuple(names.tensors), tuple(view.passed_sizes), plan, view.signature()
-    )
+    return KernelFile(plan.name, text, tuple(names.tensors), tuple(view.passed_sizes), plan, view.signature())
 
 
 @dataclass(frozen=True)
