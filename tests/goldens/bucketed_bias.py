@@ -251,15 +251,7 @@ def launch(query, key, weight, value):
     Returns (B, 4, M, 64) torch.float16.
     Raises ValueError for other shapes or dtypes, and NotImplementedError where a gradient would be lost.
     """
-    if torch.is_grad_enabled() and any(
-        t.requires_grad
-        for t in (
-            query,
-            key,
-            weight,
-            value,
-        )
-    ):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in [query, key, weight, value]):
         raise NotImplementedError("the kernel has no backward: call it under torch.no_grad()")
     M = query.shape[2]
     N = key.shape[3]

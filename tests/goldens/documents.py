@@ -217,16 +217,7 @@ def launch(ids, ids_2, query, key, value):
     Returns (B, H, M, 40) torch.float16.
     Raises ValueError for other shapes or dtypes, and NotImplementedError where a gradient would be lost.
     """
-    if torch.is_grad_enabled() and any(
-        t.requires_grad
-        for t in (
-            ids,
-            ids_2,
-            query,
-            key,
-            value,
-        )
-    ):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in [ids, ids_2, query, key, value]):
         raise NotImplementedError("the kernel has no backward: call it under torch.no_grad()")
     M = ids.shape[2]
     B = ids.shape[0]

@@ -211,14 +211,7 @@ def launch(query, key, value):
     Returns (B, M, H, 128) torch.float16.
     Raises ValueError for other shapes or dtypes, and NotImplementedError where a gradient would be lost.
     """
-    if torch.is_grad_enabled() and any(
-        t.requires_grad
-        for t in (
-            query,
-            key,
-            value,
-        )
-    ):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in [query, key, value]):
         raise NotImplementedError("the kernel has no backward: call it under torch.no_grad()")
     M = query.shape[1]
     N = key.shape[1]

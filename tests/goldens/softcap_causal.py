@@ -198,14 +198,7 @@ def launch(query, key, value):
     Returns (B, H, M, 64) torch.float16.
     Raises ValueError for other shapes or dtypes, and NotImplementedError where a gradient would be lost.
     """
-    if torch.is_grad_enabled() and any(
-        t.requires_grad
-        for t in (
-            query,
-            key,
-            value,
-        )
-    ):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in [query, key, value]):
         raise NotImplementedError("the kernel has no backward: call it under torch.no_grad()")
     M = query.shape[2]
     B = query.shape[0]

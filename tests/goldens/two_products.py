@@ -227,16 +227,7 @@ def launch(q_nope, k_nope, q_rope, k_rope, value):
     Returns (B, M, H, 128) torch.float16.
     Raises ValueError for other shapes or dtypes, and NotImplementedError where a gradient would be lost.
     """
-    if torch.is_grad_enabled() and any(
-        t.requires_grad
-        for t in (
-            q_nope,
-            k_nope,
-            q_rope,
-            k_rope,
-            value,
-        )
-    ):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in [q_nope, k_nope, q_rope, k_rope, value]):
         raise NotImplementedError("the kernel has no backward: call it under torch.no_grad()")
     M = q_nope.shape[1]
     N = k_nope.shape[1]
