@@ -161,7 +161,7 @@ class _Cutter:
             node = node.args[0]
         path = self.attributes.get(node.name)
         own = self.names.get(node) or self.parameters.get(node.name)
-        return own or (path.path.split(".")[-1] if path else node.name)
+        return own or (path.name if path else node.name)
 
     def _output(self, node: fx.Node, value: Lifted) -> Output:
         return Output(
