@@ -39,21 +39,28 @@ class ForwardPrinter:
         self.lines: list[str] = []
         self.done: set[Unit] = set()
         self.busy: set[Unit] = set()
-        first = next((t for t in leaf_text.values()), "self")
-        self.printer = TorchPrinter(self._name, self._size, f"{first}.device")
+        device = f"{next(iter(leaf_text.values()), 'self')}.device"
+        self.printer = TorchPrinter(self._name, self._size, device)
         for name, text in leaf_text.items():
             self.variables.adopt(traced.placeholders[name], text)
         for name, attribute in traced.attributes.items():
-            if attribute.path not in traced.constants:
-                self.variables.adopt(traced.placeholders[name], attribute_path(attribute.path))
+            moved = "" if attribute.is_registered else f".to({device})"
+            self.variables.adopt(traced.placeholders[name], attribute_path(attribute.path) + moved)
+
+    @property
+    def called(self) -> frozenset[str]:
+        """The submodules that are called as they are."""
+        return frozenset(u.module for u in self.done if u.module)
 
     def print(self) -> Forward:
         output = next(n for n in self.traced.graph.nodes if n.op == "output")
         for node in output.all_input_nodes:
             self._need(node)
-        result = self._result(output)
+        result, assigned = self._results(output)
+        paths = map(attribute_path, self.traced.state.assigned)
+        self.lines += [f"{path} = {value!r}" for path, value in zip(paths, assigned)]
         sizes = [f"{name} = {self.sources[p]}" for p, name in self.sizes.items()]
-        return Forward((*sizes, *self.lines, f"return {result}"))
+        return Forward((*sizes, *self.lines, f"return {result!r}"))
 
     def _size_sources(self, leaf_text: dict[str, str]) -> dict[Param, str]:
         out: dict[Param, str] = {}
@@ -138,9 +145,10 @@ class ForwardPrinter:
             return f"{attribute_path(unit.module)}({self._name(unit.inputs[0])})"
         return self.printer.call(unit.outputs[0])
 
-    def _result(self, output: fx.Node) -> str:
+    def _results(self, output: fx.Node) -> tuple:
+        """(what forward returns, [what it assigned]) with source text for leaves."""
         leaves = [_Text(self.printer.value(v)) for v in pytree.tree_leaves(output.args[0])]
-        return repr(pytree.tree_unflatten(leaves, self.traced.out_spec))
+        return pytree.tree_unflatten(leaves, self.traced.out_spec)
 
 
 class _Text(str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch import nn
 from rewriter.errors import RewriteError
 from rewriter.ir import Const, Node, Param
 from rewriter.ir.printer import show
+from rewriter.patch.forward import attribute_path
 from rewriter.patch.signature import Signature
 from rewriter.trace import TracedModule
 from rewriter.trace.sizes import from_sympy, shape_of
@@ -25,8 +27,40 @@ class Guard:
     cause: str
 
 
-def guards_of(traced: TracedModule, signature: Signature) -> tuple[Guard, ...]:
-    """Arguments, training mode, dtypes, ranks and sizes that tracing assumed."""
+def tensors_of(traced: TracedModule) -> dict[str, str]:
+    """(dtype, shape) of the parameters and buffers that are read, as source text by path."""
+    return {a.path: _kind(traced, name) for name, a in traced.attributes.items() if a.is_registered}
+
+
+def values_of(traced: TracedModule, called: frozenset[str]) -> dict[str, str]:
+    """The plain values that forward read, as source text by path, but for those of submodules that are `called` as they are."""
+    read = traced.state.read.items()
+    return {path: _literal(v) for path, v in read if path != "training" and not _is_below(path, called)}
+
+
+def _kind(traced: TracedModule, name: str) -> str:
+    held = traced.placeholders[name].meta["val"]
+    return _literal((held.dtype, tuple(held.shape)))
+
+
+def _is_below(path: str, modules: frozenset[str]) -> bool:
+    return any(path.startswith(f"{module}.") for module in modules)
+
+
+def _literal(value: object) -> str:
+    """Source text of a plain value."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_literal(k)}: {_literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        inner = ", ".join(map(_literal, value))
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
+    return repr(value)
+
+
+def guards_of(traced: TracedModule, signature: Signature, called: frozenset[str]) -> tuple[Guard, ...]:
+    """Arguments, training mode, hooks, attributes that are not there, dtypes, ranks and sizes that tracing assumed."""
     out = [Guard(_same(text, value), f"{text} is not {value!r}") for text, value in signature.constants]
     if isinstance(traced.module, nn.Module):
         training = traced.module.training
@@ -35,11 +69,39 @@ def guards_of(traced: TracedModule, signature: Signature) -> tuple[Guard, ...]:
                 f"self.training is {training}", f"the module is {'not ' if training else ''}in training mode"
             )
         )
+    out += [_loose(a.path, _kind(traced, name)) for name, a in traced.attributes.items() if not a.is_registered]
+    out += _hooks(traced, called)
+    out += [_absent(path) for path in sorted(traced.state.absent) if not _is_below(path, called)]
     first: dict[Node, str] = {}
     for name, text in signature.leaves.items():
         out += _tensor_guards(traced.placeholders[name].meta["val"], text, first)
     out += _conditions(traced, first)
     return tuple(out)
+
+
+def _loose(path: str, kind: str) -> Guard:
+    """A tensor that is no parameter or buffer may be on another device than these."""
+    return Guard(f"_is_tensor(_held(self, {path!r}), *{kind})", f"self.{path} is no {kind}")
+
+
+def _hooks(traced: TracedModule, called: frozenset[str]) -> list[Guard]:
+    """Submodules whose forward is written out are not called: a hook on one would not run."""
+    if not isinstance(traced.module, nn.Module):
+        return []
+    stacks = [n.meta.get("nn_module_stack") or {} for n in traced.graph.nodes]
+    used = {path for stack in stacks for path, _ in stack.values() if path}
+    paths = [path for path, _ in traced.module.named_modules() if path in used and not _is_below(f"{path}.", called)]
+    inside = [attribute_path(p) for p in paths]
+    if not inside:
+        return []
+    text = f"any(m._forward_hooks or m._forward_pre_hooks for m in ({', '.join(inside)},))"
+    return [Guard(f"not {text}", "a submodule has hooks")]
+
+
+def _absent(path: str) -> Guard:
+    owner, _, name = path.rpartition(".")
+    text = attribute_path(owner) if owner else "self"
+    return Guard(f"not hasattr({text}, {name!r})", f"{text} has {name!r}")
 
 
 def _same(text: str, value: object) -> str:

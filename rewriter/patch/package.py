@@ -8,8 +8,8 @@ from torch import nn
 
 from rewriter.emit import KernelFile, render
 from rewriter.lift import Region
-from rewriter.patch.forward import ForwardPrinter, attribute_path
-from rewriter.patch.guards import guards_of
+from rewriter.patch.forward import ForwardPrinter
+from rewriter.patch.guards import guards_of, tensors_of, values_of
 from rewriter.patch.signature import signature_of
 from rewriter.trace import TracedModule
 
@@ -37,10 +37,9 @@ def patch(
         name=name,
         is_module=is_module,
         signature=signature,
-        parameters=[
-            attribute_path(a.path) for a in traced.attributes.values() if a.path not in traced.constants
-        ],
-        guards=guards_of(traced, signature),
+        tensors=tensors_of(traced),
+        values=values_of(traced, printer.called),
+        guards=guards_of(traced, signature, printer.called),
         lines=forward.lines,
         kernels=[k.name for k in {k.name: k for k in kernels}.values()],
         qualified=f"{type(traced.module).__qualname__}" if is_module else name,

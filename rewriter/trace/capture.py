@@ -11,6 +11,7 @@ import inspect
 import io
 import itertools
 import logging
+import operator
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from rewriter.errors import Reason, RewriteError, Site
 from rewriter.ir import Param
+from rewriter.trace.attributes import Attributes, watched
 from rewriter.trace.ones import Dimension, enlarge
 from rewriter.trace.sizes import decided, shape_of
 from rewriter.trace.source import is_user_file, user_site
@@ -33,10 +35,12 @@ from rewriter.trace.source import is_user_file, user_site
 
 @dataclass(frozen=True)
 class Attribute:
-    """A parameter, buffer or constant of the traced module: `path` is what follows `self.`."""
+    """A parameter, buffer or other tensor of the traced module: `path` is what follows `self.`.
+
+    A tensor that is not `registered` stays on its device when the module moves."""
 
     path: str
-    is_parameter: bool
+    is_registered: bool
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class TracedModule:
     """A graph with what is needed to print it as the module's forward again.
 
     `inputs` names the placeholder of each flattened argument (None for what is no tensor); `attributes` says which
-    placeholders are the module's own; `fixed` lists the input sizes that tracing turned into numbers.
+    placeholders are the module's own; `fixed` lists the input sizes that tracing turned into numbers. `out_spec` is that of
+    (what forward returns, what it assigned); `state` tells what it read and assigned.
     """
 
     module: Callable
@@ -53,8 +58,8 @@ class TracedModule:
     kwargs: dict[str, Any]
     inputs: tuple[str | None, ...]
     attributes: dict[str, Attribute]
-    constants: dict[str, torch.Tensor]
     out_spec: pytree.TreeSpec
+    state: Attributes
     fixed: tuple[Reason, ...]
     conditions: tuple[sympy.Expr, ...]
 
@@ -100,7 +105,8 @@ def capture(
 
     Raises RewriteError (code FAILED) with the user's line where the program does not trace."""
     traced_as = module if isinstance(module, nn.Module) else _Function(module)
-    program = _export(traced_as, args, kwargs, bound)
+    with watched(traced_as) as state:
+        program = _export(traced_as, args, kwargs, bound)
     graph = program.graph_module.graph
     signature = program.graph_signature
     leaves, _ = pytree.tree_flatten((args, kwargs))
@@ -108,14 +114,13 @@ def capture(
     inputs = tuple(name if torch.is_tensor(leaf) else None for name, leaf in zip(user_inputs, leaves))
     attributes = {
         **{p: Attribute(path, True) for p, path in signature.inputs_to_parameters.items()},
-        **{p: Attribute(path, False) for p, path in signature.inputs_to_buffers.items()},
-        **{p: Attribute(path, False) for p, path in signature.inputs_to_lifted_tensor_constants.items()},
-    }
-    constants = {
-        path: program.constants[path] for path in signature.inputs_to_lifted_tensor_constants.values()
+        **{p: Attribute(path, True) for p, path in signature.inputs_to_buffers.items()},
     }
     for name, path in signature.inputs_to_lifted_tensor_constants.items():
-        next(n for n in graph.nodes if n.name == name).meta["constant"] = program.constants[path]
+        if _is_attribute(traced_as, path, program.constants[path]):
+            attributes[name] = Attribute(path, False)
+        else:
+            next(n for n in graph.nodes if n.name == name).meta["constant"] = program.constants[path]
     _refuse_mutation(signature)
     return TracedModule(
         module,
@@ -124,11 +129,19 @@ def capture(
         kwargs,
         inputs,
         attributes,
-        constants,
         program.call_spec.out_spec,
+        state,
         _fixed_sizes(graph, inputs, leaves, bound),
         _conditions(graph),
     )
+
+
+def _is_attribute(module: nn.Module, path: str, value: torch.Tensor) -> bool:
+    """Whether a constant of the graph is a tensor that the module holds; others are made in forward."""
+    try:
+        return operator.attrgetter(path)(module) is value
+    except AttributeError:
+        return False
 
 
 def _refuse_mutation(signature) -> None:
@@ -142,6 +155,8 @@ def _export(module: nn.Module, args: tuple, kwargs: dict, bound: frozenset[Dimen
     grown_args, grown_kwargs, ones = enlarge(module, args, kwargs)
     try:
         program = _try_export(module, grown_args, grown_kwargs, bound | ones)
+    except RewriteError:
+        raise
     except Exception as error:
         program = _export_piecewise(module, grown_args, grown_kwargs, bound | ones, error)
     if any(_is_inplace(n) for n in program.graph.nodes):
@@ -208,8 +223,8 @@ def _decided() -> Iterator[None]:
     """
     original = torch.nn.functional.scaled_dot_product_attention
 
-    def decided(*args, is_causal=False, **kwargs):
-        return original(*args, is_causal=bool(is_causal), **kwargs)
+    def decided(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
+        return original(query, key, value, attn_mask, dropout_p, bool(is_causal), **kwargs)
 
     torch.nn.functional.scaled_dot_product_attention = decided
     try:
