@@ -108,6 +108,7 @@ def capture(
     with watched(traced_as) as state:
         program = _export(traced_as, args, kwargs, bound)
     graph = program.graph_module.graph
+    _drop_unread(graph)
     signature = program.graph_signature
     leaves, _ = pytree.tree_flatten((args, kwargs))
     user_inputs = list(signature.user_inputs)
@@ -134,6 +135,14 @@ def capture(
         _fixed_sizes(graph, inputs, leaves, bound),
         _conditions(graph),
     )
+
+
+def _drop_unread(graph: fx.Graph) -> None:
+    """Without what nothing reads, and without the notes on types that export adds for `.to(dtype)`: they are no readers."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
 
 
 def _is_attribute(module: nn.Module, path: str, value: torch.Tensor) -> bool:
