@@ -61,9 +61,11 @@ class ForwardPrinter:
         output = next(n for n in self.traced.graph.nodes if n.op == "output")
         for node in output.all_input_nodes:
             self._need(node)
-        result = self._result(output)
+        result, assigned = self._results(output)
+        paths = map(attribute_path, self.traced.assigned)
+        self.lines += [f"{path} = {value!r}" for path, value in zip(paths, assigned)]
         sizes = [f"{name} = {self.sources[p]}" for p, name in self.sizes.items()]
-        lines = (*sizes, *self.expanded, *self.lines, f"return {result}")
+        lines = (*sizes, *self.expanded, *self.lines, f"return {result!r}")
         return Forward(lines, frozenset(self.called))
 
     def _expanded(self, name: str, text: str, sizes: Sizes) -> list[str]:
@@ -153,9 +155,10 @@ class ForwardPrinter:
             return f"{attribute_path(unit.module)}({self._name(unit.inputs[0])})"
         return self.printer.call(unit.outputs[0])
 
-    def _result(self, output: fx.Node) -> str:
+    def _results(self, output: fx.Node) -> tuple:
+        """(what forward returns, [what it assigned]) with source text for leaves."""
         leaves = [Text(self.printer.value(v)) for v in pytree.tree_leaves(output.args[0])]
-        return repr(pytree.tree_unflatten(leaves, self.traced.out_spec))
+        return pytree.tree_unflatten(leaves, self.traced.out_spec)
 
 
 def _roots(leaf_text: dict[str, str]) -> set[str]:

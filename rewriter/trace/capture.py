@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 
 from rewriter.errors import Reason, RewriteError, Site
 from rewriter.ir import Node, Param
+from rewriter.trace.attributes import watched
 from rewriter.trace.assumed import assumed, conditions_of
 from rewriter.trace.ones import Dimension, enlarge, loose
 from rewriter.trace.sizes import shape_of
@@ -56,7 +57,7 @@ class TracedModule:
     """A graph with what is needed to print it as the module's forward again.
 
     `inputs` names the placeholder of each flattened argument (None for what is no tensor); `attributes` says which
-    placeholders are the module's own, `constants` which forward makes from numbers; `fixed` lists the input sizes that
+    placeholders are the module's own, `out_spec` is that of (what forward returns, what it `assigned`); `constants` which forward makes from numbers; `fixed` lists the input sizes that
     tracing turned into numbers, and the branches on sizes that it took; `conditions` are what must hold of the sizes for the
     graph to be the program. `loose` are input dimensions that were 1 in the example and share their size with others, of
     which the program still makes the same calls where they are 1.
@@ -70,6 +71,7 @@ class TracedModule:
     attributes: dict[str, Attribute]
     constants: dict[str, torch.Tensor]
     out_spec: pytree.TreeSpec
+    assigned: tuple[str, ...]
     fixed: tuple[Reason, ...]
     conditions: tuple[sympy.Expr, ...]
     loose: frozenset[Dimension]
@@ -137,8 +139,10 @@ def capture(
         enlarged = enlarge(traced_as, args, kwargs)
     except Exception as error:  # tensors without sizes: nested ones
         raise _trace_error(error) from error
-    program = _export(traced_as, enlarged.args, enlarged.kwargs, enlarged.kept.union(bound))
+    with watched(traced_as) as state:
+        program = _export(traced_as, enlarged.args, enlarged.kwargs, enlarged.kept.union(bound))
     graph = program.graph_module.graph
+    _drop_unread(graph)
     signature = program.graph_signature
     leaves, _ = pytree.tree_flatten((args, kwargs))
     user_inputs = list(signature.user_inputs)
@@ -157,6 +161,7 @@ def capture(
         attributes,
         constants,
         program.call_spec.out_spec,
+        tuple(state.assigned),
         assumed(graph, inputs, _parameters(module, args, kwargs, inputs), bound),
         conditions_of(graph),
         loose(traced_as, enlarged.args, enlarged.kwargs, enlarged.grown & _shared(graph, inputs)),
@@ -225,6 +230,14 @@ def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
     return out
 
 
+def _drop_unread(graph: fx.Graph) -> None:
+    """Without what nothing reads, and without the notes on types that export adds for `.to(dtype)`: they are no readers."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
 def _refuse_mutation(signature) -> None:
     mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if mutated:
@@ -235,6 +248,8 @@ def _export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[Dime
     """Exports with every size symbolic that the program leaves free, and in-place ops made functional."""
     try:
         program = _try_export(module, args, kwargs, static)
+    except RewriteError:
+        raise
     except Exception as error:
         program = _export_piecewise(module, args, kwargs, static, error)
     if any(_is_inplace(n) for n in program.graph.nodes):
@@ -306,8 +321,8 @@ def _decided() -> Iterator[None]:
     """
     original = torch.nn.functional.scaled_dot_product_attention
 
-    def decided(*args, is_causal=False, **kwargs):
-        return original(*args, is_causal=bool(is_causal), **kwargs)
+    def decided(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
+        return original(query, key, value, attn_mask, dropout_p, bool(is_causal), **kwargs)
 
     torch.nn.functional.scaled_dot_product_attention = decided
     try:
