@@ -133,7 +133,8 @@ def _reduces_wide(lifted: Lifted, reads, tags: Tags) -> bool:
 
 def _is_half_fixed(lifted: Lifted, reads, moving: set[fx.Node]) -> bool:
     """A contraction of something that moves with something that does not."""
-    return isinstance(lifted.body, Reduce) and len({n in moving for n, _ in reads}) == 2
+    contracts = any(isinstance(n, Reduce) for n in walk(lifted.body))
+    return contracts and len({n in moving for n, _ in reads}) == 2
 
 
 def _inherited(lifted: Lifted, reads, dims: dict[fx.Node, tuple[frozenset, ...]]) -> tuple[frozenset, ...]:
