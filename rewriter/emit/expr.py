@@ -46,14 +46,25 @@ class NotEmittable(Exception):
 
 @dataclass(frozen=True)
 class Text:
-    """An expression over a tile: `axes` are its dimensions in order, `level` how tightly it binds."""
+    """An expression over a tile: `axes` are its dimensions in order, `level` how tightly it binds.
+
+    A `narrow` one is held in 16 bits, as it was loaded: arithmetic on it would round there.
+    """
 
     code: str
     axes: tuple[Axis, ...] = ()
     level: int = ATOM
+    narrow: bool = False
 
     def tight(self, level: int) -> str:
         return self.code if self.level >= level else f"({self.code})"
+
+
+def widened(texts: list[Text], calls: bool) -> list[Text]:
+    """Operands of arithmetic: in fp32 where none of them is, and always those of a function."""
+    if not (calls or all(t.narrow for t in texts)):
+        return texts
+    return [Text(f"{t.tight(ATOM)}.to(tl.float32)", t.axes) if t.narrow else t for t in texts]
 
 
 def spread(text: Text, axes: tuple[Axis, ...]) -> str:

@@ -7,7 +7,7 @@ import torch
 from rewriter.derive import Definition
 from rewriter.derive.factors import multiply, without_cast
 from rewriter.emit.expr import ATOM, NotEmittable, TRITON_DTYPES, Text, operand, spread, spread_argument
-from rewriter.emit.inner import INTO, Inner, neutral_text, precision
+from rewriter.emit.inner import INTO, Inner, as_held, held_dtype, neutral_text, precision
 from rewriter.emit.names import Names
 from rewriter.emit.origins import Origins
 from rewriter.emit.scope import Line, Scope
@@ -64,11 +64,10 @@ class Writer(Inner):
         return out
 
     def _neutral(self, definition: Definition) -> str:
-        return neutral_text(definition.op, definition.body.dtype)
+        return neutral_text(definition.op, held_dtype(definition.body))
 
     def _held(self, definition: Definition) -> str:
-        dtype = definition.body.dtype
-        return "tl.float32" if dtype.is_floating_point else TRITON_DTYPES[dtype]
+        return TRITON_DTYPES[held_dtype(definition.body)]
 
     def _write_segment(self, name: str, straight: Scope) -> None:
         """One form of a loop's body. Both use the same names, so that a reader sees what differs."""
@@ -119,7 +118,7 @@ class Writer(Inner):
             keep = self._keep(definition, axes)
             name = self._name_for(node, self.loop) if not isinstance(node, Const) else self.names.unique("w")
             origin = self.origins.of(node)
-            full = spread_argument(value, axes)
+            full = spread_argument(as_held(value, node), axes)
             code = f"{name} = tl.where({keep}, {full}, {neutral})"
             self.loop.lines.append(Line(code, self.shape(axes), origin.source if origin else ""))
             self.holders[name] = (node, self.loop)

@@ -96,5 +96,5 @@ def neutral_of(op: str, dtype: torch.dtype) -> int | float | bool:
     neutral = MONOIDS[op].neutral
     if op not in ("max", "min") or dtype.is_floating_point:
         return neutral
-    limits = torch.iinfo(torch.int64)
+    limits = torch.iinfo(dtype)
     return limits.min if op == "max" else limits.max
