@@ -23,7 +23,7 @@ from rewriter.trace import Dimension, TracedModule
 from rewriter.trace.calls import call_name
 
 Carried = tuple[frozenset[Dimension], ...]  # per dimension of a value: it is 1 where all these input dimensions are
-ROWWISE = {"linear": 1, "layer_norm": 1, "rms_norm": 1}  # ops that are not lifted: how many last dimensions they mix
+ROWWISE = {"linear": 1, "layer_norm": 1, "rms_norm": 1}  # how many last dimensions an op mixes, row by row
 NONE: frozenset[Dimension] = frozenset()
 
 
@@ -59,10 +59,12 @@ def _follow(traced: TracedModule, local: dict[fx.Node, LocalLift], dims: frozens
         if node.op == "output":
             raise _Lost(_all(held))
         value = local[node].value if node in local else None
-        if isinstance(value, Lifted):
+        if call_name(node) in ROWWISE:
+            out = _rowwise(node, held)
+        elif isinstance(value, Lifted):
             out = _through(value, {a.name: c for a, c in held.items()})
         elif not isinstance(value, tuple):  # each part of a tuple is lifted as its own value
-            out = _rowwise(node, held)
+            raise _Lost(_all(held))
         else:
             continue
         carried[node] = tuple(NONE if any(g <= c for g in groups if c) else c for c in out)

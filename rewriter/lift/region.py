@@ -63,6 +63,8 @@ def _cut_all(traced, local, tags: Tags, names, first: int = 0, tentative: bool =
     cutter = _Cutter(traced, local, tags, names)
     stages = [s for roots in _components(tags, cutter.reads_of) for s in _stages(traced.graph, roots, local)]
     groups = [g for g in stages if cutter.saves(g)]
+    if tentative:  # a dense layer that is written anyway, normalised, is better computed once
+        groups = [g for g in groups if set(g) - set(tags.written)]
     cut = [cutter.cut(roots, f"chain_{first + k}", tentative) for k, roots in enumerate(groups)]
     return [region for region in cut if region.outputs]  # else nothing reads what it computes
 

@@ -138,7 +138,8 @@ def _reduced_origins(lifted: Lifted, reads, tags: Tags) -> set[int]:
 
 def _is_half_fixed(lifted: Lifted, reads, moving: set[fx.Node]) -> bool:
     """A contraction of something that moves with something that does not."""
-    return isinstance(lifted.body, Reduce) and len({n in moving for n, _ in reads}) == 2
+    contracts = any(isinstance(n, Reduce) for n in walk(lifted.body))
+    return contracts and len({n in moving for n, _ in reads}) == 2
 
 
 def _inherited(lifted: Lifted, reads, dims: dict[fx.Node, tuple[frozenset, ...]]) -> tuple[frozenset, ...]:
