@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import itertools
-import json
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from rewriter.pipeline import Rewritten, package_files, rewrite_module
-from rewriter.report import chain_report, report_files
+from rewriter.report import left_alone, report_on
 
 _packages = itertools.count()
 
@@ -40,6 +39,7 @@ def rewrite(
     out: str | Path | None = None,
     dtype: torch.dtype | None = None,
     masked_rows: str = "match",
+    rows: bool = False,
 ) -> Rewrite:
     """Rewrites a module or function for inputs like `args` and `kwargs`.
 
@@ -47,20 +47,19 @@ def rewrite(
     out: where the package is written; a temporary folder if None.
     dtype: casts the floating inputs and (a copy of) the module first.
     masked_rows: "match" (rows masked throughout give what eager gives) or "zero".
+    rows: asks for lone rows of softmax and norms too; the report says which stay with PyTorch's kernels.
     Raises RewriteError where the program does not trace.
     """
     module, args, kwargs = _as_dtype(module_or_function, tuple(args), kwargs or {}, dtype)
     rewritten = rewrite_module(module, args, kwargs, masked_rows=masked_rows)
     name = getattr(module, "__name__", type(module).__name__)
     title = f"`{name}`, its reduction chains as Triton kernels."
-    chains = [chain_report(f.region, f.chain, f.kernel, name) for f in rewritten.fused]
-    reports = report_files(title, chains, list(rewritten.unfused), list(rewritten.traced.fixed), None)
-    report = json.loads(reports["report.json"])
+    report = report_on(rewritten, title, name, left_alone(rewritten, rows=rows))
     if rewritten.patched is None:
-        return Rewrite(module, report, {})
-    sources = package_files(rewritten, title) | reports
+        return Rewrite(module, report.json(), {})
+    sources = package_files(rewritten, title) | report.files()
     folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="flashlight_"))
-    return Rewrite(_applied(rewritten, module, sources, folder), report, sources)
+    return Rewrite(_applied(rewritten, module, sources, folder), report.json(), sources)
 
 
 def _as_dtype(module: Callable, args: tuple, kwargs: dict, dtype: torch.dtype | None):

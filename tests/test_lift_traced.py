@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from rewriter.errors import RewriteError
 from rewriter.lift.local import lift_locally
 from rewriter.trace import capture
 from tests.lifting import assert_lifted, sizes_of, values_of

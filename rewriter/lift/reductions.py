@@ -171,6 +171,58 @@ def mean(ctx: Context, x: Lifted, dim=None, keepdim=False, *, dtype=None) -> Lif
     return fold(x, dims, keepdim, make)
 
 
+@lifts("linalg_vector_norm", "norm.ScalarOpt_dim", "norm.ScalarOpt_dim_dtype")
+def vector_norm(ctx: Context, x: Lifted, order=2, dim=None, keepdim=False, *, dtype=None) -> Lifted:
+    """(sum |x|^p)^(1/p); max |x| and min |x| for infinite p"""
+    order = 2.0 if order is None else float(order)
+
+    def make(axes: tuple[Axis, ...], body: Node) -> Node:
+        size = apply("abs", cast(body, ctx.dtype))
+        if math.isinf(order):
+            return reduce("max" if order > 0 else "min", axes, size)
+        if order == 1:
+            return reduce("sum", axes, size)
+        if order == 2:
+            return apply("sqrt", reduce("sum", axes, apply("mul", size, size)))
+        raise NotLiftable(f"a norm of order {order:g}")
+
+    return fold(x, _dims(dim, len(x.axes)), keepdim, make)
+
+
+@lifts("cross_entropy_loss")
+def cross_entropy(
+    ctx: Context, x: Lifted, target: Lifted, weight=None, reduction=1, ignore_index=-100, label_smoothing=0.0
+) -> Lifted:
+    """−log_softmax(x)[target], smoothed towards the mean over classes; a mean counts what is not ignored."""
+    if weight is not None or target.body.dtype.is_floating_point:
+        raise NotLiftable("cross-entropy with weights or with probabilities as target")
+    at = 1 if len(x.axes) > 1 else 0
+    rows = fresh_axes(tuple(a.extent for k, a in enumerate(x.axes) if k != at))
+    c = fresh_axis(x.axes[at].extent)
+
+    def scores(label: Node) -> Node:
+        i = list(positions(rows))
+        return cast(x.at((*i[:at], label, *i[at:])), torch.float32)
+
+    label = target.at(positions(rows))
+    counted = apply("ne", label, const(ignore_index))
+    safe = where(counted, label, const(0))
+    top = reduce("max", (c,), scores(index(c)))
+    lse = apply("add", top, apply("log", reduce("sum", (c,), apply("exp", apply("sub", scores(index(c)), top)))))
+    loss = apply("sub", lse, scores(safe))
+    if label_smoothing:
+        mean = apply("div", reduce("sum", (c,), scores(index(c))), cast(c.extent, torch.float32))
+        smooth = _mul(apply("sub", lse, mean), const(float(label_smoothing)))
+        loss = apply("add", _mul(loss, const(1.0 - label_smoothing)), smooth)
+    loss = where(counted, loss, const(0.0))
+    if reduction == 0 or not rows:
+        return Lifted(rows, cast(loss, ctx.dtype))
+    total = reduce("sum", rows, loss)
+    if reduction == 1:
+        total = apply("div", total, reduce("sum", rows, cast(counted, torch.float32)))
+    return Lifted((), cast(total, ctx.dtype))
+
+
 def _stable(body: Node, axes: tuple[Axis, ...]) -> tuple[Node, Node]:
     """(maximum over axes, exp of the difference to it)"""
     top = reduce("max", axes, body)

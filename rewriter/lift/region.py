@@ -63,8 +63,9 @@ def lift(traced: TracedModule) -> LiftResult:
 
 def _cut_all(traced, local, tags: Tags, names, first: int = 0, tentative: bool = False) -> list[Region]:
     cutter = _Cutter(traced, local, tags, names)
-    groups = _components(tags, cutter.reads_of)
-    return [cutter.cut(roots, f"chain_{first + k}", tentative) for k, roots in enumerate(groups)]
+    groups = [g for g in _components(tags, cutter.reads_of) if cutter.saves(g)]
+    cut = [cutter.cut(roots, f"chain_{first + k}", tentative) for k, roots in enumerate(groups)]
+    return [region for region in cut if region.outputs]  # else nothing reads what it computes
 
 
 def site_of(node: fx.Node) -> Site | None:
@@ -95,10 +96,10 @@ def _components(tags: Tags, reads_of) -> list[list[fx.Node]]:
     wide = set(tags.wide)
     for node in [*tags.wide, *tags.roots]:
         for source in reads_of(node):
-            if source in wide:
+            if source in wide and source not in tags.stored:
                 parent[find(node)] = find(source)
     groups: dict[fx.Node, list[fx.Node]] = {}
-    for root in tags.roots:
+    for root in [*tags.roots, *tags.written]:
         groups.setdefault(find(root), []).append(root)
     return list(groups.values())
 
@@ -123,10 +124,31 @@ class _Cutter:
         """The values a lifted node is computed from."""
         return [source for source, _ in sources(self.local[node].value, self.by_name)]
 
+    def saves(self, roots: list[fx.Node]) -> bool:
+        """Whether one kernel for the roots keeps something wide from being written: what they are computed from, or what an op
+        like `scaled_dot_product_attention` writes inside."""
+        held = [self.local[n].value.body for n in roots]
+        return any(n in self.tags.wide and n not in self.tags.written for r in roots for n in self._wide_below(r)) or any(
+            isinstance(n, Reduce) and n.depth > 1 for body in held for n in walk(body)
+        )
+
+    def _wide_below(self, root: fx.Node) -> set[fx.Node]:
+        """The values of the region that a root is computed from."""
+        found: set[fx.Node] = set()
+        todo = [root]
+        while todo:
+            for source in self.reads_of(todo.pop()):
+                if source not in found and source not in self.tags.stored and self.tags.has_both_sides(source):
+                    found.add(source)
+                    todo.append(source)
+        return found
+
     def cut(self, roots: list[fx.Node], name: str, tentative: bool) -> Region:
         self.origins, self.memo = {}, {}
         self.roots = set(roots)
-        outputs = _live_outputs(self._grown(roots), self.tags)
+        written = [n for n in roots if n in self.tags.written]
+        grown = self._grown([n for n in roots if n not in self.tags.written])
+        outputs = [*_live_outputs(grown, self.tags), *written]
         self.claimed = self._between(roots, outputs) | self.roots
         lifted = [(node, self._inlined(node)) for node in outputs]
         program = Program(name, tuple(self._output(n, v) for n, v in lifted), self.origins)
@@ -220,6 +242,8 @@ class _Cutter:
         """Whether a value read by the region is computed in it rather than loaded."""
         if source in self.claimed or self.tags.is_wide(source):
             return True
+        if source in self.tags.stored:
+            return False
         local = self.local[source].value if source in self.local else None
         if not isinstance(local, Lifted) or _reduces(local.body):
             return False

@@ -52,6 +52,7 @@ def load_source(source: Source, options: Options) -> Loaded:
         line=source.line_of(target.__name__),
         init_form=init.form,
         inputs_form=given.form,
+        package=source.package,
         notes=tuple(notes),
     )
 

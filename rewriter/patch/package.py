@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from rewriter.emit import KernelFile, render
+from rewriter.errors import RewriteError
 from rewriter.lift import Region
 from rewriter.patch.forward import ForwardPrinter, attribute_path
 from rewriter.patch.guards import guards_of
 from rewriter.patch.signature import signature_of
 from rewriter.patch.sizes import sizes_of
 from rewriter.trace import Dimension, TracedModule
+from rewriter.trace.sizes import UnknownSize
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,12 @@ def patch(
 ) -> Patched:
     """The text of `module.py`. Raises RewriteError where the forward cannot be written down."""
     signature = signature_of(traced)
-    sizes = sizes_of(traced, signature.leaves, broadcast)
-    printer = ForwardPrinter(traced, kernels, regions, signature.leaves, sizes)
-    forward = printer.print()
+    try:
+        sizes = sizes_of(traced, signature.leaves, broadcast)
+        printer = ForwardPrinter(traced, kernels, regions, signature.leaves, sizes)
+        forward, guards = printer.print(), guards_of(traced, signature, sizes, regions)
+    except UnknownSize as size:
+        raise RewriteError(f"forward depends on {size}, which can't be written down") from size
     is_module = isinstance(traced.module, nn.Module)
     name = type(traced.module).__name__ if is_module else traced.module.__name__
     text = render(
@@ -46,7 +51,7 @@ def patch(
         parameters=[
             attribute_path(a.path) for a in traced.attributes.values() if a.path not in traced.constants
         ],
-        guards=guards_of(traced, signature, sizes, regions),
+        guards=guards,
         lines=forward.lines,
         kernels=[k.name for k in {k.name: k for k in kernels}.values()],
         qualified=f"{type(traced.module).__qualname__}" if is_module else name,

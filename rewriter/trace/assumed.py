@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -19,7 +20,7 @@ def assumed(
     graph: fx.Graph,
     inputs: tuple[str | None, ...],
     parameters: dict[str, str],
-    bound: frozenset[Dimension],
+    bound: Mapping[Dimension, Site | None],
 ) -> tuple[Reason, ...]:
     """Sizes of inputs that are numbers in the kernels, and branches on sizes, with the user's line for each."""
     lines, names = _lines_by_number(graph), {}
@@ -29,15 +30,15 @@ def assumed(
         for d, size in enumerate(held.shape if name else ()):
             text, number = f"{parameters.get(name, name)}.shape[{d}]", size_node(size)
             if isinstance(number, Const):
-                out.append(_fixed(graph, text, number.value, (k, d) in bound, lines))
+                out.append(_fixed(graph, text, number.value, (k, d), bound, lines))
             elif isinstance(number, Param):
                 names.setdefault(number.name, text)
     return (*out, *_branches(graph, names))
 
 
-def _fixed(graph: fx.Graph, text: str, number: int, is_bound: bool, lines: dict[int, Site]) -> Reason:
-    if is_bound:
-        return Reason(f"{text} = {number}, kept whole by a kernel", lines.get(number))
+def _fixed(graph: fx.Graph, text: str, number: int, dimension: Dimension, bound, lines: dict[int, Site]) -> Reason:
+    if dimension in bound:
+        return Reason(f"{text} = {number}, kept whole by a kernel", lines.get(number) or bound[dimension])
     site = lines.get(number) or _first_use(graph, number)
     return Reason(f"{text} = {number}, fixed by the program", site)
 

@@ -6,14 +6,17 @@ user's code. Sizes are `Dim.AUTO` under `backed_size_oblivious`, or a batch of 1
 
 from __future__ import annotations
 
+import functools
 import inspect
 import io
 import itertools
 import logging
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Callable
 
 import sympy
@@ -23,12 +26,12 @@ from torch import fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from rewriter.errors import Reason, RewriteError
+from rewriter.errors import Reason, RewriteError, Site
 from rewriter.ir import Node, Param
 from rewriter.trace.assumed import assumed, conditions_of
 from rewriter.trace.ones import Dimension, enlarge, loose
 from rewriter.trace.sizes import shape_of
-from rewriter.trace.source import user_site
+from rewriter.trace.source import is_user_file, user_site
 
 
 @dataclass(frozen=True)
@@ -100,21 +103,29 @@ class _Function(nn.Module):
 
     def __init__(self, function: Callable):
         super().__init__()
-        self.function = function
 
-    def forward(self, *args, **kwargs):
-        return self.function(*args, **kwargs)
+        @functools.wraps(function)  # its parameters are asked for, and name the inputs
+        def forward(*args, **kwargs):
+            return function(*args, **kwargs)
+
+        self.forward = forward
 
 
 def capture(
-    module: Callable, args: tuple, kwargs: dict[str, Any], bound: frozenset[Dimension] = frozenset()
+    module: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    bound: Mapping[Dimension, Site | None] = MappingProxyType({}),
 ) -> TracedModule:
-    """Traces with every size symbolic but those `bound`, which a kernel keeps whole.
+    """Traces with every size symbolic but those `bound`, which a kernel keeps whole: each with the line that wants it.
 
     Raises RewriteError (code FAILED) with the user's line where the program does not trace."""
     traced_as = module if isinstance(module, nn.Module) else _Function(module)
-    enlarged = enlarge(traced_as, args, kwargs)
-    program = _export(traced_as, enlarged.args, enlarged.kwargs, bound | enlarged.kept)
+    try:
+        enlarged = enlarge(traced_as, args, kwargs)
+    except Exception as error:  # tensors without sizes: nested ones
+        raise _trace_error(error) from error
+    program = _export(traced_as, enlarged.args, enlarged.kwargs, enlarged.kept.union(bound))
     graph = program.graph_module.graph
     signature = program.graph_signature
     leaves, _ = pytree.tree_flatten((args, kwargs))
@@ -212,7 +223,7 @@ def _try_export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[
         return {d: Dim.STATIC if (k, d) in static else Dim.AUTO for d in range(leaf.dim())}
 
     named = _by_parameter(module, args, pytree.tree_map(dims, (args, kwargs)))
-    with _tracing(), _decided():
+    with _tracing(), _decided(), _every_frame():
         return torch.export.export(module, args, kwargs, dynamic_shapes=named, strict=False)
 
 
@@ -247,15 +258,29 @@ def _decided() -> Iterator[None]:
         torch.nn.functional.scaled_dot_product_attention = original
 
 
+@contextmanager
+def _every_frame() -> Iterator[None]:
+    """A node remembers all of the user's frames, not those of functions called `forward` alone."""
+
+    def users(tracer: Any, stack: traceback.StackSummary) -> traceback.StackSummary:
+        start = max(k for k, f in enumerate(stack) if (f.filename, f.name) == (__file__, _try_export.__name__))
+        inside = (f for f in stack[start:] if f.filename != __file__)
+        return traceback.StackSummary.from_list(
+            f for f in inside if f.name == "forward" or is_user_file(f.filename)
+        )
+
+    original = fx.proxy.TracerBase._filter_traceback_frames
+    fx.proxy.TracerBase._filter_traceback_frames = users
+    try:
+        yield
+    finally:
+        fx.proxy.TracerBase._filter_traceback_frames = original
+
+
 def _by_parameter(module: nn.Module, args: tuple, specs: tuple):
-    """`export` wants the shapes of keyword arguments by name and of a function's *args as one entry."""
+    """`export` wants the shapes by parameter: of `*args` and `**kwargs` as one entry each."""
     positional, keywords = specs
-    if isinstance(module, _Function):
-        return {"args": positional, "kwargs": keywords} if keywords else {"args": positional}
-    if not keywords:
-        return positional
-    names = list(inspect.signature(module.forward).parameters)
-    return {**dict(zip(names, positional)), **keywords}
+    return dict(inspect.signature(module.forward).bind(*positional, **keywords).arguments)
 
 
 @contextmanager
