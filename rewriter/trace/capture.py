@@ -32,6 +32,7 @@ from rewriter.trace.assumed import assumed, conditions_of
 from rewriter.trace.ones import Dimension, enlarge, loose
 from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import is_user_file, user_site
+from rewriter.trace.spelled import spelled
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ def _try_export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[
         return {d: Dim.STATIC if (k, d) in static else Dim.AUTO for d in range(leaf.dim())}
 
     named = _by_parameter(module, args, pytree.tree_map(dims, (args, kwargs)))
-    with _tracing(), _decided(), _every_frame():
+    with _tracing(), spelled(), _every_frame():
         return torch.export.export(module, args, kwargs, dynamic_shapes=named, strict=False)
 
 
@@ -238,24 +239,6 @@ def _tracing() -> Iterator[None]:
     ):
         warnings.simplefilter("ignore")
         yield
-
-
-@contextmanager
-def _decided() -> Iterator[None]:
-    """`is_causal=length > 1` is a branch of the program: decided while tracing, and guarded as any other.
-
-    The argument parser refuses a symbolic truth value before any tracing hook sees it, so the function itself is wrapped.
-    """
-    original = torch.nn.functional.scaled_dot_product_attention
-
-    def decided(*args, is_causal=False, **kwargs):
-        return original(*args, is_causal=bool(is_causal), **kwargs)
-
-    torch.nn.functional.scaled_dot_product_attention = decided
-    try:
-        yield
-    finally:
-        torch.nn.functional.scaled_dot_product_attention = original
 
 
 @contextmanager
