@@ -31,10 +31,12 @@ class Builder:
     """Collects definitions while reductions are replaced by `Ref`s, innermost dependence first.
 
     empty_is_zero: rows that see nothing but -inf give zeros, not eager's NaN.
+    taken: names that definitions must not have: those of tensors.
     """
 
     axes: Axes
     empty_is_zero: bool
+    taken: frozenset[str] = frozenset()
     definitions: list[Definition] = field(default_factory=list)
     known: dict[Node, Node] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -177,6 +179,8 @@ class Builder:
         if (body.free | predicate.free) - frozenset(axes) - {stream}:
             raise NotDerivable("a reduction over axes that no output has")
         name = f"{op}_{len(self.definitions)}"
+        while name in self.taken:
+            name = f"row_{name}"
         self.definitions.append(Definition(name, op, axes, stream, sweep, predicate, rest, shift, body))
         return self.definitions[-1].ref
 

@@ -11,7 +11,7 @@ from rewriter.emit.inner import INTO, NEUTRAL, Inner, precision
 from rewriter.emit.names import Names
 from rewriter.emit.origins import Origins
 from rewriter.emit.scope import Line, Scope
-from rewriter.ir import TRUE, Apply, Axis, Const, Index, Load, Node, Output, Ref, Where, walk
+from rewriter.ir import TRUE, Apply, Axis, Const, Index, Load, Node, Output, Where
 from rewriter.lift.rounding import has_fill
 from rewriter.plan import KernelPlan, Sweep
 
@@ -192,7 +192,11 @@ class Writer(Inner):
         axes = self.tile(definition.axes)
         stored = self._operand_dtype(values)
         value = self._tile_operand(values, self.tile(values.free), self.loop, stored)
-        code = f"{state} = tl.dot({weight.code}.to({TRITON_DTYPES[stored]}), {value}, {rescale}{precision(stored)})"
+        left, mode = f"{weight.code}.to({TRITON_DTYPES[stored]})", precision(stored)
+        if stored is torch.float16 and not _is_at_most_one(definition):
+            # fp16 overflows at 65504; tf32 rounds as fp16 does, and has the range of fp32.
+            left, value, mode = weight.code, f"{value}.to(tl.float32)", ', input_precision="tf32"'
+        code = f"{state} = tl.dot({left}, {value}, {rescale}{mode})"
         self.loop.lines.append(Line(code, self.shape(axes)))
 
     def _weight(self, definition: Definition, factors: list[Node]) -> Text:
@@ -317,6 +321,37 @@ class Writer(Inner):
         scope.lines.append(Line(f"tl.store({pointer}, {cast}{f', mask={mask}' if mask else ''})"))
 
 
+def _is_at_most_one(definition: Definition) -> bool:
+    """Whether weights are bounded: exponentials below a running maximum, or values of a bounded function."""
+    weights = [f for f in definition.rest if not any(isinstance(n, Load) for n in _factors(f))]
+    if definition.shift and definition.shift.mass:
+        return False
+    return bool(definition.shift or weights) and all(_is_bounded(f) for f in weights)
+
+
+def _factors(node: Node) -> list[Node]:
+    """What is multiplied in a value read from memory; nothing of what is computed otherwise."""
+    if isinstance(node, Apply) and node.op in ("mul", "cast"):
+        return [n for a in node.args for n in _factors(a)]
+    return [node]
+
+
+def _is_bounded(node: Node) -> bool:
+    """Whether |x| ≤ 1 is plain from the last operation."""
+    match node:
+        case Const():
+            return abs(node.value) <= 1
+        case Apply(op="sigmoid" | "tanh" | "erf" | "sin" | "cos" | "sign"):
+            return True
+        case Apply(op="cast"):
+            return node.args[0].dtype is torch.bool or _is_bounded(node.args[0])
+        case Apply(op="mul"):
+            return all(map(_is_bounded, node.args))
+        case Where():
+            return _is_bounded(node.then) and _is_bounded(node.other)
+    return False
+
+
 def _moments_first(definitions: tuple[Definition, ...]) -> list[Definition]:
     """A moment moves with the mass as it was: it is updated before its mass."""
     out = list(definitions)
@@ -324,6 +359,3 @@ def _moments_first(definitions: tuple[Definition, ...]) -> list[Definition]:
         out.remove(moment)
         out.insert(next(k for k, d in enumerate(out) if d.name == moment.shift.mass.name), moment)
     return out
-
-
-__all__ = ["Load", "Ref", "Where", "Writer", "walk"]

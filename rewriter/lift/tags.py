@@ -9,15 +9,17 @@ is a *root*: it is stored, so that its tags end there.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field
 
 from torch import fx
 
-from rewriter.ir import Axis, Load, Node, Reduce, open_reduce, walk
+from rewriter.ir import Axis, Const, Load, Node, Reduce, open_reduce, walk
 from rewriter.ir.integer import product, proves
 from rewriter.lift.local import LocalLift
 from rewriter.lift.values import Lifted
 
+SHORTEST = 4  # positions that are no long side
 Tag = tuple[int, str]
 Sides = tuple[frozenset[Axis], frozenset[Axis]]
 
@@ -172,9 +174,15 @@ def _outer_pair(axes: tuple[Axis, ...], reads, moving: set[fx.Node]) -> Sides | 
     live = [load for node, load in reads if node in moving]
     for first, second in itertools.combinations(live, 2):
         rows, stream = (first.free - second.free) & used, (second.free - first.free) & used
-        if rows and stream:
+        if rows and stream and not _is_short(rows) and not _is_short(stream):
             return rows, stream
     return None
+
+
+def _is_short(side: frozenset[Axis]) -> bool:
+    """A few fixed positions, like the coordinates of a point: nothing is wide by them."""
+    extents = [a.extent for a in side]
+    return all(isinstance(e, Const) for e in extents) and math.prod(e.value for e in extents) <= SHORTEST
 
 
 class _Weighed:
