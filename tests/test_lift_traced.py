@@ -210,7 +210,7 @@ def fed(graph: fx.Graph, args: tuple) -> dict:
 def captured(function, inputs):
     args = inputs(2, 5)
     return capture(
-        function, args, {}, frozenset((k, d) for k in range(len(args)) for d in STATIC[inputs])
+        function, args, {}, dict.fromkeys((k, d) for k in range(len(args)) for d in STATIC[inputs])
     )
 
 

@@ -111,11 +111,9 @@ def _cast(node: Apply, arg: Text) -> Text:
     if isinstance(node.args[0], Const):
         return arg
     target = "tl.float32" if node.dtype.is_floating_point else TRITON_DTYPES[node.dtype]
-    return (
-        Text(f"{arg.tight(ATOM)}.to({target})", arg.axes)
-        if arg.axes
-        else Text(f"({arg.code}).to({target})", ())
-    )
+    if arg.axes:
+        return Text(f"{arg.tight(ATOM)}.to({target})", arg.axes)
+    return Text(f"tl.cast({arg.code}, {target})")  # a size may be a number of Python's
 
 
 def _spelled(node: Apply, args: list[Text], axes: tuple[Axis, ...], helpers: set[str], half: bool) -> Text:

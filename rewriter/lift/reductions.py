@@ -11,7 +11,6 @@ from rewriter.ir import (
     Axis,
     Const,
     Node,
-    Param,
     apply,
     cast,
     const,
@@ -301,17 +300,8 @@ def scaled_dot_product_attention(
     kv_lead = [*lead[:-1], apply("floordiv", lead[-1], group)] if enable_gqa else lead
     query = broadcast_at(q, (*lead, m, index(d)))
     key = broadcast_at(k, (*kv_lead, index(n), index(d)))
-    if scale is None:
-        extent = q.axes[-1].extent
-        fixed = isinstance(extent, Const)
-        scale = (
-            const(1 / math.sqrt(extent.value), query.dtype)
-            if fixed
-            else Param(f"<{extent!r}**-0.5>", query.dtype)
-        )
-    else:
-        scale = const(float(scale), query.dtype)
-    s = _mul(reduce("sum", (d,), _mul(query, key)), scale)
+    factor = apply("rsqrt", cast(d.extent, torch.float32)) if scale is None else const(float(scale))
+    s = _mul(reduce("sum", (d,), _mul(query, key)), cast(factor, query.dtype))
     s = _masked(cast(s, torch.float32), attn_mask, is_causal, (*lead, m, index(n)))
     top, weight = _stable(s, (n,))
     value = broadcast_at(v, (*kv_lead, index(n), e))

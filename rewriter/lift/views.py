@@ -31,17 +31,27 @@ def view(ctx: Context, x: Lifted, *args, **kwargs) -> Lifted:
 def reshaped(old: tuple[Node, ...], new: tuple[Node, ...], indices: tuple[Node, ...]) -> list[Node]:
     """Indices into `old` for `indices` into `new`, both row-major: [b*H + h] -> [b, h] and back.
 
-    Dimensions are matched in the smallest groups of equal size, so most merges and splits stay exact."""
+    Dimensions are matched in the smallest groups of equal size, so most merges and splits stay exact. A view has as many
+    elements as it had before: what is left between groups from both ends is a group, too."""
+    head, i, j = _from_left(old, new, indices)
+    tail, p, q = _from_left(old[i:][::-1], new[j:][::-1], indices[j:][::-1], single=True)
+    middle = _regroup(old[i : len(old) - p], new[j : len(new) - q], indices[j : len(new) - q])
+    return [*head, *middle, *tail[::-1]]
+
+
+def _from_left(old, new, indices, single: bool = False) -> tuple[list[Node], int, int]:
+    """Indices into `old` for the groups found from the left, or for `single` dimensions, and how many dimensions of each
+    these are."""
     out: list[Node] = []
     i = j = 0
     while i < len(old) or j < len(new):
         left, right = [i], [j]
         while not proves("eq", product(old[i : left[-1] + 1]), product(new[j : right[-1] + 1])):
-            if not _grow(old, new, left, right):
-                raise NotLiftable("a view whose dimensions do not match in groups")
+            if single or not _grow(old, new, left, right):
+                return out, i, j
         out += _regroup(old[i : left[-1] + 1], new[j : right[-1] + 1], indices[j : right[-1] + 1])
-        i, j = left[-1] + 1, right[-1] + 1
-    return out
+        i, j = min(left[-1] + 1, len(old)), min(right[-1] + 1, len(new))
+    return out, i, j
 
 
 def _grow(old, new, left: list[int], right: list[int]) -> bool:

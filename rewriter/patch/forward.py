@@ -102,7 +102,7 @@ class ForwardPrinter:
 
     def _need(self, node: fx.Node) -> None:
         """Writes what a value needs, then the value, unless it is part of its only reader's statement."""
-        if node.op != "call_function" or isinstance(node.meta.get("val"), (torch.SymInt, int, bool)):
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
             return
         unit = self.units[node]
         if unit in self.done:

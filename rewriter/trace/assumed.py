@@ -14,7 +14,8 @@ from rewriter.ir import Const, Param
 from rewriter.trace import spelled
 from rewriter.trace.calls import call_name
 from rewriter.trace.ones import Dimension
-from rewriter.trace.sizes import relation_text, settled, size_node
+from rewriter.trace.equations import settled, settled_condition
+from rewriter.trace.sizes import relation_text, size_node
 from rewriter.trace.source import is_user_file, origin_of
 
 
@@ -48,7 +49,7 @@ def _fixed(graph: fx.Graph, text: str, number: int, dimension: Dimension, bound,
 def _branches(graph: fx.Graph, names: dict[str, str]) -> list[Reason]:
     """Conditions on sizes under which the program goes the way that was traced."""
     environment = _environment(graph)
-    held = [(environment.replace(guard), site) for guard, site in _user_guards(graph)]
+    held = [(settled_condition(guard, environment), site) for guard, site in _user_guards(graph)]
     return [
         Reason(f"{relation_text(guard, names)}: the branch that was traced", site)
         for guard, site in dict(held).items()
@@ -59,10 +60,11 @@ def _branches(graph: fx.Graph, names: dict[str, str]) -> list[Reason]:
 def conditions_of(graph: fx.Graph) -> tuple[sympy.Expr, ...]:
     """What must hold of the sizes for the traced branches to be the right ones."""
     environment = _environment(graph)
-    conditions = [environment.replace(g) for g, _ in _user_guards(graph)]
+    conditions = [g for g, _ in _user_guards(graph)]
     for node in graph.nodes:
         for size in _symbols(node.meta.get("val")):
             conditions += settled(size)[1]
+    conditions = [settled_condition(c, environment) for c in dict.fromkeys(conditions)]
     return tuple(dict.fromkeys(c for c in conditions if c.free_symbols))
 
 

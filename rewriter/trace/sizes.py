@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 
 import sympy
 import torch
+from sympy.printing.precedence import PRECEDENCE
 from torch.utils._sympy.printers import PythonPrinter
 
 from rewriter.errors import RewriteError
-from rewriter.ir import Const, Node, Param, apply
+from rewriter.ir import Const, Node, Param, apply, cast, const
+from rewriter.ir.ops import OPS
 from rewriter.ir.printer import show
+from rewriter.trace.equations import settled
 
 
 class UnknownSize(RewriteError):
@@ -42,11 +44,66 @@ def from_sympy(expr: sympy.Expr) -> Node:
     if expr.is_Pow and expr.exp.is_Integer and int(expr.exp) > 0:
         return _fold("mul", [from_sympy(expr.base)] * int(expr.exp))
     name = type(expr).__name__
+    above, below = expr.as_numer_denom() if expr.is_Mul else (expr, sympy.Integer(1))
+    if below != 1:  # a division that leaves nothing
+        return apply("floordiv", from_sympy(above), from_sympy(below))
     if name in _FOLDED:
         return _fold(_FOLDED[name], [from_sympy(a) for a in expr.args])
     if name in _OPS:
         return apply(_OPS[name], *map(from_sympy, expr.args))
     raise UnknownSize(f"a size of the form {expr}")
+
+
+def number_node(number: torch.SymFloat) -> Node:
+    """A number made from sizes as a node. Raises UnknownSize."""
+    return _number(settled(number)[0])
+
+
+_OF_NUMBERS = {"FloatPow": "pow", "FloatTrueDiv": "div", "IntTrueDiv": "div", "Add": "add", "Mul": "mul"}
+
+
+def _number(expr: sympy.Expr) -> Node:
+    """float(s) ** 0.5  →  pow(float32(s), 0.5)"""
+    name = type(expr).__name__
+    if expr.is_Float:
+        return const(float(expr))
+    if name == "ToFloat" or expr.is_integer:
+        return cast(from_sympy(expr.args[0] if name == "ToFloat" else expr), torch.float32)
+    if name in _OF_NUMBERS:
+        return _fold(_OF_NUMBERS[name], [_number(a) for a in expr.args])
+    if name.startswith("OpaqueUnaryFn_") and name.removeprefix("OpaqueUnaryFn_") in OPS:
+        return apply(name.removeprefix("OpaqueUnaryFn_"), _number(expr.args[0]))
+    raise UnknownSize(f"a number of the form {expr}")
+
+
+class _Numbers(PythonPrinter):
+    """Numbers made from sizes as people write them: `length**0.5`, not `torch.sym_float(length) ** 0.5000000000000000`."""
+
+    def _print_ToFloat(self, expr: sympy.Expr) -> str:
+        return self.parenthesize(expr.args[0], PRECEDENCE["Pow"] + 1)
+
+    def _print_Float(self, expr: sympy.Float) -> str:
+        return repr(float(expr))
+
+    def _print_FloatPow(self, expr: sympy.Expr) -> str:
+        base, power = (self.parenthesize(a, PRECEDENCE["Pow"] + 1) for a in expr.args)
+        return f"{base}**{power}"
+
+    def _print_OpaqueUnaryFn_sqrt(self, expr: sympy.Expr) -> str:
+        return f"{self.parenthesize(expr.args[0], PRECEDENCE['Pow'] + 1)}**0.5"
+
+
+def number_text(number: torch.SymFloat, names: dict[str, str]) -> str:
+    """A number made from sizes as Python, symbols by what `names` calls them. Raises UnknownSize."""
+    text = _Numbers().doprint(settled(number)[0])
+    if "math." in text:
+        raise UnknownSize(f"a number of the form {number}")
+    return renamed(text, names)
+
+
+def sizes_in(number: torch.SymFloat) -> tuple[Param, ...]:
+    """The sizes that a number is made from."""
+    return tuple(Param(s.name) for s in sorted(settled(number)[0].free_symbols, key=str))
 
 
 _RELATIONS = {"Equality": "==", "Unequality": "!="}
@@ -67,36 +124,6 @@ def relation_text(condition: sympy.Basic, names: dict[str, str]) -> str:
 def renamed(text: str, names: dict[str, str]) -> str:
     """Words replaced by what `names` calls them."""
     return re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m[0], m[0]), text)
-
-
-def settled(size: torch.SymInt) -> tuple[sympy.Expr, list[sympy.Expr]]:
-    """A size with what the program needs to be equal written as one, and the equations used for that.
-
-    A buffer's slice is as long as asked, or as the buffer: Min(128, s) → s, [Min(128, s) = s], where it is added to a
-    tensor of s."""
-    expr, used = size.node.expr, []
-    for old, new in _equations(size.node.shape_env):
-        if expr.has(old):
-            expr = expr.xreplace({old: new})
-            used.append(sympy.Eq(old, new, evaluate=False))
-    return expr, used
-
-
-@lru_cache(maxsize=4)
-def _equations(environment) -> tuple[tuple[sympy.Expr, sympy.Expr], ...]:
-    """(longer, shorter) sides of the equalities between sizes that torch asked for and could not solve for a symbol."""
-    found = [environment.replace(g.expr) for g in environment.guards if isinstance(g.expr, sympy.Eq)]
-    sides = [
-        sorted(equation.args, key=lambda side: (-sympy.count_ops(side), str(side)))
-        for equation in found
-        if isinstance(equation, sympy.Eq)
-    ]
-    return tuple(dict.fromkeys((old, new) for old, new in sides if _is_choice(old) and not new.is_number))
-
-
-def _is_choice(expr: sympy.Expr) -> bool:
-    """A size that is one of several, or a sum with such a one."""
-    return not expr.is_Mul and any(type(e).__name__ in ("Min", "Max") for e in sympy.preorder_traversal(expr))
 
 
 def _fold(op: str, nodes: list[Node]) -> Node:
