@@ -21,9 +21,11 @@ from rewriter.lift.local import LocalLift
 from rewriter.lift.values import Lifted
 from rewriter.trace import Dimension, TracedModule
 from rewriter.trace.calls import call_name
+from rewriter.trace.sizes import shape_of
 
 Carried = tuple[frozenset[Dimension], ...]  # per dimension of a value: it is 1 where all these input dimensions are
-ROWWISE = {"linear": 1, "layer_norm": 1, "rms_norm": 1}  # how many last dimensions an op mixes, row by row
+MIXED = {"linear": 1, "layer_norm": 1, "rms_norm": 1}  # ops that are not lifted: how many last dimensions they mix
+RESHAPES = ("view", "reshape", "_unsafe_view", "unflatten", "flatten")
 NONE: frozenset[Dimension] = frozenset()
 
 
@@ -59,7 +61,7 @@ def _follow(traced: TracedModule, local: dict[fx.Node, LocalLift], dims: frozens
         if node.op == "output":
             raise _Lost(_all(held))
         value = local[node].value if node in local else None
-        if call_name(node) in ROWWISE:
+        if call_name(node) in MIXED:
             out = _rowwise(node, held)
         elif isinstance(value, Lifted):
             out = _through(value, {a.name: c for a, c in held.items()})
@@ -89,18 +91,30 @@ def _all(held: dict[fx.Node, Carried]) -> frozenset[Dimension]:
 
 
 def _rowwise(node: fx.Node, held: dict[fx.Node, Carried]) -> Carried:
-    mixed = ROWWISE.get(call_name(node), 0)
-    first = held.get(node.args[0]) if node.args else None
-    if not mixed or first is None or len(held) > 1 or any(first[-mixed:]):
+    """Of an op that is not lifted: what its first dimensions carry, where it leaves them alone."""
+    first = held.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+    if first is None or len(held) > 1 or not torch.is_tensor(node.meta["val"]):
         raise _Lost(_all(held))
-    return first
+    kept = _kept(node)
+    if any(first[kept:]):
+        raise _Lost(_all(held))
+    return (*first[:kept], *(NONE for _ in range(node.meta["val"].dim() - kept)))
+
+
+def _kept(node: fx.Node) -> int:
+    """How many first dimensions an op passes through."""
+    old, new = shape_of(node.args[0].meta["val"]), shape_of(node.meta["val"])
+    if call_name(node) in RESHAPES:
+        return next((d for d, (a, b) in enumerate(zip(old, new)) if a is not b), min(len(old), len(new)))
+    return len(old) - MIXED.get(call_name(node), len(old))
 
 
 def _through(value: Lifted, held: dict[str, Carried]) -> Carried:
     """What each axis of a lifted value carries."""
     loads = [n for n in walk(value.body) if isinstance(n, Load)]
     for factor in _factors(value.body):
-        if dims := NONE.union(*held.get(factor.tensor.name, ())):
+        dims = NONE.union(*held.get(factor.tensor.name, ()))
+        if len({argument for argument, _ in dims}) == 1:
             raise _Lost(dims)
     for load in loads:
         for entry, dims in zip(load.index, held.get(load.tensor.name, ())):
@@ -128,7 +142,7 @@ def _along(axis: Axis, loads: list[Load], held: dict[str, Carried]) -> frozenset
 
 
 def _factors(body: Node) -> Iterator[Load]:
-    """Operands of contractions: sum_d q[m, d] * k[n, d]. Their batch is no mask's: it is left alone."""
+    """Operands of contractions: sum_d q[m, d] * k[n, d]. What is one argument's alone there is no mask: it is left as it is."""
     for reduce in (n for n in walk(body) if isinstance(n, Reduce) and n.op == "sum"):
         todo = [reduce.body]
         while todo:

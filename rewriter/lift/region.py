@@ -18,6 +18,8 @@ from rewriter.trace import Dimension, TracedModule
 from rewriter.trace.calls import VIEWS, call_name, value_inputs
 from rewriter.trace.source import origin_of, user_names
 
+LONGEST = 256  # nodes of a generated value that are computed again rather than loaded: more is a mask filled row by row
+
 
 @dataclass(frozen=True, eq=False)
 class Region:
@@ -132,6 +134,7 @@ class _Cutter:
         self.origins: dict[Node, Origin] = {}
         self.memo: dict[fx.Node, Lifted] = {}
         self.generated: dict[fx.Node, bool] = {}
+        self.unstored: dict[fx.Node, Lifted] = {}
 
     def reads_of(self, node: fx.Node) -> list[fx.Node]:
         """The values a lifted node is computed from."""
@@ -275,7 +278,14 @@ class _Cutter:
         return self.generated[source]
 
     def _unstored(self, source: fx.Node) -> Lifted:
-        """The value with every operand that is cheaper than stored written out."""
+        """The value with every operand that is cheaper than stored written out, unless that is long."""
+        if source not in self.unstored:
+            value = self._written_out(source)
+            is_long = sum(1 for _ in walk(value.body)) > LONGEST
+            self.unstored[source] = load_of(source) if is_long else value
+        return self.unstored[source]
+
+    def _written_out(self, source: fx.Node) -> Lifted:
         local = self.local[source].value if source in self.local else None
         if not isinstance(local, Lifted) or _reduces(local.body):
             return load_of(source)

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from rewriter.errors import RewriteError
-from rewriter.ir import Const, Reduce, walk
-from rewriter.ir.integer import proves
+from rewriter.ir import Const, Node, Param, Reduce, transform, walk
 from rewriter.lift import Region
 from rewriter.patch.signature import Signature
 from rewriter.patch.sizes import Place, Sizes
@@ -83,6 +82,11 @@ def _not_empty(regions: tuple[Region, ...], sizes: Sizes) -> list[Guard]:
     """What is reduced has an element: eager has rules of its own for nothing, which kernels do not follow."""
     bodies = [output.body for region in regions for output in region.program.outputs]
     reduces = [n for n in walk(*bodies) if isinstance(n, Reduce)]
-    extents = dict.fromkeys(a.extent for r in reduces for a in r.axes if not proves("lt", Const(0), a.extent))
+    extents = dict.fromkeys(a.extent for r in reduces for a in r.axes if _may_be_empty(a.extent))
     texts = [sizes.text(e) for e in extents]
     return [Guard(f"{text} > 0", f"{text} is not above 0") for text in texts]
+
+
+def _may_be_empty(extent: Node) -> bool:
+    least = transform(extent, lambda n: Const(0) if isinstance(n, Param) else n)
+    return not (isinstance(least, Const) and least.value > 0)

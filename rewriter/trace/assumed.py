@@ -11,6 +11,8 @@ from torch import fx
 
 from rewriter.errors import Reason, Site
 from rewriter.ir import Const, Param
+from rewriter.trace import spelled
+from rewriter.trace.calls import call_name
 from rewriter.trace.ones import Dimension
 from rewriter.trace.equations import settled, settled_condition
 from rewriter.trace.sizes import relation_text, size_node
@@ -73,19 +75,24 @@ def _environment(graph: fx.Graph):
     return first.node.shape_env if first is not None else None
 
 
-def _user_guards(graph: fx.Graph) -> list[tuple[sympy.Expr, Site]]:
+def _user_guards(graph: fx.Graph) -> list[tuple[sympy.Expr, Site | None]]:
     """Conditions on sizes that the user's own lines decided; torch's own are about speed, not meaning."""
     environment = _environment(graph)
     out = []
     for guard in environment.guards if environment else ():
         frame = guard.sloc.framework_loc
         file = getattr(frame, "filename", "<")
-        if is_user_file(file) or file.endswith(_SPELLED):
-            out.append((guard.expr, Site(frame.filename, frame.lineno)))
+        if is_user_file(file):
+            out.append((guard.expr, Site(file, frame.lineno)))
+        elif file == spelled.__file__:
+            out.append((guard.expr, _site_of_call(graph, "scaled_dot_product_attention")))
     return out
 
 
-_SPELLED = "/trace/spelled.py"  # stands for the user's call there
+def _site_of_call(graph: fx.Graph, name: str) -> Site | None:
+    """The user's first call of an op."""
+    origins = (origin_of(n) for n in graph.nodes if n.op == "call_function" and call_name(n) == name)
+    return next((Site(o.file, o.line) for o in origins if o.file), None)
 
 
 def _lines_by_number(graph: fx.Graph) -> dict[int, Site]:
@@ -101,7 +108,7 @@ def _lines_by_number(graph: fx.Graph) -> dict[int, Site]:
 
 
 def _first_use(graph: fx.Graph, number: int) -> Site | None:
-    """The user's first call that is given a number."""
+    """The user's first call that is given a number, or a parameter or buffer of that size."""
     using = (n for n in graph.nodes if n.op == "call_function" and number > 1 and number in _numbers(n))
     origins = (origin_of(n) for n in using)
     return next((Site(o.file, o.line) for o in origins if o.file), None)

@@ -25,6 +25,7 @@ import torch
 import torch.fx.experimental._config as symbolic_config
 from torch import fx, nn
 from torch.export import Dim
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import Reason, RewriteError, Site
@@ -34,6 +35,7 @@ from rewriter.trace.assumed import assumed, conditions_of
 from rewriter.trace.ones import Dimension, enlarge, loose
 from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import is_user_file, user_site
+from rewriter.trace.spelled import spelled
 
 
 MODULE_SLOTS = frozenset(vars(nn.Module()))  # parameters, buffers, hooks: not the user's own
@@ -296,14 +298,18 @@ def _try_export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[
         return {d: Dim.STATIC if (k, d) in static else Dim.AUTO for d in range(leaf.dim())}
 
     named = _by_parameter(module, args, pytree.tree_map(dims, (args, kwargs)))
-    with _tracing(), _decided(), _every_frame():
+    with _tracing(), spelled(), _every_frame():
         return torch.export.export(module, args, kwargs, dynamic_shapes=named, strict=False)
 
 
 @contextmanager
 def _tracing() -> Iterator[None]:
-    """Sizes are never assumed to be what they are in the example, where torch can do without; nothing is printed."""
+    """Sizes are never assumed to be what they are in the example, where torch can do without; nothing is printed.
+
+    Choosing among the kernels of `scaled_dot_product_attention` would ask for sizes: it is kept whole anyway.
+    """
     with (
+        sdpa_kernel(SDPBackend.MATH),
         symbolic_config.patch(backed_size_oblivious=True),
         warnings.catch_warnings(),
         torch.no_grad(),
@@ -311,24 +317,6 @@ def _tracing() -> Iterator[None]:
     ):
         warnings.simplefilter("ignore")
         yield
-
-
-@contextmanager
-def _decided() -> Iterator[None]:
-    """`is_causal=length > 1` is a branch of the program: decided while tracing, and guarded as any other.
-
-    The argument parser refuses a symbolic truth value before any tracing hook sees it, so the function itself is wrapped.
-    """
-    original = torch.nn.functional.scaled_dot_product_attention
-
-    def decided(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
-        return original(query, key, value, attn_mask, dropout_p, bool(is_causal), **kwargs)
-
-    torch.nn.functional.scaled_dot_product_attention = decided
-    try:
-        yield
-    finally:
-        torch.nn.functional.scaled_dot_product_attention = original
 
 
 @contextmanager

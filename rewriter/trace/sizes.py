@@ -44,7 +44,7 @@ def from_sympy(expr: sympy.Expr) -> Node:
     if expr.is_Pow and expr.exp.is_Integer and int(expr.exp) > 0:
         return _fold("mul", [from_sympy(expr.base)] * int(expr.exp))
     name = type(expr).__name__
-    above, below = expr.as_numer_denom() if expr.is_Mul else (expr, sympy.Integer(1))
+    above, below = expr.as_numer_denom() if expr.is_Mul or expr.is_Add else (expr, sympy.Integer(1))
     if below != 1:  # a division that leaves nothing
         return apply("floordiv", from_sympy(above), from_sympy(below))
     if name in _FOLDED:
