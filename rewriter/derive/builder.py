@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from rewriter.derive.axes import Axes
 from rewriter.derive.chain import Definition, Shift
 from rewriter.derive.factors import is_running
 from rewriter.derive.forms import Form, NotDerivable
 from rewriter.ir import (
     TRUE,
+    Apply,
     Axis,
-    Index,
     Load,
     Node,
     Reduce,
@@ -199,17 +197,20 @@ def is_leaf(node: Reduce) -> bool:
 
 
 def is_wide(node: Node, stream: Axis) -> bool:
-    """Whether a value varies along the stream and along rows that what is streamed does not have: a score inside pairs them."""
-    return any(_pairs(n, stream) & node.free for n in walk(node) if _is_score(n) and stream in n.free)
+    """Whether a value varies along the stream and along rows: two axes that scores inside pair, with each other or with a third."""
+    paired = frozenset().union(*(_paired(_parts(n)) for n in walk(node)))
+    return stream in paired and len(paired & node.free) > 1
 
 
-def _is_score(node: Node) -> bool:
-    """A contraction of what is loaded, or a predicate."""
-    return node.dtype is torch.bool or (isinstance(node, Reduce) and node.depth == 1)
+def _parts(node: Node) -> list[frozenset[Axis]]:
+    """The axes of what a score is made of: of the operands of a contraction, or of the two sides of a comparison."""
+    if isinstance(node, Reduce) and node.depth == 1:
+        return [n.free for n in walk(node) if isinstance(n, Load)]
+    if isinstance(node, Apply) and node.op in ("lt", "le", "eq", "ne"):
+        return [a.free for a in node.args]
+    return []
 
 
-def _pairs(node: Node, stream: Axis) -> frozenset[Axis]:
-    """Axes that something without the stream has and something with it lacks."""
-    parts = [n.free for n in walk(node) if isinstance(n, (Load, Index))]
-    streamed = [free for free in parts if stream in free]
-    return frozenset().union(*(b - a for a in streamed for b in parts if stream not in b))
+def _paired(parts: list[frozenset[Axis]]) -> frozenset[Axis]:
+    """Axes that one part has and another lacks, which has one that the first lacks."""
+    return frozenset().union(*(a - b for a in parts for b in parts if b - a))
