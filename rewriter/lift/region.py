@@ -60,7 +60,8 @@ def lift(traced: TracedModule) -> LiftResult:
 def _cut_all(traced, local, tags: Tags, names, first: int = 0, tentative: bool = False) -> list[Region]:
     cutter = _Cutter(traced, local, tags, names)
     groups = _components(tags, cutter.reads_of)
-    return [cutter.cut(roots, f"chain_{first + k}", tentative) for k, roots in enumerate(groups)]
+    cut = [cutter.cut(roots, f"chain_{first + k}", tentative) for k, roots in enumerate(groups)]
+    return [region for region in cut if region]
 
 
 def site_of(node: fx.Node) -> Site | None:
@@ -118,10 +119,13 @@ class _Cutter:
         """The values a lifted node is computed from."""
         return [source for source, _ in sources(self.local[node].value, self.by_name)]
 
-    def cut(self, roots: list[fx.Node], name: str, tentative: bool) -> Region:
+    def cut(self, roots: list[fx.Node], name: str, tentative: bool) -> Region | None:
+        """None where nothing outside reads what the roots lead to, save what is written anyway."""
         self.origins, self.memo = {}, {}
         self.roots = set(roots)
         outputs = _live_outputs(self._grown(roots), self.tags)
+        if not outputs:
+            return None
         self.claimed = self._between(roots, outputs) | self.roots
         lifted = [(node, self._inlined(node)) for node in outputs]
         program = Program(name, tuple(self._output(n, v) for n, v in lifted), self.origins)
