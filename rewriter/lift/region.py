@@ -68,7 +68,7 @@ def _cut_all(traced, local, tags: Tags, names, first: int = 0, tentative: bool =
     if tentative:  # a dense layer that is written anyway, normalised, is better computed once
         groups = [g for g in groups if set(g) - set(tags.written)]
     cut = [cutter.cut(roots, f"chain_{first + k}", tentative) for k, roots in enumerate(groups)]
-    return [region for region in cut if region.outputs]  # else nothing reads what it computes
+    return [region for region in cut if region]
 
 
 def site_of(node: fx.Node) -> Site | None:
@@ -159,13 +159,16 @@ class _Cutter:
                     todo.append(source)
         return found
 
-    def cut(self, roots: list[fx.Node], name: str, tentative: bool) -> Region:
+    def cut(self, roots: list[fx.Node], name: str, tentative: bool) -> Region | None:
+        """None where nothing outside reads what the roots lead to."""
         self.origins, self.memo = {}, {}
         self.roots = set(roots)
         written = [n for n in roots if n in self.tags.written]
         grown = self._grown([n for n in roots if n not in self.tags.written])
         wide = set().union(*(self._wide_below(r) for r in roots))
         outputs = [*_live_outputs(grown, wide), *written]
+        if not outputs:
+            return None
         self.claimed = self._between(roots, outputs) | self.roots
         lifted = [(node, self._inlined(node)) for node in outputs]
         program = Program(name, tuple(self._output(n, v) for n, v in lifted), self.origins)
