@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 
 from rewriter.errors import RewriteError, Site
 from rewriter.ir import Const, Param
+from rewriter.trace.effects import effects, unchanged
 from rewriter.trace.ones import Dimension, enlarge
 from rewriter.trace.sizes import decided, shape_of
 from rewriter.trace.source import is_user_file, origin_of, user_site
@@ -126,6 +127,8 @@ def capture(
     traced_as = module if isinstance(module, nn.Module) else _Function(module)
     args, kwargs = _apart(args, _in_order(traced_as, kwargs))
     traced_as = _with_every_parameter(traced_as, kwargs)
+    if kept := effects(traced_as, args, kwargs):
+        raise RewriteError(f"forward sets {', '.join(f'self.{name}' for name in kept)}: it stays as it is")
     program = _export(traced_as, args, kwargs, bound)
     graph = program.graph_module.graph
     signature = program.graph_signature
@@ -273,7 +276,7 @@ def _try_export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[
         _quiet(),
     ):
         warnings.simplefilter("ignore")
-        with _decided(), _every_frame():
+        with _decided(), _every_frame(), unchanged(module):
             return torch.export.export(module, args, kwargs, dynamic_shapes=named, strict=False)
 
 

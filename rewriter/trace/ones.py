@@ -10,8 +10,11 @@ import logging
 from typing import Any, Callable
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+
+from rewriter.trace.effects import unchanged
 
 Dimension = tuple[int, int]  # (which leaf of the arguments, which of its dimensions)
 CANDIDATES = (7, 5, 3, 2)
@@ -19,7 +22,7 @@ LARGE = 1 << 22  # elements from which inputs are enlarged by as little as possi
 
 
 def enlarge(
-    module: Callable, args: tuple, kwargs: dict[str, Any]
+    module: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict, frozenset[Dimension]]:
     """(args, kwargs) with the sizes of 1 that may vary enlarged, and the dimensions that must stay 1."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -68,11 +71,11 @@ def _grown(leaves: list, dims: frozenset[Dimension], size: int) -> list:
     return out
 
 
-def _runs(module: Callable, args: tuple, kwargs: dict) -> bool:
+def _runs(module: nn.Module, args: tuple, kwargs: dict) -> bool:
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # fake tensors log every failure at length
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        with unchanged(module), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
             fake = pytree.tree_map(lambda t: mode.from_tensor(t) if torch.is_tensor(t) else t, (args, kwargs))
             module(*fake[0], **fake[1])
         return True
