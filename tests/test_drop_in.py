@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import shutil
 import sys
+from collections import OrderedDict, namedtuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,9 +24,11 @@ from library_programs import (
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves, tree_structure
 
 from rewriter import rewrite
 from rewriter.api import import_package
+from rewriter.errors import RewriteError
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +115,48 @@ def test_dtype_casts_a_copy(tmp_path):
     assert {
         str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.[pmj]*") if p.suffix != ".pyc"
     } == set(result.sources)
+
+
+# --- what it returns
+
+
+class Pair(NamedTuple):
+    weighted: torch.Tensor
+    given: torch.Tensor
+    name: str = "pair"
+
+
+class Paired(nn.Module):
+    def forward(self, q, k, v):
+        return Pair(torch.softmax(q @ k.mT, -1) @ v, q)
+
+
+def several(q, k, v):
+    weighted = torch.softmax(q @ k.mT, -1) @ v
+    return OrderedDict(a=[weighted, {"b": (q, None)}], best=weighted.max(-1), top=Pair(weighted, v), n=float("inf"))
+
+
+@pytest.mark.parametrize("program", [several, Paired()])
+def test_what_is_returned_is_of_the_users_classes(program):
+    args = tensors(2, 9, 16)
+    rewritten = rewrite(program, args).module
+    with said(kernels=1):
+        out = rewritten(*args)
+    expected = program(*args)
+    assert tree_structure(out) == tree_structure(expected) and type(out) is type(expected)
+    compiled = torch.compile(rewritten, backend="eager", fullgraph=True)(*args)
+    for found in (out, compiled):
+        for mine, theirs in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+            assert mine == theirs if not torch.is_tensor(theirs) else close(mine, theirs) is None
+
+
+def test_a_class_without_a_name_is_refused():
+    def local(q, k, v):
+        return kind(torch.softmax(q @ k.mT, -1) @ v)
+
+    kind = namedtuple("kind", "x")
+    with pytest.raises(RewriteError, match="returns a kind, which its file has no name for"):
+        rewrite(local, tensors(2, 9, 16))
 
 
 # --- torch.library

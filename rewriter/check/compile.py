@@ -176,6 +176,7 @@ class _Worker:
         self._limit_s = limit_s
         self._process: subprocess.Popen[str] | None = None
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed on exit)
+        self._cache = tempfile.TemporaryDirectory(prefix="flashlight_triton_")
 
     def __enter__(self) -> _Worker:
         return self
@@ -183,6 +184,7 @@ class _Worker:
     def __exit__(self, *_: object) -> None:
         self._stop()
         self._log.close()
+        self._cache.cleanup()
 
     def compile(self, request: CompileRequest) -> CompileResult:
         said = self._log_size()
@@ -205,7 +207,9 @@ class _Worker:
         return json.loads(answer) if answer else None
 
     def _start(self) -> subprocess.Popen[str]:
-        env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        # A cache of its own: we write nowhere but in OUT.
+        env = {"TRITON_CACHE_DIR": self._cache.name}
+        env |= {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         # -P: a module beside the worker must not stand in for one that Triton imports.
         command = [sys.executable, "-P", str(_WORKER), str(self._limit_s)]
         pipe = subprocess.PIPE

@@ -134,7 +134,7 @@ def _asked(folder: Path, request: Request) -> Result:
     with open(folder / "log", "w+") as log:
         command = [sys.executable, "-P", "-m", "rewriter.check.worker", str(folder)]
         code = subprocess.run(
-            command, env=_environment(request), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            command, env=_environment(request, folder), stdin=subprocess.DEVNULL, stdout=log, stderr=log
         ).returncode
         log.seek(0)
         said = [line for line in log.read().splitlines() if line.strip()]
@@ -148,9 +148,10 @@ def _asked(folder: Path, request: Request) -> Result:
     return Result(**fields)
 
 
-def _environment(request: Request) -> dict[str, str]:
-    """The caller's, with Triton's interpreter switched on or off, and this rewriter to import."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def _environment(request: Request, folder: Path) -> dict[str, str]:
+    """The caller's, with Triton's interpreter switched on or off, its cache in `folder`, and this rewriter to import."""
+    environment = {"TRITON_CACHE_DIR": str(folder / "triton")}
+    environment |= {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if request.device == "cpu":
         environment["TRITON_INTERPRET"] = "1"
     paths = [str(_ROOT), *filter(None, [environment.get("PYTHONPATH")])]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from rewriter.emit import KernelFile
 from rewriter.emit.torch_text import TorchPrinter, Variables
 from rewriter.errors import RewriteError
 from rewriter.ir import Param
+from rewriter.patch.literal import Text, is_plain, literal
+from rewriter.patch.scope import name_in, scope_of
 from rewriter.patch.sizes import Sizes
-from rewriter.patch.literal import Text
 from rewriter.patch.units import Unit, units_of
 from rewriter.trace import TracedModule
 from rewriter.trace.source import statement_key, user_names
@@ -21,10 +25,14 @@ from rewriter.trace.source import statement_key, user_names
 
 @dataclass(frozen=True)
 class Forward:
-    """`lines` end in the return statement; `called` are the submodules, by path, that they call as they are."""
+    """`lines` end in the return statement; `called` are the submodules, by path, that they call as they are.
+
+    `classes` are those of the user's that it returns: how the lines name them, and what the user's file calls them.
+    """
 
     lines: tuple[str, ...]
     called: frozenset[str]
+    classes: dict[str, str]
 
 
 class ForwardPrinter:
@@ -47,6 +55,7 @@ class ForwardPrinter:
         self.sources = sizes.sources
         self.lines: list[str] = []
         self.called: set[str] = set()
+        self.classes: dict[str, str] = {}
         self.done: set[Unit] = set()
         self.busy: set[Unit] = set()
         first = next((t for t in leaf_text.values()), "self")
@@ -63,10 +72,10 @@ class ForwardPrinter:
             self._need(node)
         result, assigned = self._results(output)
         paths = map(attribute_path, self.traced.assigned)
-        self.lines += [f"{path} = {value!r}" for path, value in zip(paths, assigned)]
+        self.lines += [f"{path} = {self._container(value)}" for path, value in zip(paths, assigned)]
         sizes = [f"{name} = {self.sources[p]}" for p, name in self.sizes.items()]
-        lines = (*sizes, *self.expanded, *self.lines, f"return {result!r}")
-        return Forward(lines, frozenset(self.called))
+        lines = (*sizes, *self.expanded, *self.lines, f"return {self._container(result)}")
+        return Forward(lines, frozenset(self.called), self.classes)
 
     def _expanded(self, name: str, text: str, sizes: Sizes) -> list[str]:
         """An argument with dimensions that may be 1, expanded to what the kernels take."""
@@ -160,10 +169,43 @@ class ForwardPrinter:
         leaves = [Text(self.printer.value(v)) for v in pytree.tree_leaves(output.args[0])]
         return pytree.tree_unflatten(leaves, self.traced.out_spec)
 
+    def _container(self, value: Any) -> str:
+        """What forward returns, its tensors being texts. Raises RewriteError for classes that can't be written."""
+        if is_plain(value) or isinstance(value, Text):
+            return literal(value)
+        if type(value) is dict:
+            return "{" + ", ".join(f"{name!r}: {self._container(v)}" for name, v in value.items()) + "}"
+        if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+            inner = ", ".join(map(self._container, value))
+            text = f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
+            kind = type(value)
+            return text if kind in (list, tuple) else f"{kind.__module__}.{kind.__name__}({text})"
+        items = ", ".join(f"{name}={self._container(item)}" for name, item in _fields(value).items())
+        return f"{self._class(type(value))}({items})"
+
+    def _class(self, kind: type) -> str:
+        scope = scope_of(self.traced.module)
+        name = name_in(scope, kind)
+        if not name:
+            raise RewriteError(f"forward returns a {kind.__qualname__}, which its file has no name for")
+        alias = f"{kind.__name__}" if not isinstance(self.traced.module, nn.Module) else f"self._{kind.__name__}"
+        self.classes[alias] = name
+        return alias
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """The parts of a named tuple, a dataclass or a sort of dict. Raises RewriteError for anything else."""
+    if isinstance(value, dict):
+        return dict(value)
+    names = getattr(value, "_fields", None)
+    if names is None and dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value) if field.init]
+    if names is None:
+        raise RewriteError(f"forward returns a {type(value).__name__}, which can't be written down")
+    return {name: getattr(value, name) for name in names}
+
 
 def _roots(leaf_text: dict[str, str]) -> set[str]:
-    import re
-
     return {re.match(r"\w+", t)[0] for t in leaf_text.values()}
 
 

@@ -15,6 +15,7 @@ from rewriter.patch import digest
 from rewriter.patch.digest import code_digest
 from rewriter.patch.forward import ForwardPrinter
 from rewriter.patch.guards import guards_of
+from rewriter.patch.scope import undefined_names
 from rewriter.patch.signature import signature_of
 from rewriter.patch.sizes import sizes_of
 from rewriter.patch.state import own_tensors, parts_of, ties
@@ -60,9 +61,12 @@ def patch(
         ties=ties(traced),
         guards=guards,
         lines=forward.lines,
+        classes=forward.classes,
         kernels=[k.name for k in {k.name: k for k in kernels}.values()],
         qualified=program.__qualname__,
         digest=code_digest(program),
         digest_code=inspect.getsource(digest).split("import inspect\n", 1)[1].strip(),
     )
+    if missing := undefined_names(text):
+        raise RewriteError(f"the new forward would need {', '.join(sorted(missing))}")
     return Patched(name, text)
