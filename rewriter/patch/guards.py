@@ -61,7 +61,8 @@ def _literal(value: object) -> str:
 
 def guards_of(traced: TracedModule, signature: Signature, called: frozenset[str]) -> tuple[Guard, ...]:
     """Arguments, training mode, hooks, attributes that are not there, dtypes, ranks and sizes that tracing assumed."""
-    out = [Guard(_same(text, value), f"{text} is not {value!r}") for text, value in signature.constants]
+    out = [_container(text, value) for text, value in signature.containers]
+    out += [Guard(_same(text, value), f"{text} is not {value!r}") for text, value in signature.constants]
     if isinstance(traced.module, nn.Module):
         training = traced.module.training
         out.append(
@@ -75,6 +76,7 @@ def guards_of(traced: TracedModule, signature: Signature, called: frozenset[str]
     first: dict[Node, str] = {}
     for name, text in signature.leaves.items():
         out += _tensor_guards(traced.placeholders[name].meta["val"], text, first)
+    out += _autocast(traced, signature)
     out += _conditions(traced, first)
     return tuple(out)
 
@@ -102,6 +104,25 @@ def _absent(path: str) -> Guard:
     owner, _, name = path.rpartition(".")
     text = attribute_path(owner) if owner else "self"
     return Guard(f"not hasattr({text}, {name!r})", f"{text} has {name!r}")
+
+
+def _autocast(traced: TracedModule, signature: Signature) -> list[Guard]:
+    """What forward casts by itself depends on the device: tracing wrote that of its own device down."""
+    out = []
+    for name, text in list(signature.leaves.items())[:1]:
+        here = traced.placeholders[name].meta["val"].device.type
+        for device in sorted(traced.autocast):
+            relation = "==" if device == here else "!="
+            out.append(Guard(f'{text}.device.type {relation} "{device}"', f"it autocasts on {device} and was traced on {here}"))
+    return out
+
+
+def _container(text: str, value: object) -> Guard:
+    kind = type(value).__name__
+    if isinstance(value, dict):
+        keys = ", ".join(map(repr, value)) if value else "*()"
+        return Guard(f"type({text}).__name__ == {kind!r} and {text}.keys() == {{{keys}}}", f"{text} is no {kind} of {keys}")
+    return Guard(f"type({text}).__name__ == {kind!r} and len({text}) == {len(value)}", f"{text} is no {kind} of {len(value)}")
 
 
 def _same(text: str, value: object) -> str:

@@ -16,11 +16,13 @@ from rewriter.trace import TracedModule
 
 @dataclass(frozen=True)
 class Signature:
-    """`text` is the parameter list; `leaves` maps placeholders to expressions; `constants` are arguments that must not change."""
+    """`text` is the parameter list; `leaves` maps placeholders to expressions; `constants` are arguments that must not change, and
+    `containers` those that must hold as many."""
 
     text: str
     leaves: dict[str, str]
     constants: tuple[tuple[str, Any], ...]
+    containers: tuple[tuple[str, Any], ...]
     forwarded: str
 
 
@@ -40,20 +42,25 @@ def signature_of(traced: TracedModule) -> Signature:
         for p in signature.parameters.values()
         if p.name not in bound.arguments and p.default is not inspect.Parameter.empty
     )
-    return Signature(_parameters(signature), tensors, constants, _forwarded(signature))
+    containers = tuple(c for name, value in bound.arguments.items() for c in _containers(name, value))
+    return Signature(_parameters(signature), tensors, constants, containers, _forwarded(signature))
 
 
 def _paths(signature: inspect.Signature, bound: inspect.BoundArguments) -> list[tuple[str, Any]]:
     """(expression, value) of every leaf in the order the tracer flattens arguments."""
     out: list[tuple[str, Any]] = []
     for name, value in bound.arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            for key, item in value.items():
-                out += _leaves(f"{name}[{key!r}]", item)
-        else:
-            out += _leaves(name, value)
+        out += _leaves(name, value)
     return out
+
+
+def _containers(text: str, value: Any) -> list[tuple[str, Any]]:
+    """(expression, container) of an argument and what is in it, outermost first."""
+    children = pytree.tree_flatten_with_path(value, is_leaf=lambda v: v is not value)[0]
+    if not children or children[0][0] == ():
+        return [] if children else [(text, value)]
+    inner = [c for path, child in children for c in _containers(text + pytree.keystr(path), child)]
+    return [(text, value), *inner]
 
 
 def _leaves(text: str, value: Any) -> list[tuple[str, Any]]:

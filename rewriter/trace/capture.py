@@ -6,15 +6,10 @@ user's code. Sizes are `Dim.AUTO` under `backed_size_oblivious`, or a batch of 1
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import io
 import itertools
-import logging
+import linecache
 import operator
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Callable
 
@@ -22,14 +17,17 @@ import sympy
 import torch
 import torch.fx.experimental._config as symbolic_config
 from torch import fx, nn
+from torch._ops import HigherOrderOperator
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import Reason, RewriteError, Site
 from rewriter.ir import Param
 from rewriter.trace.attributes import Attributes, watched
+from rewriter.trace.contexts import autocasts, decided, quiet
 from rewriter.trace.ones import Dimension, enlarge
-from rewriter.trace.sizes import decided, shape_of
+from rewriter.trace.sizes import decided as decided_size
+from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import is_user_file, user_site
 
 
@@ -49,7 +47,7 @@ class TracedModule:
 
     `inputs` names the placeholder of each flattened argument (None for what is no tensor); `attributes` says which
     placeholders are the module's own; `fixed` lists the input sizes that tracing turned into numbers. `out_spec` is that of
-    (what forward returns, what it assigned); `state` tells what it read and assigned.
+    (what forward returns, what it assigned); `state` tells what it read and assigned, `autocast` the device types it autocasts on.
     """
 
     module: Callable
@@ -60,6 +58,7 @@ class TracedModule:
     attributes: dict[str, Attribute]
     out_spec: pytree.TreeSpec
     state: Attributes
+    autocast: frozenset[str]
     fixed: tuple[Reason, ...]
     conditions: tuple[sympy.Expr, ...]
 
@@ -105,7 +104,7 @@ def capture(
 
     Raises RewriteError (code FAILED) with the user's line where the program does not trace."""
     traced_as = module if isinstance(module, nn.Module) else _Function(module)
-    with watched(traced_as) as state:
+    with watched(traced_as) as state, autocasts() as autocast:
         program = _export(traced_as, args, kwargs, bound)
     graph = program.graph_module.graph
     _drop_unread(graph)
@@ -132,6 +131,7 @@ def capture(
         attributes,
         program.call_spec.out_spec,
         state,
+        frozenset(autocast),
         _fixed_sizes(graph, inputs, leaves, bound),
         _conditions(graph),
     )
@@ -160,7 +160,8 @@ def _refuse_mutation(signature) -> None:
 
 
 def _export(module: nn.Module, args: tuple, kwargs: dict, bound: frozenset[Dimension]):
-    """Exports with every size symbolic that the program leaves free, and in-place ops made functional."""
+    """Exports with every size symbolic that the program leaves free, in-place ops made functional, and what wraps parts of it
+    (autocast, modes of gradients, vmap) written out."""
     grown_args, grown_kwargs, ones = enlarge(module, args, kwargs)
     try:
         program = _try_export(module, grown_args, grown_kwargs, bound | ones)
@@ -168,16 +169,27 @@ def _export(module: nn.Module, args: tuple, kwargs: dict, bound: frozenset[Dimen
         raise
     except Exception as error:
         program = _export_piecewise(module, grown_args, grown_kwargs, bound | ones, error)
-    if any(_is_inplace(n) for n in program.graph.nodes):
-        with _quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = program.run_decompositions({})
+    if any(_is_inplace(n) or _wraps(n) for n in program.graph.nodes):
+        program = _without_wrappers(program)
     return program
+
+
+def _without_wrappers(program):
+    try:
+        with quiet():
+            return program.run_decompositions({})
+    except Exception as error:
+        raise _trace_error(error) from error
 
 
 def _is_inplace(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
+
+
+def _wraps(node: fx.Node) -> bool:
+    """A call that holds or marks a part of the program."""
+    return isinstance(node.target, HigherOrderOperator) or getattr(node.target, "__module__", "").startswith("torch._functorch")
 
 
 def _export_piecewise(module, args: tuple, kwargs: dict, bound: frozenset[Dimension], error: Exception):
@@ -212,65 +224,33 @@ def _try_export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[
             return None
         return {d: Dim.STATIC if (k, d) in static else Dim.AUTO for d in range(leaf.dim())}
 
-    named = _by_parameter(module, args, pytree.tree_map(dims, (args, kwargs)))
-    with (
-        symbolic_config.patch(backed_size_oblivious=True),
-        warnings.catch_warnings(),
-        torch.no_grad(),
-        _quiet(),
-    ):
-        warnings.simplefilter("ignore")
-        with _decided():
-            return torch.export.export(module, args, kwargs, dynamic_shapes=named, strict=False)
+    named = _by_parameter(module, pytree.tree_map(dims, (args, kwargs)))
+    with symbolic_config.patch(backed_size_oblivious=True), torch.no_grad(), quiet(), decided():
+        return torch.export.export(module, args, kwargs, dynamic_shapes=named, strict=False)
 
 
-@contextmanager
-def _decided() -> Iterator[None]:
-    """`is_causal=length > 1` is a branch of the program: decided while tracing, and guarded as any other.
-
-    The argument parser refuses a symbolic truth value before any tracing hook sees it, so the function itself is wrapped.
-    """
-    original = torch.nn.functional.scaled_dot_product_attention
-
-    def decided(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
-        return original(query, key, value, attn_mask, dropout_p, bool(is_causal), **kwargs)
-
-    torch.nn.functional.scaled_dot_product_attention = decided
-    try:
-        yield
-    finally:
-        torch.nn.functional.scaled_dot_product_attention = original
-
-
-def _by_parameter(module: nn.Module, args: tuple, specs: tuple):
-    """`export` wants the shapes of keyword arguments by name and of a function's *args as one entry."""
+def _by_parameter(module: nn.Module, specs: tuple[tuple, dict]) -> dict[str, Any]:
+    """`export` wants shapes by parameter, those of *args as one tuple."""
     positional, keywords = specs
-    if isinstance(module, _Function):
-        return {"args": positional, "kwargs": keywords} if keywords else {"args": positional}
-    if not keywords:
-        return positional
-    names = list(inspect.signature(module.forward).parameters)
-    return {**dict(zip(names, positional)), **keywords}
+    signature = module.forward.__signature__ = _without_keywords(inspect.signature(module.forward), keywords)
+    return dict(signature.bind(*positional, **keywords).arguments)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torch.export logs each guard it finds and prints the graph it gave up on; that is not worth the user's attention."""
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(level)
+def _without_keywords(signature: inspect.Signature, keywords: dict) -> inspect.Signature:
+    """f(q, **kw) called with k and v  →  f(q, *, k, v), for which `export` takes shapes."""
+    named = {n: p for n, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+    more = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in keywords if n not in named]
+    return signature.replace(parameters=[*named.values(), *more])
 
 
 def _trace_error(error: Exception) -> RewriteError:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return RewriteError(
-        f"torch.export cannot trace this: {lines[0] if lines else type(error).__name__}",
-        site=user_site(error),
-    )
+    site = user_site(error)
+    if "data-dependent" in str(error):
+        code = linecache.getline(site.file, site.line).strip() if site else ""
+        shown = f": `{code}`" if code else ""
+        return RewriteError(f"a branch or a size that depends on the values of a tensor cannot be traced{shown}", site=site)
+    return RewriteError(f"torch.export cannot trace this: {lines[0] if lines else type(error).__name__}", site=site)
 
 
 def _environment(graph: fx.Graph):
@@ -314,7 +294,7 @@ def _conditions(graph: fx.Graph) -> tuple[sympy.Expr, ...]:
     conditions = [environment.replace(g) for g, _ in _user_guards(graph)]
     for node in graph.nodes:
         for size in _symbols(node.meta.get("val")):
-            conditions += [environment.replace(c) for c in decided(size)[1]]
+            conditions += [environment.replace(c) for c in decided_size(size)[1]]
     return tuple(dict.fromkeys(c for c in conditions if c.free_symbols))
 
 
