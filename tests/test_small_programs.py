@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from whole_path import assert_right, fused
 
 
@@ -90,3 +91,61 @@ def test_rows_masked_throughout_are_zero(spelling):
     out, eager = fused(attend, args, masked_rows="zero").module(*args), attend(*args)
     assert (out[lengths == 0] == 0).all()
     torch.testing.assert_close(out[lengths > 0], eager[lengths > 0])
+
+
+# Axes of no elements give what eager gives: zeros, or 0 / 0.
+
+
+def sdpa(q, k, v):
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+
+
+def divided_early(q, k, v):
+    e = torch.exp(q @ k.mT)
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+def divided_late(q, k, v):
+    e = torch.exp(q @ k.mT)
+    return (e @ v) / e.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("program", [sdpa, divided_early, divided_late], ids=lambda p: p.__name__)
+def test_axes_of_no_elements(program):
+    result = fused(program, qkv(7, 9))
+    for b, m, n in ((2, 7, 0), (2, 0, 9), (0, 7, 9), (0, 0, 0)):
+        assert_right(result, program, (r(b, m, 8), r(b, n, 8), r(b, n, 8)))
+
+
+# Weights masked once more after they are divided: a row that sees nothing is 0, not NaN.
+
+
+def masked_twice(q, k, v, keep):
+    p = torch.softmax((q @ k.mT).masked_fill(~keep, float("-inf")), -1)
+    return p.masked_fill(~keep, 0.0) @ v
+
+
+def masked_late(q, k, v, keep):
+    p = torch.relu(q @ k.mT)
+    p = p / p.sum(-1, keepdim=True)
+    return torch.where(keep, p, 0.0) @ v
+
+
+def masked_by_rows(q, k, v, keep):
+    p = torch.softmax((q @ k.mT).masked_fill(~keep, float("-inf")), -1)
+    return torch.where(keep.any(-1, keepdim=True), p, 0.0) @ v
+
+
+def masked_by_a_product(q, k, v, keep):
+    """Not so here: NaN times 0 is NaN."""
+    p = torch.softmax((q @ k.mT).masked_fill(~keep, float("-inf")), -1)
+    return (p * keep) @ v
+
+
+MASKED = (masked_twice, masked_late, masked_by_rows, masked_by_a_product)
+
+
+@pytest.mark.parametrize("program", MASKED, ids=lambda p: p.__name__)
+def test_rows_that_see_nothing_after_their_division(program):
+    args = (*qkv(7, 40), torch.arange(40) < torch.arange(14).view(2, 7, 1) % 5)
+    assert_right(fused(program, args), program, args)

@@ -12,18 +12,28 @@ from rewriter.ir import TRUE, Apply, Axis, Const, Node, Ref, Where, apply, const
 
 @dataclass
 class Product:
-    """body = predicate ? ∏ over / ∏ under : 0"""
+    """body = predicate ? ∏ over / ∏ under : 0
+
+    `guarded` are those factors that stand inside the choice: where it fails they count as 0, be they NaN."""
 
     over: list[Node] = field(default_factory=list)
     under: list[Node] = field(default_factory=list)
     predicate: Node = TRUE
+    guarded: list[Node] = field(default_factory=list)
 
     def times(self, other: "Product") -> "Product":
         both = apply("and", self.predicate, other.predicate)
-        return Product(self.over + other.over, self.under + other.under, both)
+        return Product(
+            self.over + other.over, self.under + other.under, both, self.guarded + other.guarded
+        )
 
     def inverse(self) -> "Product":
-        return Product(self.under, self.over, self.predicate)
+        return Product(self.under, self.over, self.predicate, self.guarded)
+
+    def where(self, predicate: Node) -> "Product":
+        """predicate ? self : 0"""
+        both = apply("and", predicate, self.predicate)
+        return Product(self.over, self.under, both, self.over + self.under)
 
 
 def is_float_cast(node: Node) -> bool:
@@ -44,11 +54,9 @@ def as_product(node: Node) -> Product:
     if is_float_cast(node):
         return as_product(node.args[0])
     if isinstance(node, Where) and _is_zero(node.other):
-        inner = as_product(node.then)
-        return Product(inner.over, inner.under, apply("and", node.predicate, inner.predicate))
+        return as_product(node.then).where(node.predicate)
     if isinstance(node, Where) and _is_zero(node.then):
-        inner = as_product(node.other)
-        return Product(inner.over, inner.under, apply("and", apply("not", node.predicate), inner.predicate))
+        return as_product(node.other).where(apply("not", node.predicate))
     if isinstance(node, Apply) and node.dtype.is_floating_point:
         if node.op == "mul":
             return as_product(node.args[0]).times(as_product(node.args[1]))

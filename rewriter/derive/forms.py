@@ -27,7 +27,8 @@ from rewriter.derive.factors import (
     total,
     without_cast,
 )
-from rewriter.ir import TRUE, Apply, Axis, Const, Node, Ref, Where, apply, const, walk, where
+from rewriter.ir import TRUE, Apply, Axis, Const, Node, Ref, Where, apply, const, transform, walk, where
+from rewriter.ir.ops import neutral_of
 
 if TYPE_CHECKING:
     from rewriter.derive.builder import Builder
@@ -49,6 +50,10 @@ class Form:
         """The reduction's value in terms of definitions."""
         if op == "sum":
             return self._sum(body, predicate)
+        if op == "any":
+            return self._any(apply("and", predicate, body))
+        if op == "all":
+            return apply("not", self._any(apply("and", predicate, apply("not", body))))
         if op == "max":
             mask, body = split_mask(body)
             predicate = apply("and", predicate, mask)
@@ -77,21 +82,57 @@ class Form:
         return total([Term(1, reduced), *row])
 
     def _sum(self, body: Node, predicate: Node) -> Node:
-        """sum_n over/under → (row factors) · sum_n (stream factors)"""
-        parts = [_without_logs(p) for p in self._distributed(as_product(body))]
+        """sum_n | p: over/under → (row factors) · sum_n | p: (stream factors), and 0 where nothing is summed"""
+        product = as_product(body)
+        if predicate is not TRUE:
+            product = product.where(predicate)
+        gate, rest = self._row_part(product.predicate)
+        parts = [_without_logs(p) for p in self._distributed(product)]
         if len(parts) > 1:
-            terms = [Term(1, self._sum(quotient(p.over, p.under), apply("and", predicate, p.predicate))) for p in parts]
-            return total(terms)
-        product = parts[0]
-        predicate = apply("and", predicate, product.predicate)
-        gate, predicate = self._row_part(predicate)
+            out = total([Term(1, self._sum(quotient(p.over, p.under), p.predicate)) for p in parts])
+        else:
+            out = self._hoisted(parts[0], rest)
+        if rest is not TRUE and any(self._may_be_nan(f, rest) for f in product.guarded):
+            gate = apply("and", gate, self._any(rest))
+        return out if gate is TRUE else where(gate, out, const(0.0))
+
+    def _hoisted(self, product: Product, predicate: Node) -> Node:
         row_over, over = self._sorted(product.over)
         row_under, under = self._sorted(product.under)
         if row_over or row_under:
-            self._note("hoist: factors that do not depend on the stream are taken out of the sum")
-        reduced = self._one_sum(over, under, predicate)
-        out = _quotient(row_over, reduced, row_under)
-        return out if gate is TRUE else where(gate, out, const(0.0))
+            self._note(
+                "hoist: factors that do not depend on the stream are taken out of the sum"
+            )
+        return _quotient(row_over, self._one_sum(over, under, predicate), row_under)
+
+    def _may_be_nan(self, factor: Node, predicate: Node) -> bool:
+        """Whether a factor is not proved to be a number where the predicate holds nowhere along the stream."""
+        held = set(_conjuncts(predicate))
+
+        def emptied(n: Node) -> Node:
+            definition = self._definition(n) if isinstance(n, Ref) else None
+            if definition and held <= set(_conjuncts(definition.predicate)):
+                return const(neutral_of(definition.op, n.dtype), n.dtype)
+            return n
+
+        value = transform(factor, emptied)
+        numbers = [n.value for n in walk(value) if isinstance(n, Const)]
+        is_finite = all(map(math.isfinite, numbers)) and value is not const(0.0, value.dtype)
+        return has_refs(factor) and (has_refs(value) or not is_finite)
+
+    def _definition(self, ref: Ref) -> Definition:
+        return next(d for d in self.builder.definitions if d.name == ref.name)
+
+    def _any(self, predicate: Node) -> Node:
+        """any_n p  →  max_{n | p} 0 = 0"""
+        rows, rest = self._row_part(predicate)
+        if rest is TRUE:
+            return rows
+        if is_running(rest):
+            raise NotDerivable("a mask that depends on a running value")
+        self._note("any: max of 0 where a mask holds is 0, and -inf where it holds nowhere")
+        seen = self._add("max", rest, (const(0.0),), None, const(0.0))
+        return apply("and", rows, apply("eq", seen, const(0.0)))
 
     def _row_part(self, predicate: Node) -> tuple[Node, Node]:
         """(what does not depend on the stream, the rest) of a conjunction."""
@@ -115,7 +156,7 @@ class Form:
             raise NotDerivable("a product of two sums with running values (a variance) would cancel when written out")
         for k, factor in enumerate(product.over):
             if mixed[k]:
-                rest = Product(product.over[:k] + product.over[k + 1 :], product.under, product.predicate)
+                rest = replace(product, over=product.over[:k] + product.over[k + 1 :])
                 return self._split(factor, rest)
         return [product]
 
@@ -125,7 +166,7 @@ class Form:
         exponent = [t for f in rest.over if is_exp(f) for t in as_terms(f.args[0])]
         if exponent and not Counter(exponent) - Counter(terms):
             if Counter(exponent) == Counter(terms):
-                return [Product([*rest.over, factor], rest.under, rest.predicate)]
+                return [replace(rest, over=[*rest.over, factor])]
             terms = [*(Counter(terms) - Counter(exponent)).elements(), Term(1, total(exponent))]
         signed = [as_product(t.node).times(Product([const(float(t.sign))])) for t in terms]
         return [p for s in signed for p in self._distributed(s.times(rest))]
@@ -206,7 +247,7 @@ class Form:
         refs = {n for n in walk(shift.phi) if isinstance(n, Ref) and not n.final}
         if len(refs) != 1:
             raise NotDerivable("an exponent shifted by several running values")
-        bound = next(d for d in self.builder.definitions if d.name == next(iter(refs)).name)
+        bound = self._definition(next(iter(refs)))
         if bound.op != "max" or not _dominates(shift, bound, self.stream):
             raise NotDerivable(f"exp(x − {bound.name}) where {bound.name} is not proved to be at least x")
         if not set(_conjuncts(bound.predicate)) <= {TRUE, *_conjuncts(predicate)}:
@@ -218,7 +259,7 @@ class Form:
 
 def _without_logs(product: Product) -> Product:
     """exp(x - log y) → exp(x) / y where y is a row's value"""
-    out = Product([], list(product.under), product.predicate)
+    out = replace(product, over=[], under=list(product.under))
     for factor in product.over:
         if not is_exp(factor):
             out.over.append(factor)

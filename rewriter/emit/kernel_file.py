@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import re
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +20,7 @@ from rewriter.ir.printer import show, show_output
 from rewriter.lift import Region
 from rewriter.plan import ChainPlan, KernelPlan
 from rewriter.plan.kernel import LONG_BLOCK
+from rewriter.trace.sizes import renamed
 
 NAMESPACE = "flashlight"
 
@@ -51,7 +50,6 @@ class KernelFile:
 
     name: str
     text: str
-    op: str
     tensors: tuple[Tensor, ...]
     sizes: tuple[Param, ...]
     plan: ChainPlan
@@ -66,13 +64,9 @@ def emit_kernel(region: Region, plan: ChainPlan, source: "Source") -> KernelFile
     kernels = [_KernelView(k, names.for_kernel(), origins, n + 1 if several else 0) for n, k in enumerate(plan.kernels)]
     view = _FileView(plan, names, kernels, region, source)
     text = render("kernel.py.jinja", **view.values())
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    op = f"{plan.name}_{digest}"
-    text = text.replace("@OP@", op)
     inputs = tuple(t for t in names.tensors if t not in plan.results)
-    return KernelFile(
-        plan.name, text, op, inputs, tuple(view.passed_sizes), plan, tuple(k.entry() for k in kernels)
-    )
+    entries = tuple(k.entry() for k in kernels)
+    return KernelFile(plan.name, text, inputs, tuple(view.passed_sizes), plan, entries)
 
 
 @dataclass(frozen=True)
@@ -202,7 +196,7 @@ class _FileView:
             if node not in known and node not in passed:
                 parts = [p for p in walk(node) if isinstance(p, Param) and p not in known and p not in passed]
                 passed += [p for p in parts if p not in self.names.sizes]
-                known[node] = _renamed(show(node), self._size_names())
+                known[node] = renamed(show(node), self._size_names())
         return known, passed
 
     def _size_names(self) -> dict[str, str]:
@@ -224,6 +218,7 @@ class _FileView:
             "constants": self._constants(),
             "helpers": sorted(set().union(*(k.writer.helpers for k in self.kernels))),
             "kernels": kernels,
+            "streams": self._dynamic_streams(),
             "aligned": any(k["aligned"] for k in kernels),
             "arguments": self._arguments(),
             "sizes": [(names.sizes[p], e) for p, e in self.known_sizes.items()],
@@ -236,6 +231,10 @@ class _FileView:
     def text(self, node: Node) -> str:
         return size_text(node, self.names)
 
+    def _dynamic_streams(self) -> list[str]:
+        streams = dict.fromkeys(a.extent for k in self.plan.kernels for a in k.streams)
+        return [self.text(e) for e in streams if not isinstance(e, Const)]
+
     def _math(self) -> list[str]:
         """Index notation with the names of this file."""
         lines = [d.show(self.names.axes) for d in self.chain.definitions]
@@ -243,11 +242,11 @@ class _FileView:
         table = {t.name: n for t, n in self.inputs.items()} | self.names.state | self._size_names()
         contracted = [d.axis for k in self.plan.kernels for d in k.dots[:1]]
         table |= {"r0_0": self.names.axes[a] for a in contracted[:1]}
-        return [_renamed(line, table) for line in lines]
+        return [renamed(line, table) for line in lines]
 
     def _with_state(self, line: str) -> str:
         """Prose, with the running state called as in this file."""
-        return _renamed(line, self.names.state)
+        return renamed(line, self.names.state)
 
     def _fixed(self) -> list[str]:
         axes = dict.fromkeys(a for a in self.names.axes if isinstance(a.extent, Const))
@@ -296,12 +295,7 @@ def size_text(node: Node, names: Names) -> str:
     """An extent as Python, of the sizes that have names."""
     if node in names.sizes:
         return names.sizes[node]
-    return _renamed(show(node), {p.name: n for p, n in names.sizes.items() if isinstance(p, Param)})
-
-
-def _renamed(text: str, names: dict[str, str]) -> str:
-    """Prose or index notation with some words replaced by the names of this file."""
-    return re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m[0], m[0]), text)
+    return renamed(show(node), {p.name: n for p, n in names.sizes.items() if isinstance(p, Param)})
 
 
 def _tuple(items: list[str]) -> str:

@@ -7,11 +7,11 @@ import torch
 from rewriter.derive import Definition
 from rewriter.derive.factors import multiply, without_cast
 from rewriter.emit.expr import ATOM, NotEmittable, TRITON_DTYPES, Text, operand, spread, spread_argument
-from rewriter.emit.inner import INTO, NEUTRAL, Inner, precision
+from rewriter.emit.inner import INTO, Inner, as_held, held_dtype, neutral_text, precision
 from rewriter.emit.names import Names
 from rewriter.emit.origins import Origins
 from rewriter.emit.scope import Line, Scope
-from rewriter.ir import TRUE, Apply, Axis, Const, Index, Load, Node, Output, Ref, Where, walk
+from rewriter.ir import TRUE, Apply, Axis, Const, Index, Load, Node, Output, Param, Where, const
 from rewriter.lift.rounding import has_fill
 from rewriter.plan import KernelPlan, Sweep
 
@@ -58,14 +58,16 @@ class Writer(Inner):
         for definition in sweep.definitions:
             axes = self.tile(definition.axes)
             shape = ", ".join(self.block(a) for a in axes)
-            neutral, dtype = NEUTRAL[definition.op], self._held(definition)
+            neutral, dtype = self._neutral(definition), self._held(definition)
             code = f"{self.names.state[definition.name]} = tl.full([{shape}], {neutral}, {dtype})"
             out.append(Line(code, self.shape(axes)))
         return out
 
+    def _neutral(self, definition: Definition) -> str:
+        return neutral_text(definition.op, held_dtype(definition.body))
+
     def _held(self, definition: Definition) -> str:
-        dtype = definition.body.dtype
-        return "tl.float32" if dtype.is_floating_point else TRITON_DTYPES[dtype]
+        return TRITON_DTYPES[held_dtype(definition.body)]
 
     def _write_segment(self, name: str, straight: Scope) -> None:
         """One form of a loop's body. Both use the same names, so that a reader sees what differs."""
@@ -103,7 +105,7 @@ class Writer(Inner):
         key = Where(
             Apply("eq", (definition.predicate, TRUE), torch.bool),
             node,
-            Const(("NEG_INF", "0.0", "POS_INF", "False", "True").index(neutral)),
+            Param(neutral),
         )
         if key not in self.loop.known and definition.predicate is TRUE and not self.loop.tail:
             self.loop.known[key] = self._whole(node, definition)
@@ -116,7 +118,7 @@ class Writer(Inner):
             keep = self._keep(definition, axes)
             name = self._name_for(node, self.loop) if not isinstance(node, Const) else self.names.unique("w")
             origin = self.origins.of(node)
-            full = spread_argument(value, axes)
+            full = spread_argument(as_held(value, node), axes)
             code = f"{name} = tl.where({keep}, {full}, {neutral})"
             self.loop.lines.append(Line(code, self.shape(axes), origin.source if origin else ""))
             self.holders[name] = (node, self.loop)
@@ -146,8 +148,6 @@ class Writer(Inner):
             self._running_extremum(definition)
         elif definition.op == "sum":
             self._running_sum(definition)
-        elif definition.op in ("any", "all"):
-            self._running_truth(definition)
         else:
             raise NotEmittable(f"a running {definition.op}")
 
@@ -159,21 +159,12 @@ class Writer(Inner):
         return Text(f"{function}({text.code}, {at})", text.axes[:at] + text.axes[at + 1 :])
 
     def _running_extremum(self, definition: Definition) -> None:
-        score = self._masked(definition.body, definition, NEUTRAL[definition.op])
+        score = self._masked(definition.body, definition, self._neutral(definition))
         state, new = self.names.state[definition.name], self._new(definition)
         folded = self._folded(FOLD[definition.op], score)
         axes = self.tile(definition.axes)
         code = INTO[definition.op].format(state, spread(folded, axes))
         self.loop.lines.append(Line(f"{new} = {code}", self.shape(axes)))
-
-    def _running_truth(self, definition: Definition) -> None:
-        """any and all, as the maximum and minimum of 0 and 1"""
-        state, axes = self.names.state[definition.name], self.tile(definition.axes)
-        value = self._masked(definition.body, definition, NEUTRAL[definition.op])
-        ones = Text(f"{value.tight(ATOM)}.to(tl.int32)", value.axes)
-        folded = self._folded("tl.max" if definition.op == "any" else "tl.min", ones)
-        code = INTO[definition.op].format(state, f"({folded.code} != 0)")
-        self.loop.lines.append(Line(f"{state} = {code}", self.shape(axes)))
 
     def _new(self, definition: Definition) -> str:
         return self.names.state[definition.name].replace("_i", "_new", 1)
@@ -203,13 +194,17 @@ class Writer(Inner):
         axes = self.tile(definition.axes)
         stored = self._operand_dtype(values)
         value = self._tile_operand(values, self.tile(values.free), self.loop, stored)
-        code = f"{state} = tl.dot({weight.code}.to({TRITON_DTYPES[stored]}), {value}, {rescale}{precision(stored)})"
+        left, mode = f"{weight.code}.to({TRITON_DTYPES[stored]})", precision(stored)
+        if stored is torch.float16 and not _is_at_most_one(definition):
+            # fp16 overflows at 65504; tf32 rounds as fp16 does, and has the range of fp32.
+            left, value, mode = weight.code, f"{value}.to(tl.float32)", ', input_precision="tf32"'
+        code = f"{state} = tl.dot({left}, {value}, {rescale}{mode})"
         self.loop.lines.append(Line(code, self.shape(axes)))
 
     def _weight(self, definition: Definition, factors: list[Node]) -> Text:
         """The tile that is summed, zero where the predicate fails."""
         if definition.shift is None:
-            return self._masked(multiply(factors) or Const(1.0, torch.float32), definition, "0.0")
+            return self._masked(multiply(factors) or const(1, definition.body.dtype), definition, self._neutral(definition))
         return self._shifted(definition, factors)
 
     def _shifted(self, definition: Definition, factors: list[Node]) -> Text:
@@ -328,6 +323,37 @@ class Writer(Inner):
         scope.lines.append(Line(f"tl.store({pointer}, {cast}{f', mask={mask}' if mask else ''})"))
 
 
+def _is_at_most_one(definition: Definition) -> bool:
+    """Whether weights are bounded: exponentials below a running maximum, or values of a bounded function."""
+    weights = [f for f in definition.rest if not any(isinstance(n, Load) for n in _factors(f))]
+    if definition.shift and definition.shift.mass:
+        return False
+    return bool(definition.shift or weights) and all(_is_bounded(f) for f in weights)
+
+
+def _factors(node: Node) -> list[Node]:
+    """What is multiplied in a value read from memory; nothing of what is computed otherwise."""
+    if isinstance(node, Apply) and node.op in ("mul", "cast"):
+        return [n for a in node.args for n in _factors(a)]
+    return [node]
+
+
+def _is_bounded(node: Node) -> bool:
+    """Whether |x| ≤ 1 is plain from the last operation."""
+    match node:
+        case Const():
+            return abs(node.value) <= 1
+        case Apply(op="sigmoid" | "tanh" | "erf" | "sin" | "cos" | "sign"):
+            return True
+        case Apply(op="cast"):
+            return node.args[0].dtype is torch.bool or _is_bounded(node.args[0])
+        case Apply(op="mul"):
+            return all(map(_is_bounded, node.args))
+        case Where():
+            return _is_bounded(node.then) and _is_bounded(node.other)
+    return False
+
+
 def _moments_first(definitions: tuple[Definition, ...]) -> list[Definition]:
     """A moment moves with the mass as it was: it is updated before its mass."""
     out = list(definitions)
@@ -335,6 +361,3 @@ def _moments_first(definitions: tuple[Definition, ...]) -> list[Definition]:
         out.remove(moment)
         out.insert(next(k for k, d in enumerate(out) if d.name == moment.shift.mass.name), moment)
     return out
-
-
-__all__ = ["Load", "Ref", "Where", "Writer", "walk"]

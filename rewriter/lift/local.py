@@ -10,7 +10,17 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from rewriter.ir import Load, Tensor, const, transform
-from rewriter.lift import generators, pointwise, reductions, views  # noqa: F401  (they fill the registry)
+from rewriter.lift import (  # noqa: F401  (they fill the registry)
+    activations,
+    contractions,
+    generators,
+    losses,
+    norms,
+    pointwise,
+    reductions,
+    scatters,
+    views,
+)
 from rewriter.lift.registry import Context, rule_for
 from rewriter.lift.short import unroll_short
 from rewriter.lift.values import Lifted, NotLiftable, fresh_axes, positions
@@ -50,6 +60,9 @@ def _holds_tensors(node: fx.Node) -> bool:
     return torch.is_tensor(value) or (isinstance(value, (tuple, list)) and all(map(torch.is_tensor, value)))
 
 
+MISFITS = (TypeError, AttributeError, LookupError, ValueError, ArithmeticError)  # arguments that a rule does not foresee
+
+
 def _lift(node: fx.Node) -> LocalLift:
     try:
         if node.target.__name__ == "getitem":
@@ -60,7 +73,7 @@ def _lift(node: fx.Node) -> LocalLift:
         _refuse_other_types(node)
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), _argument)
         return LocalLift(_unrolled(rule(Context(node), *args, **kwargs)))
-    except (NotLiftable, UnknownSize, TypeError, AttributeError, KeyError) as error:
+    except (NotLiftable, UnknownSize, *MISFITS) as error:
         return LocalLift(None, f"{node.target}: {error}")
 
 
@@ -83,7 +96,7 @@ def _item(node: fx.Node) -> LocalLift:
     if source.value is None:
         return source
     value = source.value[node.args[1]]
-    return LocalLift(value, "" if value else "the positions of a maximum stay eager")
+    return LocalLift(value)
 
 
 def _argument(value: Any) -> Any:

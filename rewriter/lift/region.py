@@ -9,13 +9,16 @@ from torch import fx
 
 from rewriter.errors import Reason, Site
 from rewriter.ir import Load, Node, Origin, Output, Program, Reduce, index, transform, walk
+from rewriter.lift.broadcast import broadcast_dimensions
 from rewriter.lift.local import LocalLift, lift_locally, load_of
 from rewriter.lift.rounding import with_absorption
 from rewriter.lift.tags import Tags, covers, sources, tag
 from rewriter.lift.values import Lifted
-from rewriter.trace import TracedModule
+from rewriter.trace import Dimension, TracedModule
 from rewriter.trace.calls import VIEWS, call_name, value_inputs
 from rewriter.trace.source import origin_of, user_names
+
+LONGEST = 256  # nodes of a generated value that are computed again rather than loaded: more is a mask filled row by row
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,10 +38,11 @@ class Region:
 
 @dataclass(frozen=True)
 class LiftResult:
-    """The regions found, and what was wide but stays eager, with the reason."""
+    """The regions found, and what was wide but stays eager, with the reason. `broadcast`: input dimensions that may be 1."""
 
     regions: tuple[Region, ...]
     unfused: tuple[Reason, ...]
+    broadcast: frozenset[Dimension]
 
 
 def lift(traced: TracedModule) -> LiftResult:
@@ -54,15 +58,17 @@ def lift(traced: TracedModule) -> LiftResult:
     more = _cut_all(traced, local, others, names, len(regions), tentative=True)
     fused = set().union(*({*r.inside, *r.outputs} for r in (*regions, *more)))
     unfused = tuple(Reason(r, site_of(n)) for n, r in tags.reasons.items() if n not in fused)
-    return LiftResult((*regions, *more), unfused)
+    return LiftResult((*regions, *more), unfused, broadcast_dimensions(traced, local))
 
 
 def _cut_all(traced, local, tags: Tags, names, first: int = 0, tentative: bool = False) -> list[Region]:
     cutter = _Cutter(traced, local, tags, names)
     stages = [s for roots in _components(tags, cutter.reads_of) for s in _stages(traced.graph, roots, local)]
     groups = [g for g in stages if cutter.saves(g)]
-    regions = [cutter.cut(roots, f"chain_{first + k}", tentative) for k, roots in enumerate(groups)]
-    return [r for r in regions if r.outputs]
+    if tentative:  # a dense layer that is written anyway, normalised, is better computed once
+        groups = [g for g in groups if set(g) - set(tags.written)]
+    cut = [cutter.cut(roots, f"chain_{first + k}", tentative) for k, roots in enumerate(groups)]
+    return [region for region in cut if region.outputs]  # else nothing reads what it computes
 
 
 def site_of(node: fx.Node) -> Site | None:
@@ -128,6 +134,7 @@ class _Cutter:
         self.origins: dict[Node, Origin] = {}
         self.memo: dict[fx.Node, Lifted] = {}
         self.generated: dict[fx.Node, bool] = {}
+        self.unstored: dict[fx.Node, Lifted] = {}
 
     def reads_of(self, node: fx.Node) -> list[fx.Node]:
         """The values a lifted node is computed from."""
@@ -174,7 +181,7 @@ class _Cutter:
             node = node.args[0]
         path = self.attributes.get(node.name)
         own = self.names.get(node) or self.parameters.get(node.name)
-        return own or (path.path.split(".")[-1] if path else node.name)
+        return own or (path.name if path else node.name)
 
     def _output(self, node: fx.Node, value: Lifted) -> Output:
         return Output(
@@ -271,7 +278,14 @@ class _Cutter:
         return self.generated[source]
 
     def _unstored(self, source: fx.Node) -> Lifted:
-        """The value with every operand that is cheaper than stored written out."""
+        """The value with every operand that is cheaper than stored written out, unless that is long."""
+        if source not in self.unstored:
+            value = self._written_out(source)
+            is_long = sum(1 for _ in walk(value.body)) > LONGEST
+            self.unstored[source] = load_of(source) if is_long else value
+        return self.unstored[source]
+
+    def _written_out(self, source: fx.Node) -> Lifted:
         local = self.local[source].value if source in self.local else None
         if not isinstance(local, Lifted) or _reduces(local.body):
             return load_of(source)

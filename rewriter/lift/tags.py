@@ -9,6 +9,7 @@ is a *root*: it is stored, so that its tags end there.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -18,7 +19,9 @@ from rewriter.ir.integer import product, proves
 from rewriter.lift.local import LocalLift
 from rewriter.lift.values import Lifted
 
+SHORTEST = 4  # positions that are no long side
 Tag = tuple[int, str]
+Sides = tuple[frozenset[Axis], frozenset[Axis]]
 
 
 @dataclass
@@ -85,13 +88,14 @@ def tag(
     stopped: nodes taken as they are stored.
     """
     by_name = {n.name: n for n in graph.nodes}
+    weighed = _Weighed(graph, local, moving)
     tags = Tags()
     for order, node in enumerate(graph.nodes):
         lifted = local[node].value if node in local else None
         if not isinstance(lifted, Lifted) or node in stopped:
             continue
         reads = sources(lifted, by_name)
-        dims = _inherited(lifted, reads, tags)
+        dims = _inherited(lifted, reads, tags.dims)
         before = frozenset().union(*(tags.derived.get(y, ()) for y, _ in reads))
         if _has_lost_a_side(dims, reads, tags) or (not _origins(dims) and _is_chain(lifted, reads, moving)):
             tags.roots.append(node)
@@ -99,7 +103,8 @@ def tag(
             continue
         alive = {n for n, _ in reads} if one_sided and _is_half_fixed(lifted, reads, moving) else moving
         narrow = {n for n in alive if not tags.has_both_sides(n)}
-        tags.dims[node] = _with_origin(order, lifted, reads, narrow, dims)
+        sides = _sides(lifted, reads, narrow)
+        tags.dims[node] = _with_origin(order, lifted, dims, weighed.narrowed(order, sides)) if sides else dims
         tags.derived[node] = before | _reduced_origins(lifted, reads, tags)
         if tags.has_both_sides(node):
             _place_wide(node, local, tags)
@@ -133,25 +138,27 @@ def _reduced_origins(lifted: Lifted, reads, tags: Tags) -> set[int]:
 
 def _is_half_fixed(lifted: Lifted, reads, moving: set[fx.Node]) -> bool:
     """A contraction of something that moves with something that does not."""
-    return isinstance(lifted.body, Reduce) and len({n in moving for n, _ in reads}) == 2
+    contracts = any(isinstance(n, Reduce) for n in walk(lifted.body))
+    return contracts and len({n in moving for n, _ in reads}) == 2
 
 
-def _inherited(lifted: Lifted, reads, tags: Tags) -> tuple[frozenset[Tag], ...]:
-    """Each axis takes the tags of every dimension it indexes."""
-    out: dict[Axis, set[Tag]] = {a: set() for a in lifted.axes}
+def _inherited(lifted: Lifted, reads, dims: dict[fx.Node, tuple[frozenset, ...]]) -> tuple[frozenset, ...]:
+    """Each axis takes what is held by every dimension it indexes."""
+    out: dict[Axis, set] = {a: set() for a in lifted.axes}
     for source, load in reads:
-        for entry, held in zip(load.index, tags.dims.get(source, ())):
+        for entry, held in zip(load.index, dims.get(source, ())):
             for axis in entry.free & out.keys():
                 out[axis] |= held
     return tuple(frozenset(out[a]) for a in lifted.axes)
 
 
-def _with_origin(order: int, lifted: Lifted, reads, moving: set[fx.Node], dims):
-    """Adds this node's own pair of sides, where it is an origin."""
+def _sides(lifted: Lifted, reads, moving: set[fx.Node]) -> Sides | None:
+    """A node's own pair of sides, where it is an origin."""
     groups = [_inside(r, reads) for r in walk(lifted.body) if isinstance(r, Reduce)] or [reads]
-    sides = next(filter(None, (_outer_pair(lifted.axes, group, moving) for group in groups)), None)
-    if not sides:
-        return dims
+    return next(filter(None, (_outer_pair(lifted.axes, group, moving) for group in groups)), None)
+
+
+def _with_origin(order: int, lifted: Lifted, dims, sides: Sides) -> tuple[frozenset[Tag], ...]:
     rows, stream = sides
     side = lambda a: (
         {(order, "rows")} if a in rows else {(order, "stream")} if a in stream else set()
@@ -165,9 +172,7 @@ def _inside(reduce: Reduce, reads):
     return [(node, load) for node, load in reads if load.tensor.name in names]
 
 
-def _outer_pair(
-    axes: tuple[Axis, ...], reads, moving: set[fx.Node]
-) -> tuple[frozenset[Axis], frozenset[Axis]] | None:
+def _outer_pair(axes: tuple[Axis, ...], reads, moving: set[fx.Node]) -> Sides | None:
     """(axes only the first read has, axes only the second has) of two reads that vary with the input."""
     used = frozenset().union(*(load.free for _, load in reads)) & frozenset(axes)
     if any(used <= load.free for _, load in reads):
@@ -175,28 +180,55 @@ def _outer_pair(
     live = [load for node, load in reads if node in moving]
     for first, second in itertools.combinations(live, 2):
         rows, stream = (first.free - second.free) & used, (second.free - first.free) & used
-        if rows and stream:
-            return _not_repeated(rows, second, axes), _not_repeated(stream, first, axes)
+        if rows and stream and not _is_short(rows) and not _is_short(stream):
+            return rows, stream
     return None
 
 
-def _not_repeated(side: frozenset[Axis], other: Load, axes: tuple[Axis, ...]) -> frozenset[Axis]:
-    """Axes of one operand without those along which the other is repeated, unless that leaves none.
+def _is_short(side: frozenset[Axis]) -> bool:
+    """A few fixed positions, like the coordinates of a point: nothing is wide by them."""
+    extents = [a.extent for a in side]
+    return all(isinstance(e, Const) for e in extents) and math.prod(e.value for e in extents) <= SHORTEST
 
-    q[b, 1, m, d] k[b, h, n, d]  →  n alone"""
-    return frozenset(a for a in side if not _is_repeated(other, a, axes)) or side
 
+class _Weighed:
+    """Finds axes of an origin over which a later contraction weighs something narrow: n in p[m, n] v[n, e]."""
 
-def _is_repeated(load: Load, axis: Axis, axes: tuple[Axis, ...]) -> bool:
-    """Whether a read has a dimension of one element where `axis` stands among the result's axes."""
-    place = {a: k for k, a in enumerate(axes)}
-    found = [[place[a] for a in entry.free & place.keys()] for entry in load.index]
-    return any(
-        extent is Const(1)
-        and all(p < place[axis] for before in found[:k] for p in before)
-        and all(p > place[axis] for after in found[k + 1 :] for p in after)
-        for k, extent in enumerate(load.tensor.shape)
-    )
+    def __init__(self, graph: fx.Graph, local: dict[fx.Node, LocalLift], moving: set[fx.Node]):
+        self.nodes, self.local, self.moving = list(graph.nodes), local, moving
+        self.by_name = {n.name: n for n in graph.nodes}
+
+    def narrowed(self, order: int, sides: Sides) -> Sides:
+        """Both sides without what is only carried along, where one has several axes.
+
+        q[b, m, r, d] k[b, n, g, d]  →  m and r, n alone: v[b, n, g, e] is weighed over n"""
+        if max(map(len, sides)) == 1:
+            return sides
+        found = self._found(order, sides)
+        return tuple(side & found or side for side in sides)
+
+    def _found(self, order: int, sides: Sides) -> frozenset[Axis]:
+        origin = self.nodes[order]
+        held = {origin: tuple(frozenset([a]) for a in self.local[origin].value.axes)}
+        found: set[Axis] = set()
+        for node in self.nodes[order + 1 :]:
+            lifted = self.local[node].value if node in self.local else None
+            reads = sources(lifted, self.by_name) if isinstance(lifted, Lifted) else []
+            if not any(source in held for source, _ in reads):
+                continue
+            bound = self._over_narrow(lifted, reads, held)
+            dims = _inherited(lifted, reads, held)
+            found |= bound
+            if not bound and all(side & frozenset().union(*dims) for side in sides):
+                held[node] = dims
+        return frozenset(found)
+
+    def _over_narrow(self, lifted: Lifted, reads, held) -> frozenset[Axis]:
+        """Of the axes that are held, those summed together with something narrow."""
+        narrow = [load.free for n, load in reads if n in self.moving and n not in held]
+        shared = frozenset().union(*narrow) - frozenset(lifted.axes)
+        entries = [pair for n, load in reads for pair in zip(load.index, held.get(n, ()))]
+        return frozenset().union(*(axes for entry, axes in entries if entry.free & shared))
 
 
 def _is_chain(lifted: Lifted, reads, moving: set[fx.Node]) -> bool:

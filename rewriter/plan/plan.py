@@ -7,9 +7,10 @@ import re
 import torch
 
 from rewriter.derive import Chain
-from rewriter.ir import Axis, Const, Output, Param, Ref, walk
-from rewriter.plan.kernel import ChainPlan, Config, Dot, KernelPlan, Loop, Sweep, padded
-from rewriter.plan.parts import Part, chains_of, features_of, is_operand, parts_of
+from rewriter.derive.factors import depends_on
+from rewriter.ir import Axis, Const, Output, Param, Ref, Tensor, index, walk
+from rewriter.plan.kernel import ChainPlan, Config, KernelPlan, Sweep, padded
+from rewriter.plan.parts import Part, chains_of, features_of, parts_of
 from rewriter.plan.roles import MAX_FEATURE, inner_reductions, tile_rows
 
 
@@ -31,11 +32,11 @@ def plan(chain: Chain, name: str) -> ChainPlan:
     features = features_of(chain)
     chains, results = chains_of(chain, parts)
     names = [name] if len(parts) == 1 else [f"{name}_{k + 1}" for k in range(len(parts))]
-    roles = [_roles(part, own, features) for part, own in zip(parts, chains)]
+    roles = [_Roles(own, part, features) for part, own in zip(parts, chains)]
     free = _to_be_fixed(chain).union(*(_sizes_kept_whole(r) for r in roles))
     if free:
         raise NeedsFixed(free)
-    kernels = tuple(_kernel(called, own, r) for called, own, r in zip(names, chains, roles))
+    kernels = tuple(_kernel(called, own, r, results) for called, own, r in zip(names, chains, roles))
     return ChainPlan(name, chain, kernels, results)
 
 
@@ -45,17 +46,13 @@ class _Roles:
     def __init__(self, chain: Chain, part: Part, features: frozenset[Axis]):
         ordered = tuple(a for a in chain.axes if a in part.rows)
         streams = tuple(dict.fromkeys(d.stream for d in chain.definitions))
-        self.rows = tile_rows(chain, ordered, features)
+        self.rows = tile_rows(chain, ordered)
         self.grid = tuple(a for a in ordered if a not in self.rows)
         tiles = self.rows if len(self.rows) > 1 else (*self.rows, *streams)
         self.dots, self.loops = inner_reductions(chain, tiles)
         used = {a for d in chain.definitions for a in d.axes} | {a for o in chain.outputs for a in o.axes}
         whole = [d.axis for d in self.dots if not d.long]
         self.features = (*dict.fromkeys(whole), *(a for a in chain.axes if a in features and a in used))
-
-
-def _roles(part: Part, chain: Chain, features: frozenset[Axis]) -> _Roles:
-    return _Roles(chain, part, features)
 
 
 def _sizes_kept_whole(roles: _Roles) -> frozenset[Param]:
@@ -69,12 +66,12 @@ def _to_be_fixed(chain: Chain) -> frozenset[Param]:
     return frozenset(Param(name) for text in floats for name in re.findall(r"\b[a-z]+\d+\b", text))
 
 
-def _kernel(name: str, chain: Chain, roles: _Roles) -> KernelPlan:
+def _kernel(name: str, chain: Chain, roles: _Roles, results: tuple[Tensor, ...]) -> KernelPlan:
     for axis in roles.features:
         if axis.extent.value > MAX_FEATURE:
             raise NotPlannable(f"a feature axis of {axis.extent.value} is wider than {MAX_FEATURE}")
     sweeps, outputs = _sweeps(chain, roles)
-    dtype = _operand_dtype(chain)
+    dtype = _operand_dtype(chain, results)
     config = _config(chain, roles, dtype)
     return KernelPlan(
         name,
@@ -92,32 +89,31 @@ def _kernel(name: str, chain: Chain, roles: _Roles) -> KernelPlan:
 
 
 def _sweeps(chain: Chain, roles: _Roles) -> tuple[tuple[Sweep, ...], tuple[Output, ...]]:
-    """The loops in order, and the outputs that are written after them."""
-    keys = dict.fromkeys((d.sweep, d.stream) for d in sorted(chain.definitions, key=lambda d: d.sweep))
+    """The loops in order, and the outputs that are written after them: an output as wide as a stream has a loop."""
     own = {*roles.rows, *roles.grid, *roles.features}
-    wide = [o for o in chain.outputs if set(o.axes) - own]
-    for output in wide:
-        (stream,) = set(output.axes) - own
-        names = {n.name for n in walk(output.body) if isinstance(n, Ref)}
-        after = max((d.sweep + 1 for d in chain.definitions if d.name in names), default=0)
-        keys.setdefault((after, stream))
-    sweeps = []
-    for sweep, stream in sorted(keys, key=lambda k: k[0]):
-        definitions = tuple(d for d in chain.definitions if (d.sweep, d.stream) == (sweep, stream))
-        sweeps.append(Sweep(stream, definitions, tuple(o for o in wide if _runs_in(o, sweep, stream, chain, own))))
+    wide = {o: a for o in chain.outputs for a in o.axes if a not in own and index(a).free}
+    turns = {o: (_turn(o, chain), stream) for o, stream in wide.items()}
+    keys = dict.fromkeys([*((d.sweep, d.stream) for d in chain.definitions), *turns.values()])
+    sweeps = [
+        Sweep(
+            stream,
+            tuple(d for d in chain.definitions if (d.sweep, d.stream) == (turn, stream)),
+            tuple(o for o, at in turns.items() if at == (turn, stream)),
+        )
+        for turn, stream in sorted(keys, key=lambda key: key[0])
+    ]
     return tuple(sweeps), tuple(o for o in chain.outputs if o not in wide)
 
 
-def _runs_in(output: Output, sweep: int, stream: Axis, chain: Chain, own: set[Axis]) -> bool:
+def _turn(output: Output, chain: Chain) -> int:
+    """The first sweep in which all that an output reads is final."""
     names = {n.name for n in walk(output.body) if isinstance(n, Ref)}
-    after = max((d.sweep + 1 for d in chain.definitions if d.name in names), default=0)
-    return after == sweep and stream in set(output.axes) - own
+    return max((d.sweep + 1 for d in chain.definitions if d.name in names), default=0)
 
 
-def _operand_dtype(chain: Chain) -> torch.dtype:
+def _operand_dtype(chain: Chain, results: tuple[Tensor, ...]) -> torch.dtype:
     """The widest floating type among what the user's tensors hold."""
-    own = {d.name for d in chain.definitions}
-    floats = [t.dtype for t in chain.tensors if t.dtype.is_floating_point and t.name not in own]
+    floats = [t.dtype for t in chain.tensors if t.dtype.is_floating_point and t not in results]
     return max(floats, key=lambda d: d.itemsize) if floats else torch.float32
 
 
@@ -139,10 +135,6 @@ def _config(chain: Chain, roles: _Roles, dtype: torch.dtype) -> Config:
 
 def _is_deep(chain: Chain, roles: _Roles) -> bool:
     """Whether a tile has rows, stream and features at once: values of a weighted sum that each row has for itself."""
-    rows = frozenset(roles.rows)
-    features = frozenset(roles.features) - {d.axis for d in roles.dots}
-    values = [f for d in chain.definitions for f in d.rest if f.free & features]
-    return any(f.free & rows and is_operand(f, d.stream) for d in chain.definitions for f in d.rest if f in values)
-
-
-__all__ = ["Dot", "Loop", "NeedsFixed", "NotPlannable", "plan"]
+    rows, features = frozenset(roles.rows), frozenset(roles.features) - {d.axis for d in roles.dots}
+    factors = [(f, d.stream) for d in chain.definitions for f in d.rest]
+    return any(f.free & features and f.free & rows and depends_on(f, stream) for f, stream in factors)

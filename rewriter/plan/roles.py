@@ -28,7 +28,7 @@ def outermost(*nodes: Node) -> list[Reduce]:
     return list(found)
 
 
-def tile_rows(chain: Chain, rows: tuple[Axis, ...], features: frozenset[Axis]) -> tuple[Axis, ...]:
+def tile_rows(chain: Chain, rows: tuple[Axis, ...]) -> tuple[Axis, ...]:
     """One row axis, whose tile is reused by every position of the streams; two where contractions pair rows only."""
     streams = tuple(dict.fromkeys(d.stream for d in chain.definitions))
     pairs = [p for node in _leaves(chain) for p in _pairs(node, frozenset(rows) | frozenset(streams))]

@@ -1,14 +1,12 @@
-"""What forward reads of its modules besides their tensors, and what it leaves in them.
+"""What forward looks for in its modules and does not find, and what it leaves in them.
 
-Tracing bakes `self.window` in, so what is read is recorded for the patched forward to check. An assignment
-(`self.weights = w`) has no place in a graph: its value becomes one more result of the traced forward, and the patched forward
-makes it again.
+An assignment (`self.weights = w`) has no place in a graph: its value becomes one more result of the traced forward, and the
+patched forward makes it again.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
 import os
 import sys
@@ -16,7 +14,6 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 import torch
@@ -28,19 +25,15 @@ from rewriter.trace.source import is_user_file
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
 _SLOTS = frozenset(nn.Module().__dict__) - {"training"}  # parameters, buffers, hooks: torch's own
-_REGISTERED = ("_parameters", "_buffers", "_modules")
 _NN = os.path.join(os.path.dirname(torch.__file__), "nn")
 _MISSING = object()
 
 
 @dataclass
 class Attributes:
-    """Paths are below the traced module: "norm.eps".
+    """Paths are below the traced module: "norm.eps". `touched` was read, `absent` asked for and not there (`hasattr`), `assigned`
+    left by forward, with the user's line."""
 
-    `read` holds plain values as they were before the call; `absent` what was asked for and not there; `touched` all that was
-    read; `assigned` what forward left, with the user's line."""
-
-    read: dict[str, Any] = field(default_factory=dict)
     absent: set[str] = field(default_factory=set)
     touched: set[str] = field(default_factory=set)
     assigned: dict[str, Site | None] = field(default_factory=dict)
@@ -92,9 +85,9 @@ class _Watch:
             try:
                 value = find(module, name)
             except AttributeError:
-                self.note(module, name, _registered(module, name), sys._getframe(1))
+                self.note(module, name, sys._getframe(1), is_there=_is_registered(module, name))
                 raise
-            self.note(module, name, value, sys._getframe(1))
+            self.note(module, name, sys._getframe(1))
             return value
 
         def assigned(module, name, value):
@@ -108,24 +101,15 @@ class _Watch:
             del nn.Module.__getattribute__
             nn.Module.__setattr__ = put
 
-    def note(self, module: nn.Module, name: str, value: Any, frame: types.FrameType) -> None:
+    def note(self, module: nn.Module, name: str, frame: types.FrameType, *, is_there: bool = True) -> None:
         own = name not in _SLOTS and not name.startswith("__") and id(module) in self.paths
-        if not (own and _is_of_forward(frame)):
-            return
-        path = self.paths[id(module)] + name
-        if path in self.seen.assigned or _is_of_the_class(module, name):
-            return
-        self.seen.touched.add(path)
-        if value is _MISSING:
-            self.seen.absent.add(path)
-        for part, held in _parts(path, value).items():
-            self.seen.read.setdefault(part, held)
-        if isinstance(value, (nn.ModuleList, nn.ParameterList, nn.Sequential)):
-            self.seen.absent.add(f"{path}.{len(value)}")
+        path = self.paths[id(module)] + name if own else ""
+        if own and _is_of_forward(frame) and path not in self.seen.assigned:
+            self.seen.touched.add(path)
+            self.seen.absent |= set() if is_there else {path}
 
     def note_assignment(self, module: nn.Module, name: str, frame: types.FrameType) -> None:
-        registered = name in module._buffers or name in module._parameters
-        if name in _SLOTS or registered or id(module) not in self.paths or not _is_of_forward(frame):
+        if name in _SLOTS or _is_registered(module, name) or id(module) not in self.paths or not _is_of_forward(frame):
             return
         self.before.setdefault((module, name), vars(module).get(name, _MISSING))
         site = Site(frame.f_code.co_filename, frame.f_lineno)
@@ -163,23 +147,10 @@ class _Watch:
                 raise RewriteError(f"forward changes self.{path} in place: it stays as it is", site=self.site)
 
 
-def _registered(module: nn.Module, name: str) -> Any:
+def _is_registered(module: nn.Module, name: str) -> bool:
     """A parameter, buffer or submodule: found only after the plain attributes."""
     held = vars(module)
-    return next((held[slot][name] for slot in _REGISTERED if name in held.get(slot, ())), _MISSING)
-
-
-def _is_of_forward(frame: types.FrameType) -> bool:
-    """The user's code, or a layer of torch; not the machinery that calls modules or traces them."""
-    file = frame.f_code.co_filename
-    in_layer = file.startswith(_NN) and not file.endswith(os.path.join("modules", "module.py"))
-    return in_layer or is_user_file(file)
-
-
-def _is_of_the_class(module: nn.Module, name: str) -> bool:
-    """Methods and properties: what these read is recorded itself."""
-    static = inspect.getattr_static(type(module), name, None)
-    return isinstance(static, (types.FunctionType, classmethod, staticmethod, property, types.WrapperDescriptorType))
+    return any(name in held.get(table, ()) for table in ("_parameters", "_buffers", "_modules"))
 
 
 def _has(root: nn.Module, path: str) -> bool:
@@ -191,28 +162,11 @@ def _has(root: nn.Module, path: str) -> bool:
     return True
 
 
-def _parts(path: str, value: Any) -> dict[str, Any]:
-    """What a value is, as plain values at paths that can be read again: {"act.__name__": "gelu"}, {"config.heads": 8}."""
-    if _is_plain(value):
-        return {path: value}
-    if isinstance(value, Enum):
-        return {f"{path}.name": value.name}
-    if isinstance(value, nn.Module):
-        return {f"{path}.__class__.__name__": type(value).__name__}
-    if torch.is_tensor(value) or value is _MISSING:
-        return {}
-    if callable(value) and hasattr(value, "__name__"):
-        return {f"{path}.__name__": value.__name__}
-    return {f"{path}.{k}": v for k, v in getattr(value, "__dict__", {}).items() if k.isidentifier() and _is_plain(v)}
-
-
-def _is_plain(value: Any) -> bool:
-    """A value that can be written down and compared."""
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(map(_is_plain, (*value, *value.values())))
-    return type(value) in _PLAIN
+def _is_of_forward(frame: types.FrameType) -> bool:
+    """The user's code, or a layer of torch; not the machinery that calls modules or traces them."""
+    file = frame.f_code.co_filename
+    in_layer = file.startswith(_NN) and not file.endswith(os.path.join("modules", "module.py"))
+    return in_layer or is_user_file(file)
 
 
 def _is_result(value: Any) -> bool:

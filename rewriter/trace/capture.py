@@ -6,11 +6,19 @@ user's code. Sizes are `Dim.AUTO` under `backed_size_oblivious`, or a batch of 1
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
+import io
 import itertools
 import linecache
-import operator
+import logging
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Callable
 
 import sympy
@@ -19,26 +27,33 @@ import torch.fx.experimental._config as symbolic_config
 from torch import fx, nn
 from torch._ops import HigherOrderOperator
 from torch.export import Dim
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import Reason, RewriteError, Site
-from rewriter.ir import Param
-from rewriter.trace.attributes import Attributes, watched
-from rewriter.trace.contexts import autocasts, decided, quiet
-from rewriter.trace.ones import Dimension, enlarge
-from rewriter.trace.sizes import decided as decided_size
+from rewriter.ir import Node, Param
+from rewriter.trace.assumed import assumed, conditions_of
+from rewriter.trace.attributes import watched
+from rewriter.trace.autocast import autocasts
+from rewriter.trace.ones import Dimension, enlarge, loose
 from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import is_user_file, user_site
+from rewriter.trace.spelled import spelled
+
+MODULE_SLOTS = frozenset(vars(nn.Module()))  # parameters, buffers, hooks: not the user's own
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """A parameter, buffer or other tensor of the traced module: `path` is what follows `self.`.
-
-    A tensor that is not `registered` stays on its device when the module moves."""
+    """A parameter, buffer or other tensor of the traced module: `path` is what follows `self.`."""
 
     path: str
-    is_registered: bool
+    is_parameter: bool
+
+    @property
+    def name(self) -> str:
+        """`tables` of `layers.0.tables[1]`"""
+        return self.path.split(".")[-1].partition("[")[0]
 
 
 @dataclass(frozen=True)
@@ -46,8 +61,11 @@ class TracedModule:
     """A graph with what is needed to print it as the module's forward again.
 
     `inputs` names the placeholder of each flattened argument (None for what is no tensor); `attributes` says which
-    placeholders are the module's own; `fixed` lists the input sizes that tracing turned into numbers. `out_spec` is that of
-    (what forward returns, what it assigned); `state` tells what it read and assigned, `autocast` the device types it autocasts on.
+    placeholders are the module's own, `constants` which forward makes from numbers; `out_spec` is that of (what forward
+    returns, what it `assigned`), `absent` are attributes that it asked for in vain; `autocast` are the device types on which it casts by itself; `fixed` lists the input sizes
+    that tracing turned into numbers, and the branches on sizes that it took; `conditions` are what must hold of the sizes for
+    the graph to be the program. `loose` are input dimensions that were 1 in the example and share their size with others, of
+    which the program still makes the same calls where they are 1.
     """
 
     module: Callable
@@ -56,11 +74,14 @@ class TracedModule:
     kwargs: dict[str, Any]
     inputs: tuple[str | None, ...]
     attributes: dict[str, Attribute]
+    constants: dict[str, torch.Tensor]
     out_spec: pytree.TreeSpec
-    state: Attributes
+    assigned: tuple[str, ...]
+    absent: tuple[str, ...]
     autocast: frozenset[str]
     fixed: tuple[Reason, ...]
     conditions: tuple[sympy.Expr, ...]
+    loose: frozenset[Dimension]
 
     def dimensions_of(self, size: Param) -> frozenset[Dimension]:
         """The input dimensions that have a symbolic size."""
@@ -73,17 +94,27 @@ class TracedModule:
         )
 
     @property
+    def sizes(self) -> tuple[Param, ...]:
+        """The symbolic sizes of the inputs, in order."""
+        extents = (e for name in self.inputs if name for e in shape_of(self.placeholders[name].meta["val"]))
+        return tuple(dict.fromkeys(e for e in extents if isinstance(e, Param)))
+
+    @property
     def parameters(self) -> dict[str, str]:
         """The user's parameter for each placeholder that is an argument as it was passed."""
-        function = self.module.forward if isinstance(self.module, nn.Module) else self.module
-        bound = inspect.signature(function).bind(*self.args, **self.kwargs).arguments
-        by_leaf = {id(value): name for name, value in bound.items() if torch.is_tensor(value)}
-        leaves = pytree.tree_leaves((self.args, self.kwargs))
-        return {p: by_leaf[id(leaf)] for p, leaf in zip(self.inputs, leaves) if p and id(leaf) in by_leaf}
+        return _parameters(self.module, self.args, self.kwargs, self.inputs)
 
     @property
     def placeholders(self) -> dict[str, fx.Node]:
         return {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
+
+
+def _parameters(module: Callable, args: tuple, kwargs: dict, inputs: tuple[str | None, ...]) -> dict[str, str]:
+    function = module.forward if isinstance(module, nn.Module) else module
+    bound = inspect.signature(function).bind(*args, **kwargs).arguments
+    by_leaf = {id(value): name for name, value in bound.items() if torch.is_tensor(value)}
+    leaves = pytree.tree_leaves((args, kwargs))
+    return {p: by_leaf[id(leaf)] for p, leaf in zip(inputs, leaves) if p and id(leaf) in by_leaf}
 
 
 class _Function(nn.Module):
@@ -91,37 +122,41 @@ class _Function(nn.Module):
 
     def __init__(self, function: Callable):
         super().__init__()
-        self.function = function
 
-    def forward(self, *args, **kwargs):
-        return self.function(*args, **kwargs)
+        @functools.wraps(function)  # its parameters are asked for, and name the inputs
+        def forward(*args, **kwargs):
+            return function(*args, **kwargs)
+
+        self.forward = forward
 
 
 def capture(
-    module: Callable, args: tuple, kwargs: dict[str, Any], bound: frozenset[Dimension] = frozenset()
+    module: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    bound: Mapping[Dimension, Site | None] = MappingProxyType({}),
 ) -> TracedModule:
-    """Traces with every size symbolic but those `bound`, which a kernel keeps whole.
+    """Traces with every size symbolic but those `bound`, which a kernel keeps whole: each with the line that wants it.
 
     Raises RewriteError (code FAILED) with the user's line where the program does not trace."""
     traced_as = module if isinstance(module, nn.Module) else _Function(module)
+    args, kwargs = _apart(args, _in_order(traced_as, kwargs))
+    traced_as = _with_every_parameter(traced_as, kwargs)
     with watched(traced_as) as state, autocasts() as autocast:
-        program = _export(traced_as, args, kwargs, bound)
-    graph = program.graph_module.graph
+        try:
+            enlarged = enlarge(traced_as, args, kwargs)
+        except Exception as error:  # tensors without sizes: nested ones
+            raise _trace_error(error) from error
+        program = _export(traced_as, enlarged.args, enlarged.kwargs, enlarged.kept.union(bound))
+        graph, inputs = program.graph_module.graph, _inputs(program, args, kwargs)
+        shared = enlarged.grown & _shared(graph, inputs)
+        may_be_one = loose(traced_as, enlarged.args, enlarged.kwargs, shared)
     _drop_unread(graph)
-    signature = program.graph_signature
-    leaves, _ = pytree.tree_flatten((args, kwargs))
-    user_inputs = list(signature.user_inputs)
-    inputs = tuple(name if torch.is_tensor(leaf) else None for name, leaf in zip(user_inputs, leaves))
-    attributes = {
-        **{p: Attribute(path, True) for p, path in signature.inputs_to_parameters.items()},
-        **{p: Attribute(path, True) for p, path in signature.inputs_to_buffers.items()},
-    }
-    for name, path in signature.inputs_to_lifted_tensor_constants.items():
-        if _is_attribute(traced_as, path, program.constants[path]):
-            attributes[name] = Attribute(path, False)
-        else:
-            next(n for n in graph.nodes if n.name == name).meta["constant"] = program.constants[path]
-    _refuse_mutation(signature)
+    attributes, constants = _attributes(traced_as, program)
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.name in constants:
+            node.meta["constant"] = constants[node.name]
+    _refuse_mutation(program.graph_signature)
     return TracedModule(
         module,
         graph,
@@ -129,12 +164,85 @@ def capture(
         kwargs,
         inputs,
         attributes,
+        constants,
         program.call_spec.out_spec,
-        state,
+        tuple(state.assigned),
+        tuple(sorted(state.absent)),
         frozenset(autocast),
-        _fixed_sizes(graph, inputs, leaves, bound),
-        _conditions(graph),
+        assumed(graph, inputs, _parameters(module, args, kwargs, inputs), bound),
+        conditions_of(graph),
+        may_be_one,
     )
+
+
+def _inputs(program, args: tuple, kwargs: dict) -> tuple[str | None, ...]:
+    """The placeholder of each flattened argument that is a tensor."""
+    names = program.graph_signature.user_inputs
+    return tuple(n if torch.is_tensor(leaf) else None for n, leaf in zip(names, pytree.tree_leaves((args, kwargs))))
+
+
+def _shared(graph: fx.Graph, inputs: tuple[str | None, ...]) -> frozenset[Dimension]:
+    """Input dimensions of one symbolic size with others."""
+    held = {n.name: n.meta.get("val") for n in graph.nodes if n.op == "placeholder"}
+    by_size: dict[Node, list[Dimension]] = {}
+    for k, name in enumerate(inputs):
+        for d, extent in enumerate(shape_of(held[name]) if name else ()):
+            by_size.setdefault(extent, []).append((k, d))
+    return frozenset(d for size, dims in by_size.items() if isinstance(size, Param) and len(dims) > 1 for d in dims)
+
+
+def _apart(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Arguments of which no two are one tensor, as in `attend(x, x, x)`: the tracer would take them for one input."""
+    return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+
+
+def _in_order(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments in the order of the parameters, as flattened arguments are told apart by their place."""
+    order = [name for name in inspect.signature(module.forward).parameters if name in kwargs]
+    return {name: kwargs[name] for name in (*order, *(n for n in kwargs if n not in order))}
+
+
+def _with_every_parameter(module: nn.Module, kwargs: dict[str, Any]) -> nn.Module:
+    """A module that has each keyword argument for a parameter: export does not tell them apart below `**kwargs`."""
+    signature = inspect.signature(module.forward)
+    named = {n: p for n, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+    extra = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in kwargs if n not in named]
+    if not extra:
+        return module
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def explicit(*args, **kwargs):
+        return forward(*args, **kwargs)
+
+    explicit.__signature__ = signature.replace(parameters=[*named.values(), *extra])
+    module = copy.copy(module)
+    module.forward = explicit
+    return module
+
+
+def _attributes(module: nn.Module, program) -> tuple[dict[str, Attribute], dict[str, torch.Tensor]]:
+    """By placeholder: the tensors that the module holds, and those that forward makes from numbers."""
+    signature = program.graph_signature
+    held = {id(tensor): path for path, tensor in reversed(tensors_of(module).items())}
+    lifted = {p: program.constants[path] for p, path in signature.inputs_to_lifted_tensor_constants.items()}
+    attributes = {
+        **{p: Attribute(path, True) for p, path in signature.inputs_to_parameters.items()},
+        **{p: Attribute(path, False) for p, path in signature.inputs_to_buffers.items()},
+        **{p: Attribute(held[id(t)], False) for p, t in lifted.items() if id(t) in held},
+    }
+    return attributes, {p: t for p, t in lifted.items() if id(t) not in held}
+
+
+def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor that a module holds, by path: `layers.0.weight`, `mask`, `tables[1]`; shared ones under each."""
+    out: dict[str, torch.Tensor] = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        for name, value in {**vars(part), **part._parameters, **part._buffers}.items():
+            leaves = pytree.tree_flatten_with_path(value)[0] if name not in MODULE_SLOTS else ()
+            at = f"{path}.{name}".lstrip(".")
+            out |= {at + pytree.keystr(keys): leaf for keys, leaf in leaves if torch.is_tensor(leaf)}
+    return out
 
 
 def _drop_unread(graph: fx.Graph) -> None:
@@ -145,51 +253,40 @@ def _drop_unread(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def _is_attribute(module: nn.Module, path: str, value: torch.Tensor) -> bool:
-    """Whether a constant of the graph is a tensor that the module holds; others are made in forward."""
-    try:
-        return operator.attrgetter(path)(module) is value
-    except AttributeError:
-        return False
-
-
 def _refuse_mutation(signature) -> None:
     mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if mutated:
         raise RewriteError(f"forward changes {', '.join(mutated)} in place: it stays as it is")
 
 
-def _export(module: nn.Module, args: tuple, kwargs: dict, bound: frozenset[Dimension]):
+def _export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[Dimension]):
     """Exports with every size symbolic that the program leaves free, in-place ops made functional, and what wraps parts of it
     (autocast, modes of gradients, vmap) written out."""
-    grown_args, grown_kwargs, ones = enlarge(module, args, kwargs)
     try:
-        program = _try_export(module, grown_args, grown_kwargs, bound | ones)
+        program = _try_export(module, args, kwargs, static)
     except RewriteError:
         raise
     except Exception as error:
-        program = _export_piecewise(module, grown_args, grown_kwargs, bound | ones, error)
-    if any(_is_inplace(n) or _wraps(n) for n in program.graph.nodes):
-        program = _without_wrappers(program)
-    return program
+        program = _export_piecewise(module, args, kwargs, static, error)
+    return _plain(program) if any(_is_inplace(n) or _wraps(n) for n in program.graph.nodes) else program
 
 
-def _without_wrappers(program):
+def _plain(program):
     try:
-        with quiet():
+        with _tracing():
             return program.run_decompositions({})
     except Exception as error:
         raise _trace_error(error) from error
 
 
-def _is_inplace(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
-
-
 def _wraps(node: fx.Node) -> bool:
     """A call that holds or marks a part of the program."""
     return isinstance(node.target, HigherOrderOperator) or getattr(node.target, "__module__", "").startswith("torch._functorch")
+
+
+def _is_inplace(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _export_piecewise(module, args: tuple, kwargs: dict, bound: frozenset[Dimension], error: Exception):
@@ -224,23 +321,63 @@ def _try_export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[
             return None
         return {d: Dim.STATIC if (k, d) in static else Dim.AUTO for d in range(leaf.dim())}
 
-    named = _by_parameter(module, pytree.tree_map(dims, (args, kwargs)))
-    with symbolic_config.patch(backed_size_oblivious=True), torch.no_grad(), quiet(), decided():
+    named = _by_parameter(module, args, pytree.tree_map(dims, (args, kwargs)))
+    with _tracing(), spelled(), _every_frame():
         return torch.export.export(module, args, kwargs, dynamic_shapes=named, strict=False)
 
 
-def _by_parameter(module: nn.Module, specs: tuple[tuple, dict]) -> dict[str, Any]:
-    """`export` wants shapes by parameter, those of *args as one tuple."""
+@contextmanager
+def _tracing() -> Iterator[None]:
+    """Sizes are never assumed to be what they are in the example, where torch can do without; nothing is printed.
+
+    Choosing among the kernels of `scaled_dot_product_attention` would ask for sizes: it is kept whole anyway.
+    """
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        symbolic_config.patch(backed_size_oblivious=True),
+        warnings.catch_warnings(),
+        torch.no_grad(),
+        _quiet(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _every_frame() -> Iterator[None]:
+    """A node remembers all of the user's frames, not those of functions called `forward` alone."""
+
+    def users(tracer: Any, stack: traceback.StackSummary) -> traceback.StackSummary:
+        start = max(k for k, f in enumerate(stack) if (f.filename, f.name) == (__file__, _try_export.__name__))
+        inside = (f for f in stack[start:] if f.filename != __file__)
+        return traceback.StackSummary.from_list(
+            f for f in inside if f.name == "forward" or is_user_file(f.filename)
+        )
+
+    original = fx.proxy.TracerBase._filter_traceback_frames
+    fx.proxy.TracerBase._filter_traceback_frames = users
+    try:
+        yield
+    finally:
+        fx.proxy.TracerBase._filter_traceback_frames = original
+
+
+def _by_parameter(module: nn.Module, args: tuple, specs: tuple):
+    """`export` wants the shapes by parameter: of `*args` and `**kwargs` as one entry each."""
     positional, keywords = specs
-    signature = module.forward.__signature__ = _without_keywords(inspect.signature(module.forward), keywords)
-    return dict(signature.bind(*positional, **keywords).arguments)
+    return dict(inspect.signature(module.forward).bind(*positional, **keywords).arguments)
 
 
-def _without_keywords(signature: inspect.Signature, keywords: dict) -> inspect.Signature:
-    """f(q, **kw) called with k and v  →  f(q, *, k, v), for which `export` takes shapes."""
-    named = {n: p for n, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
-    more = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in keywords if n not in named]
-    return signature.replace(parameters=[*named.values(), *more])
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export logs each guard it finds and prints the graph it gave up on; that is not worth the user's attention."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(level)
 
 
 def _trace_error(error: Exception) -> RewriteError:
@@ -251,52 +388,3 @@ def _trace_error(error: Exception) -> RewriteError:
         shown = f": `{code}`" if code else ""
         return RewriteError(f"a branch or a size that depends on the values of a tensor cannot be traced{shown}", site=site)
     return RewriteError(f"torch.export cannot trace this: {lines[0] if lines else type(error).__name__}", site=site)
-
-
-def _environment(graph: fx.Graph):
-    """The tracer's record of guards, None for a program without symbolic sizes."""
-    values = (n.meta.get("val") for n in graph.nodes if n.op == "placeholder")
-    symbols = (s for v in values if torch.is_tensor(v) for s in v.shape if isinstance(s, torch.SymInt))
-    first = next(symbols, None)
-    return first.node.shape_env if first is not None else None
-
-
-def _user_guards(graph: fx.Graph) -> list[tuple[sympy.Expr, Site]]:
-    """Conditions on sizes that the user's own lines decided; torch's own are about speed, not meaning."""
-    environment = _environment(graph)
-    out = []
-    for guard in environment.guards if environment else ():
-        frame = guard.sloc.framework_loc
-        file = getattr(frame, "filename", "<")
-        if is_user_file(file) or file == __file__:
-            out.append((guard.expr, Site(frame.filename, frame.lineno)))
-    return out
-
-
-def _fixed_sizes(graph: fx.Graph, inputs, leaves, bound: frozenset[Dimension]) -> tuple[Reason, ...]:
-    """Sizes of inputs that are numbers in the kernels, with the user's line that made them so where one did."""
-    values = {n.name: n.meta.get("val") for n in graph.nodes if n.op == "placeholder"}
-    lines = {
-        int(g.rhs): site for g, site in _user_guards(graph) if isinstance(g, sympy.Eq) and g.rhs.is_Integer
-    }
-    out = []
-    for k, name in enumerate(inputs):
-        for d, size in enumerate(values[name].shape if name else ()):
-            if isinstance(size, int):
-                why = "kept whole by a kernel" if (k, d) in bound else "fixed by the program"
-                out.append(Reason(f"{name}.shape[{d}] = {size}, {why}", lines.get(size)))
-    return tuple(out)
-
-
-def _conditions(graph: fx.Graph) -> tuple[sympy.Expr, ...]:
-    """What must hold of the sizes for the traced branches to be the right ones."""
-    environment = _environment(graph)
-    conditions = [environment.replace(g) for g, _ in _user_guards(graph)]
-    for node in graph.nodes:
-        for size in _symbols(node.meta.get("val")):
-            conditions += [environment.replace(c) for c in decided_size(size)[1]]
-    return tuple(dict.fromkeys(c for c in conditions if c.free_symbols))
-
-
-def _symbols(value: Any) -> list[torch.SymInt]:
-    return [s for s in value.shape if isinstance(s, torch.SymInt)] if torch.is_tensor(value) else []

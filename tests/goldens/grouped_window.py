@@ -225,6 +225,8 @@ def launch(query, key, value):
         raise ValueError(
             f"value: expected { (B, N, S0, 128) } torch.float16, got {tuple(value.shape)} { value.dtype}"
         )
+    if N == 0:  # nothing to reduce
+        return reference(query, key, value)
     out = torch.empty((B, H, M, 128), device=query.device, dtype=torch.float16).permute(0, 2, 1, 3)
     programs = triton.cdiv(M, CONFIG["BLOCK_M"]) * (B) * (H)
     if programs:
@@ -273,7 +275,7 @@ def _fake(query, key, value):
     return torch.empty((B, H, M, 128), device=query.device, dtype=torch.float16).permute(0, 2, 1, 3)
 
 
-OP = "grouped_window_3ae955b6"
+OP = "grouped_window_92f259e3"
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
     LIBRARY.define(OP + "(Tensor query, Tensor key, Tensor value) -> (Tensor)")

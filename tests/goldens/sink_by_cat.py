@@ -213,6 +213,8 @@ def launch(query, key, sinks, value):
         raise ValueError(
             f"value: expected { (B, 4, N, 64) } torch.float16, got {tuple(value.shape)} { value.dtype}"
         )
+    if N == 0:  # nothing to reduce
+        return reference(query, key, sinks, value)
     out = torch.empty((B, 4, M, 64), device=query.device, dtype=torch.float16)
     programs = triton.cdiv(M, CONFIG["BLOCK_M"]) * (B) * (4)
     if programs:
@@ -259,7 +261,7 @@ def _fake(query, key, sinks, value):
     return torch.empty((B, 4, M, 64), device=query.device, dtype=torch.float16)
 
 
-OP = "sink_by_cat_d58290a8"
+OP = "sink_by_cat_b10f8ed5"
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
     LIBRARY.define(OP + "(Tensor query, Tensor key, Tensor sinks, Tensor value) -> (Tensor)")

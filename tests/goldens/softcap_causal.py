@@ -210,6 +210,8 @@ def launch(query, key, value):
         raise ValueError(
             f"value: expected { (B, H, M, 64) } torch.float16, got {tuple(value.shape)} { value.dtype}"
         )
+    if M == 0:  # nothing to reduce
+        return reference(query, key, value)
     out = torch.empty((B, H, M, 64), device=query.device, dtype=torch.float16)
     programs = triton.cdiv(M, CONFIG["BLOCK_M"]) * (B) * (H)
     if programs:
@@ -254,7 +256,7 @@ def _fake(query, key, value):
     return torch.empty((B, H, M, 64), device=query.device, dtype=torch.float16)
 
 
-OP = "softcap_causal_e692eea0"
+OP = "softcap_causal_46dae21b"
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
     LIBRARY.define(OP + "(Tensor query, Tensor key, Tensor value) -> (Tensor)")

@@ -124,6 +124,7 @@ def two_products_kernel(
         # golden_programs.py:100  scores = scores + torch.einsum("bshr,btr->bsht", q_rope, k_rope)
         qk = tl.dot(q_rope, tl.trans(k_rope))  # [BLOCK_M, BLOCK_N]
         scores = scores + qk  # [BLOCK_M, BLOCK_N]
+        # golden_programs.py:101  weights = (scores * scale).softmax(dim=-1, dtype=torch.float32).type_as(value)
         x = scores * 0.07216878364870322  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(x, 1))  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
@@ -165,12 +166,12 @@ def two_products_kernel(
         # golden_programs.py:100  scores = scores + torch.einsum("bshr,btr->bsht", q_rope, k_rope)
         qk = tl.dot(q_rope, tl.trans(k_rope))  # [BLOCK_M, BLOCK_N]
         scores = scores + qk  # [BLOCK_M, BLOCK_N]
-        x = scores * 0.07216878364870322  # [BLOCK_M, BLOCK_N]
-        x_2 = tl.where(offs_n[None, :] < N, x, NEG_INF)  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(x_2, 1))  # [BLOCK_M]
+        # golden_programs.py:101  weights = (scores * scale).softmax(dim=-1, dtype=torch.float32).type_as(value)
+        x = tl.where(offs_n[None, :] < N, scores * 0.07216878364870322, NEG_INF)  # [BLOCK_M, BLOCK_N]
+        m_new = tl.maximum(m_i, tl.max(x, 1))  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(x_2 * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(x * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = tl.load(
             value_ptr
@@ -246,6 +247,8 @@ def launch(q_nope, k_nope, q_rope, k_rope, value):
         raise ValueError(
             f"value: expected { (B, N, H, 128) } torch.float16, got {tuple(value.shape)} { value.dtype}"
         )
+    if N == 0:  # nothing to reduce
+        return reference(q_nope, k_nope, q_rope, k_rope, value)
     out = torch.empty((B, H, M, 128), device=q_nope.device, dtype=torch.float16).permute(0, 2, 1, 3)
     programs = triton.cdiv(M, CONFIG["BLOCK_M"]) * (B) * (H)
     if programs:
@@ -301,7 +304,7 @@ def _fake(q_nope, k_nope, q_rope, k_rope, value):
     return torch.empty((B, H, M, 128), device=q_nope.device, dtype=torch.float16).permute(0, 2, 1, 3)
 
 
-OP = "two_products_d12696f6"
+OP = "two_products_6881d772"
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
     LIBRARY.define(
