@@ -5,9 +5,11 @@ load → trace → lift → derive → plan → emit → patch → check → rep
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import inspect
 import json
+import keyword
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -158,13 +160,24 @@ def _kernel_names(module: Callable, fused: list[Fused]) -> list[str]:
         owner = list(stack.values())[-1][1] if stack else type(module)
         text = owner if isinstance(owner, str) else owner.__name__
         text = text.split(".")[-1] if isinstance(module, nn.Module) else module.__name__
-        base = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", text).lower().strip("_") or "chain"
-        base = f"{base}_chain" if base in taken else base
+        base = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", text).lower()
+        base = re.sub(r"[^a-z0-9_]", "", base).strip("_") or "chain"  # torch names no op otherwise
+        base = f"{base}_chain" if base in taken or not _is_free(base) else base
         name, k = base, 2
         while name in names:
             name, k = f"{base}_{k}", k + 1
         names.append(name)
     return names
+
+
+# What the emitted files call their own.
+_OWN_NAMES = set("apply function functools hashlib inspect launch math operator reference rewritten self tl torch".split())
+_OWN_NAMES |= {"forward_ad", "triton", "warnings"}
+
+
+def _is_free(name: str) -> bool:
+    """Whether a kernel may have the name."""
+    return name.isidentifier() and not (name in _OWN_NAMES or keyword.iskeyword(name) or hasattr(builtins, name))
 
 
 def _show_chain(chain: Chain) -> str:

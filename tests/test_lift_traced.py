@@ -195,7 +195,7 @@ STATIC = {
     table: (),
     two: (2,),
 }  # features and heads, which kernels keep whole
-EAGER = ("rand", "the positions of a maximum stay eager")  # what may stay eager, by its reason
+EAGER = ("rand",)  # what may stay eager, by its reason
 
 
 def fed(graph: fx.Graph, args: tuple) -> dict:

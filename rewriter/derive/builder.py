@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from rewriter.derive.axes import Axes
 from rewriter.derive.chain import Definition, Shift
 from rewriter.derive.factors import is_running
@@ -12,6 +14,7 @@ from rewriter.derive.forms import Form, NotDerivable
 from rewriter.ir import (
     TRUE,
     Axis,
+    Index,
     Load,
     Node,
     Reduce,
@@ -31,7 +34,7 @@ class Builder:
     """Collects definitions while reductions are replaced by `Ref`s, innermost dependence first.
 
     empty_is_zero: rows that see nothing but -inf give zeros, not eager's NaN.
-    taken: names that definitions must not have: those of tensors.
+    taken: names that definitions must not have: those of tensors and outputs.
     """
 
     axes: Axes
@@ -196,8 +199,17 @@ def is_leaf(node: Reduce) -> bool:
 
 
 def is_wide(node: Node, stream: Axis) -> bool:
-    """Whether a value varies along the stream and along rows that what is streamed does not have."""
-    loads = [n for n in walk(node) if isinstance(n, Load)]
-    streamed = [n.free for n in loads if stream in n.free]
-    others = [n.free for n in loads if stream not in n.free]
-    return any((b - a) & node.free for a in streamed for b in others)
+    """Whether a value varies along the stream and along rows that what is streamed does not have: a score inside pairs them."""
+    return any(_pairs(n, stream) & node.free for n in walk(node) if _is_score(n) and stream in n.free)
+
+
+def _is_score(node: Node) -> bool:
+    """A contraction of what is loaded, or a predicate."""
+    return node.dtype is torch.bool or (isinstance(node, Reduce) and node.depth == 1)
+
+
+def _pairs(node: Node, stream: Axis) -> frozenset[Axis]:
+    """Axes that something without the stream has and something with it lacks."""
+    parts = [n.free for n in walk(node) if isinstance(n, (Load, Index))]
+    streamed = [free for free in parts if stream in free]
+    return frozenset().union(*(b - a for a in streamed for b in parts if stream not in b))

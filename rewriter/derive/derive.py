@@ -37,7 +37,8 @@ def derive(program: Program, masked_rows: str = "match") -> Chain:
 def _chain(program: Program, outputs: tuple[Output, ...], empty_is_zero: bool = False) -> Chain:
     axes = Axes()
     outputs = axes.of_outputs(outputs)
-    builder = Builder(axes, empty_is_zero, frozenset(t.name for t in program.tensors))
+    taken = frozenset([*(t.name for t in program.tensors), *(o.name for o in outputs)])
+    builder = Builder(axes, empty_is_zero, taken)
     bodies = builder.outputs([o.body for o in outputs])
     if not builder.definitions:
         raise NotDerivable("no reduction is left over a stream")

@@ -28,7 +28,7 @@ from rewriter.derive.factors import (
     without_cast,
 )
 from rewriter.ir import TRUE, Apply, Axis, Const, Node, Ref, Where, apply, const, transform, walk, where
-from rewriter.ir.ops import MONOIDS
+from rewriter.ir.ops import neutral_of
 
 if TYPE_CHECKING:
     from rewriter.derive.builder import Builder
@@ -112,7 +112,7 @@ class Form:
         def emptied(n: Node) -> Node:
             definition = self._definition(n) if isinstance(n, Ref) else None
             if definition and held <= set(_conjuncts(definition.predicate)):
-                return const(MONOIDS[definition.op].neutral, n.dtype)
+                return const(neutral_of(definition.op, n.dtype), n.dtype)
             return n
 
         value = transform(factor, emptied)

@@ -14,7 +14,7 @@ import torch
 from rewriter.derive.chain import Chain, Definition
 from rewriter.derive.sampled import Sampled
 from rewriter.ir import Axis, Node, Output
-from rewriter.ir.ops import MONOIDS, OPS
+from rewriter.ir.ops import MONOIDS, OPS, neutral_of
 
 State = dict[str, torch.Tensor]
 Blocks = Callable[[Axis], list[torch.Tensor]]
@@ -67,7 +67,7 @@ class Online:
         dtype = definition.body.dtype
         held = torch.float64 if dtype.is_floating_point else dtype
         shape = [self.evaluator.length(a) for a in definition.axes]
-        return torch.full(shape, MONOIDS[definition.op].neutral, dtype=held)
+        return torch.full(shape, neutral_of(definition.op, dtype), dtype=held)
 
     def _advanced(self, group: list[Definition], old: State, ended: State) -> State:
         """The state after one more block."""
@@ -89,7 +89,7 @@ class Online:
     def _block(self, definition: Definition, state: State) -> torch.Tensor:
         """⊕ over the block alone, the exponent shifted by the newest Φ."""
         self.evaluator.state = state
-        shift, neutral = definition.shift, MONOIDS[definition.op].neutral
+        shift, neutral = definition.shift, neutral_of(definition.op, definition.body.dtype)
         if shift is None:
             return self._reduced(definition, self._masked(definition, definition.body, neutral))
         exponent = self._masked(definition, shift.exponent, -math.inf)

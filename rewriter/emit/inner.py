@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from rewriter.emit.expr import ATOM, TRITON_DTYPES, NotEmittable, Text, operand, spread_argument
 from rewriter.emit.scope import Line, Scope
 from rewriter.emit.values import Values
-from rewriter.ir import TRUE, Axis, Load, Node, Reduce, walk
-from rewriter.ir.ops import MONOIDS
+from rewriter.ir import TRUE, Axis, Index, Load, Node, Reduce, walk
+from rewriter.ir.ops import MONOIDS, neutral_of
 from rewriter.plan import Dot, Loop
 
-NEUTRAL = {"max": "NEG_INF", "min": "POS_INF", "any": "False", "all": "True", "sum": "0.0", "prod": "1.0"}
 INTO = {
     "max": "tl.maximum({0}, {1})",
     "min": "tl.minimum({0}, {1})",
@@ -67,8 +68,8 @@ class Inner(Values):
         value = self._kept(loop, inner)
         name = self.names.unique("s")
         shape = self.shape(value.axes)
-        dtype = TRITON_DTYPES[loop.body.dtype] if not loop.body.dtype.is_floating_point else "tl.float32"
-        start = f"tl.full({shape or '[]'}, {NEUTRAL[loop.node.op]}, {dtype})"
+        held = held_dtype(loop.body)
+        start = f"tl.full({shape or '[]'}, {neutral_text(loop.node.op, held)}, {TRITON_DTYPES[held]})"
         scope.lines.append(Line(f"{name} = {start}", shape))
         inner.lines.append(Line(f"{name} = {INTO[loop.node.op].format(name, value.tight(6))}", shape))
         extent = self.value(loop.axis.extent, self.prologue).code
@@ -81,7 +82,8 @@ class Inner(Values):
             return value
         keep = self.value(loop.predicate, inner)
         axes = self._joined([keep, value])
-        parts = (spread_argument(keep, axes), spread_argument(value, axes), NEUTRAL[loop.node.op])
+        neutral = neutral_text(loop.node.op, held_dtype(loop.body))
+        parts = (spread_argument(keep, axes), spread_argument(as_held(value, loop.body), axes), neutral)
         return Text(f"tl.where({', '.join(parts)})", axes)
 
     def _nest(self, scope: Scope, header: str, inner: Scope) -> None:
@@ -103,9 +105,31 @@ class Inner(Values):
         return max(floats, key=lambda d: d.itemsize, default=self.plan.dtype)
 
 
+def held_dtype(body: Node) -> torch.dtype:
+    """The type in which a kernel reduces a value: a position fits 32 bits."""
+    if body.dtype.is_floating_point:
+        return torch.float32
+    return torch.int32 if isinstance(body, Index) else body.dtype
+
+
+def as_held(text: Text, body: Node) -> Text:
+    """A whole number as wide as the neutral element it may be replaced by."""
+    if body.dtype.is_floating_point or body.dtype is torch.bool or isinstance(body, Index):
+        return text
+    return Text(f"{text.tight(ATOM)}.to({TRITON_DTYPES[held_dtype(body)]})", text.axes) if text.axes else text
+
+
+def neutral_text(op: str, dtype: torch.dtype) -> str:
+    """The neutral element of ⊕ in a kernel."""
+    neutral = neutral_of(op, dtype)
+    if dtype.is_floating_point:
+        return {-math.inf: "NEG_INF", math.inf: "POS_INF"}.get(neutral, str(float(neutral)))
+    return str(neutral)
+
+
 def precision(stored: torch.dtype) -> str:
     """fp32 products are never rounded to tf32."""
     return ', input_precision="ieee"' if stored is torch.float32 else ""
 
 
-__all__ = ["INTO", "MONOIDS", "NEUTRAL", "Inner", "precision"]
+__all__ = ["INTO", "MONOIDS", "Inner", "as_held", "held_dtype", "neutral_text", "precision"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 
@@ -51,7 +50,6 @@ class KernelFile:
 
     name: str
     text: str
-    op: str
     tensors: tuple[Tensor, ...]
     sizes: tuple[Param, ...]
     plan: ChainPlan
@@ -66,13 +64,9 @@ def emit_kernel(region: Region, plan: ChainPlan, source: "Source") -> KernelFile
     kernels = [_KernelView(k, names.for_kernel(), origins, n + 1 if several else 0) for n, k in enumerate(plan.kernels)]
     view = _FileView(plan, names, kernels, region, source)
     text = render("kernel.py.jinja", **view.values())
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    op = f"{plan.name}_{digest}"
-    text = text.replace("@OP@", op)
     inputs = tuple(t for t in names.tensors if t not in plan.results)
-    return KernelFile(
-        plan.name, text, op, inputs, tuple(view.passed_sizes), plan, tuple(k.entry() for k in kernels)
-    )
+    entries = tuple(k.entry() for k in kernels)
+    return KernelFile(plan.name, text, inputs, tuple(view.passed_sizes), plan, entries)
 
 
 @dataclass(frozen=True)

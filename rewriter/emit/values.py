@@ -6,7 +6,18 @@ from collections import Counter
 
 import torch
 
-from rewriter.emit.expr import ATOM, NotEmittable, Text, apply_text, constant, operand, spread, spread_argument
+from rewriter.emit.expr import (
+    ATOM,
+    INFIX,
+    NotEmittable,
+    Text,
+    apply_text,
+    constant,
+    operand,
+    spread,
+    spread_argument,
+    widened,
+)
 from rewriter.emit.names import Names, stride_name
 from rewriter.emit.origins import Origins
 from rewriter.emit.scope import Line, Scope
@@ -80,6 +91,10 @@ class Values:
             case Where():
                 return self._where(node, scope)
         args = [self.value(a, scope) for a in node.args]
+        if node.op != "cast":
+            numbers = [t for t, a in zip(args, node.args) if not isinstance(a, Const)]
+            if any(t.narrow for t in numbers):
+                args = widened(args, node.op not in INFIX or all(t.narrow for t in numbers))
         axes = self._joined(args)
         return apply_text(node, args, axes, self.helpers, self.half)
 
@@ -133,7 +148,7 @@ class Values:
             Line(f"{name} = {text.code}", self.shape(text.axes), origin.source if origin else "")
         )
         self.holders[name] = (node, home)
-        return Text(name, text.axes)
+        return Text(name, text.axes, narrow=text.narrow)
 
     def _name_for(self, node: Node, home: Scope) -> str:
         """The user's variable where there is one; it is assigned again where its last value has no other reader."""
@@ -175,7 +190,8 @@ class Values:
         code = f"tl.load({pointer}{extra})"
         if node.tensor.dtype is torch.bool:
             code = f"{code} != 0"
-        return Text(code, axes, 2 if node.tensor.dtype is torch.bool else ATOM)
+        narrow = node.tensor.dtype in (torch.float16, torch.bfloat16)
+        return Text(code, axes, 2 if node.tensor.dtype is torch.bool else ATOM, narrow)
 
     def _unproved(self, node: Load, axes: tuple[Axis, ...], scope: Scope) -> list[str]:
         """Bounds of index entries that are not proved to be inside: gathers, and branches of a choice not taken."""

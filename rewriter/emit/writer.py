@@ -7,11 +7,11 @@ import torch
 from rewriter.derive import Definition
 from rewriter.derive.factors import multiply, without_cast
 from rewriter.emit.expr import ATOM, NotEmittable, TRITON_DTYPES, Text, operand, spread, spread_argument
-from rewriter.emit.inner import INTO, NEUTRAL, Inner, precision
+from rewriter.emit.inner import INTO, Inner, as_held, held_dtype, neutral_text, precision
 from rewriter.emit.names import Names
 from rewriter.emit.origins import Origins
 from rewriter.emit.scope import Line, Scope
-from rewriter.ir import TRUE, Apply, Axis, Const, Index, Load, Node, Output, Where
+from rewriter.ir import TRUE, Apply, Axis, Const, Index, Load, Node, Output, Param, Where, const
 from rewriter.lift.rounding import has_fill
 from rewriter.plan import KernelPlan, Sweep
 
@@ -58,14 +58,16 @@ class Writer(Inner):
         for definition in sweep.definitions:
             axes = self.tile(definition.axes)
             shape = ", ".join(self.block(a) for a in axes)
-            neutral, dtype = NEUTRAL[definition.op], self._held(definition)
+            neutral, dtype = self._neutral(definition), self._held(definition)
             code = f"{self.names.state[definition.name]} = tl.full([{shape}], {neutral}, {dtype})"
             out.append(Line(code, self.shape(axes)))
         return out
 
+    def _neutral(self, definition: Definition) -> str:
+        return neutral_text(definition.op, held_dtype(definition.body))
+
     def _held(self, definition: Definition) -> str:
-        dtype = definition.body.dtype
-        return "tl.float32" if dtype.is_floating_point else TRITON_DTYPES[dtype]
+        return TRITON_DTYPES[held_dtype(definition.body)]
 
     def _write_segment(self, name: str, straight: Scope) -> None:
         """One form of a loop's body. Both use the same names, so that a reader sees what differs."""
@@ -103,7 +105,7 @@ class Writer(Inner):
         key = Where(
             Apply("eq", (definition.predicate, TRUE), torch.bool),
             node,
-            Const(("NEG_INF", "0.0", "POS_INF", "False", "True").index(neutral)),
+            Param(neutral),
         )
         if key not in self.loop.known and definition.predicate is TRUE and not self.loop.tail:
             self.loop.known[key] = self._whole(node, definition)
@@ -116,7 +118,7 @@ class Writer(Inner):
             keep = self._keep(definition, axes)
             name = self._name_for(node, self.loop) if not isinstance(node, Const) else self.names.unique("w")
             origin = self.origins.of(node)
-            full = spread_argument(value, axes)
+            full = spread_argument(as_held(value, node), axes)
             code = f"{name} = tl.where({keep}, {full}, {neutral})"
             self.loop.lines.append(Line(code, self.shape(axes), origin.source if origin else ""))
             self.holders[name] = (node, self.loop)
@@ -157,7 +159,7 @@ class Writer(Inner):
         return Text(f"{function}({text.code}, {at})", text.axes[:at] + text.axes[at + 1 :])
 
     def _running_extremum(self, definition: Definition) -> None:
-        score = self._masked(definition.body, definition, NEUTRAL[definition.op])
+        score = self._masked(definition.body, definition, self._neutral(definition))
         state, new = self.names.state[definition.name], self._new(definition)
         folded = self._folded(FOLD[definition.op], score)
         axes = self.tile(definition.axes)
@@ -202,7 +204,7 @@ class Writer(Inner):
     def _weight(self, definition: Definition, factors: list[Node]) -> Text:
         """The tile that is summed, zero where the predicate fails."""
         if definition.shift is None:
-            return self._masked(multiply(factors) or Const(1.0, torch.float32), definition, "0.0")
+            return self._masked(multiply(factors) or const(1, definition.body.dtype), definition, self._neutral(definition))
         return self._shifted(definition, factors)
 
     def _shifted(self, definition: Definition, factors: list[Node]) -> Text:

@@ -32,6 +32,7 @@ _LEVEL = {
     "add": 5,
     "sub": 5,
 }
+_LEVEL |= {"bitor": 1, "bitxor": 2, "bitand": 3}
 _LEVEL |= {"mul": 6, "div": 6, "floordiv": 6, "mod": 6, "pow": 8}
 _ATOM = 9
 _PYTHON = {"maximum": "max", "minimum": "min"}  # of sizes, which are printed as Python too

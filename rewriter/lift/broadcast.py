@@ -61,10 +61,12 @@ def _follow(traced: TracedModule, local: dict[fx.Node, LocalLift], dims: frozens
         if node.op == "output":
             raise _Lost(_all(held))
         value = local[node].value if node in local else None
-        if isinstance(value, Lifted):
+        if call_name(node) in MIXED:
+            out = _rowwise(node, held)
+        elif isinstance(value, Lifted):
             out = _through(value, {a.name: c for a, c in held.items()})
         elif not isinstance(value, tuple):  # each part of a tuple is lifted as its own value
-            out = _rowwise(node, held)
+            raise _Lost(_all(held))
         else:
             continue
         carried[node] = tuple(NONE if any(g <= c for g in groups if c) else c for c in out)

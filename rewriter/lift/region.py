@@ -66,7 +66,10 @@ def lift(traced: TracedModule) -> LiftResult:
 
 def _cut_all(traced, local, tags: Tags, names, first: int = 0, tentative: bool = False) -> list[Region]:
     cutter = _Cutter(traced, local, tags, names)
-    groups = [g for g in _components(tags, cutter.reads_of) if cutter.saves(g)]
+    stages = [s for roots in _components(tags, cutter.reads_of) for s in _stages(traced.graph, roots, local)]
+    groups = [g for g in stages if cutter.saves(g)]
+    if tentative:  # a dense layer that is written anyway, normalised, is better computed once
+        groups = [g for g in groups if set(g) - set(tags.written)]
     cut = [cutter.cut(roots, f"chain_{first + k}", tentative) for k, roots in enumerate(groups)]
     return [region for region in cut if region.outputs]  # else nothing reads what it computes
 
@@ -104,6 +107,19 @@ def _components(tags: Tags, reads_of) -> list[list[fx.Node]]:
     groups: dict[fx.Node, list[fx.Node]] = {}
     for root in [*tags.roots, *tags.written]:
         groups.setdefault(find(root), []).append(root)
+    return list(groups.values())
+
+
+def _stages(graph: fx.Graph, roots: list[fx.Node], local: dict[fx.Node, LocalLift]) -> list[list[fx.Node]]:
+    """Roots in groups of which no one waits for an op that stays eager on another: each is a kernel of its own."""
+    stage: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        before = [stage[s] for s in node.all_input_nodes if s in stage]
+        if node in local and (before or node in roots):
+            stage[node] = max(before, default=0) + (bool(before) and local[node].value is None)
+    groups: dict[int, list[fx.Node]] = {}
+    for root in roots:
+        groups.setdefault(stage[root], []).append(root)
     return list(groups.values())
 
 
@@ -152,7 +168,8 @@ class _Cutter:
         self.roots = set(roots)
         written = [n for n in roots if n in self.tags.written]
         grown = self._grown([n for n in roots if n not in self.tags.written])
-        outputs = [*_live_outputs(grown, self.tags), *written]
+        wide = set().union(*(self._wide_below(r) for r in roots))
+        outputs = [*_live_outputs(grown, wide), *written]
         self.claimed = self._between(roots, outputs) | self.roots
         lifted = [(node, self._inlined(node)) for node in outputs]
         program = Program(name, tuple(self._output(n, v) for n, v in lifted), self.origins)
@@ -169,7 +186,7 @@ class _Cutter:
             node = node.args[0]
         path = self.attributes.get(node.name)
         own = self.names.get(node) or self.parameters.get(node.name)
-        return own or (path.path.split(".")[-1] if path else node.name)
+        return own or (path.name if path else node.name)
 
     def _output(self, node: fx.Node, value: Lifted) -> Output:
         return Output(
@@ -301,10 +318,9 @@ def _has_both(load: Load, sides) -> bool:
     return any((o, "rows") in tags and (o, "stream") in tags for o, _ in tags)
 
 
-def _live_outputs(nodes: list[fx.Node], tags: Tags) -> list[fx.Node]:
-    """Those that something outside the others reads."""
+def _live_outputs(nodes: list[fx.Node], wide: set[fx.Node]) -> list[fx.Node]:
+    """Those that something outside the others, and outside the region's wide values, reads."""
     known = set(nodes)
-    wide = set(tags.wide)
 
     def is_live(node: fx.Node) -> bool:
         return any(not _leads_only_to(u, known, wide) for u in node.users)

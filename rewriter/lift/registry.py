@@ -13,6 +13,7 @@ from rewriter.lift.values import Lifted, NotLiftable
 from rewriter.trace.sizes import number_node, shape_of, size_node
 
 RULES: dict[str, Callable] = {}
+REFUSED: dict[str, str] = {}
 
 
 def lifts(*names: str) -> Callable[[Callable], Callable]:
@@ -24,6 +25,16 @@ def lifts(*names: str) -> Callable[[Callable], Callable]:
         return rule
 
     return register
+
+
+def refuses(reason: str, *names: str) -> None:
+    """Registers what index notation does not express, with the reason."""
+
+    def rule(ctx: Context, *args: Any, **kwargs: Any) -> Lifted:
+        raise NotLiftable(reason)
+
+    REFUSED.update(dict.fromkeys(names, reason))
+    lifts(*names)(rule)
 
 
 def rule_for(node: fx.Node) -> Callable | None:

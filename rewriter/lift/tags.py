@@ -29,7 +29,8 @@ class Tags:
     """`dims[node]` holds a set of tags per dimension; `roots`, `wide` and `written` in graph order.
 
     `written` are wide values that a chain gives as they are, because something outside reads them; `stored` those that are
-    read from memory by what follows.
+    read from memory by what follows. `derived[node]` are the origins that a value has been reduced over, or follows from one
+    that has.
     """
 
     dims: dict[fx.Node, tuple[frozenset[Tag], ...]] = field(default_factory=dict)
@@ -37,11 +38,15 @@ class Tags:
     roots: list[fx.Node] = field(default_factory=list)
     written: list[fx.Node] = field(default_factory=list)
     stored: set[fx.Node] = field(default_factory=set)
-    derived: set[fx.Node] = field(default_factory=set)
+    derived: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
     reasons: dict[fx.Node, str] = field(default_factory=dict)
 
     def has_both_sides(self, node: fx.Node) -> bool:
         return bool(_origins(self.dims.get(node, ())))
+
+    def is_derived(self, node: fx.Node) -> bool:
+        """Whether a wide value follows from a reduction of its own rows × stream."""
+        return bool(self.derived.get(node, frozenset()) & _origins(self.dims.get(node, ())))
 
     def is_wide(self, node: fx.Node) -> bool:
         return node not in self.stored and self.has_both_sides(node)
@@ -91,16 +96,16 @@ def tag(
             continue
         reads = sources(lifted, by_name)
         dims = _inherited(lifted, reads, tags.dims)
+        before = frozenset().union(*(tags.derived.get(y, ()) for y, _ in reads))
         if _has_lost_a_side(dims, reads, tags) or (not _origins(dims) and _is_chain(lifted, reads, moving)):
             tags.roots.append(node)
-            tags.derived.add(node)
+            tags.derived[node] = before.union(*(_origins(tags.dims.get(y, ())) for y, _ in reads))
             continue
         alive = {n for n, _ in reads} if one_sided and _is_half_fixed(lifted, reads, moving) else moving
         narrow = {n for n in alive if not tags.has_both_sides(n)}
         sides = _sides(lifted, reads, narrow)
         tags.dims[node] = _with_origin(order, lifted, dims, weighed.narrowed(order, sides)) if sides else dims
-        if any(y in tags.derived for y, _ in reads) or _reduces_wide(lifted, reads, tags):
-            tags.derived.add(node)
+        tags.derived[node] = before | _reduced_origins(lifted, reads, tags)
         if tags.has_both_sides(node):
             _place_wide(node, local, tags)
     return tags
@@ -110,7 +115,7 @@ def _place_wide(node: fx.Node, local: dict[fx.Node, LocalLift], tags: Tags) -> N
     """A wide value is inside a chain, unless something outside reads it: then it is written, by the chain if it follows from a
     reduction, else by the program itself."""
     reader = _reader_outside(node, local)
-    derived = node in tags.derived
+    derived = tags.is_derived(node)
     if reader is None or derived:
         tags.wide.append(node)
     if reader is None:
@@ -124,16 +129,17 @@ def _place_wide(node: fx.Node, local: dict[fx.Node, LocalLift], tags: Tags) -> N
         tags.reasons[node] = f"written, because it is {'returned' if returned else f'read by an op that stays eager ({reader})'}"
 
 
-def _reduces_wide(lifted: Lifted, reads, tags: Tags) -> bool:
-    """Whether a value is made of reductions of wide values: softmax."""
-    wide = {load.tensor.name for y, load in reads if tags.has_both_sides(y)}
+def _reduced_origins(lifted: Lifted, reads, tags: Tags) -> set[int]:
+    """The origins of wide values that a value is made of reductions of: softmax."""
     inside = (n for r in walk(lifted.body) if isinstance(r, Reduce) for n in walk(r.body))
-    return any(isinstance(n, Load) and n.tensor.name in wide for n in inside)
+    reduced = {n.tensor.name for n in inside if isinstance(n, Load)}
+    return set().union(*(_origins(tags.dims.get(y, ())) for y, load in reads if load.tensor.name in reduced))
 
 
 def _is_half_fixed(lifted: Lifted, reads, moving: set[fx.Node]) -> bool:
     """A contraction of something that moves with something that does not."""
-    return isinstance(lifted.body, Reduce) and len({n in moving for n, _ in reads}) == 2
+    contracts = any(isinstance(n, Reduce) for n in walk(lifted.body))
+    return contracts and len({n in moving for n, _ in reads}) == 2
 
 
 def _inherited(lifted: Lifted, reads, dims: dict[fx.Node, tuple[frozenset, ...]]) -> tuple[frozenset, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rewriter.ir import Const, Node, apply, const, where
 from rewriter.ir.integer import product, proves
-from rewriter.lift.registry import Context, lifts, scalar
+from rewriter.lift.registry import Context, lifts, refuses, scalar
 from rewriter.lift.values import (
     Lifted,
     NotLiftable,
@@ -292,9 +292,7 @@ def diagonal(ctx: Context, x: Lifted, offset: int = 0, dim1: int = 0, dim2: int 
     return remap(x, ctx.shape, mapping)
 
 
-@lifts("unfold", "as_strided")
-def unsupported_view(ctx: Context, x: Lifted, *args, **kwargs) -> Lifted:
-    raise NotLiftable("a strided view")
+refuses("a strided view", "unfold", "as_strided")
 
 
 @lifts("embedding")

@@ -13,6 +13,7 @@ from rewriter.emit.torch_text import TorchPrinter, Variables
 from rewriter.errors import RewriteError
 from rewriter.ir import Param
 from rewriter.patch.sizes import Sizes
+from rewriter.patch.literal import Text
 from rewriter.patch.units import Unit, units_of
 from rewriter.trace import TracedModule
 from rewriter.trace.source import statement_key, user_names
@@ -20,9 +21,10 @@ from rewriter.trace.source import statement_key, user_names
 
 @dataclass(frozen=True)
 class Forward:
-    """`parameters` as in the user's signature; `lines` end in the return statement."""
+    """`lines` end in the return statement; `called` are the submodules, by path, that they call as they are."""
 
     lines: tuple[str, ...]
+    called: frozenset[str]
 
 
 class ForwardPrinter:
@@ -44,6 +46,7 @@ class ForwardPrinter:
         self.sizes: dict[Param, str] = {}
         self.sources = sizes.sources
         self.lines: list[str] = []
+        self.called: set[str] = set()
         self.done: set[Unit] = set()
         self.busy: set[Unit] = set()
         first = next((t for t in leaf_text.values()), "self")
@@ -52,16 +55,18 @@ class ForwardPrinter:
             self.variables.adopt(traced.placeholders[name], text)
         self.expanded = [line for name, text in leaf_text.items() for line in self._expanded(name, text, sizes)]
         for name, attribute in traced.attributes.items():
-            if attribute.path not in traced.constants:
-                self.variables.adopt(traced.placeholders[name], attribute_path(attribute.path))
+            self.variables.adopt(traced.placeholders[name], attribute_path(attribute.path))
 
     def print(self) -> Forward:
         output = next(n for n in self.traced.graph.nodes if n.op == "output")
         for node in output.all_input_nodes:
             self._need(node)
-        result = self._result(output)
+        result, assigned = self._results(output)
+        paths = map(attribute_path, self.traced.assigned)
+        self.lines += [f"{path} = {value!r}" for path, value in zip(paths, assigned)]
         sizes = [f"{name} = {self.sources[p]}" for p, name in self.sizes.items()]
-        return Forward((*sizes, *self.expanded, *self.lines, f"return {result}"))
+        lines = (*sizes, *self.expanded, *self.lines, f"return {result!r}")
+        return Forward(lines, frozenset(self.called))
 
     def _expanded(self, name: str, text: str, sizes: Sizes) -> list[str]:
         """An argument with dimensions that may be 1, expanded to what the kernels take."""
@@ -146,19 +151,14 @@ class ForwardPrinter:
             ]
             return f"{kernel.name}({', '.join(arguments)})"
         if unit.module:
+            self.called.add(unit.module)
             return f"{attribute_path(unit.module)}({self._name(unit.inputs[0])})"
         return self.printer.call(unit.outputs[0])
 
-    def _result(self, output: fx.Node) -> str:
-        leaves = [_Text(self.printer.value(v)) for v in pytree.tree_leaves(output.args[0])]
-        return repr(pytree.tree_unflatten(leaves, self.traced.out_spec))
-
-
-class _Text(str):
-    """A string that shows without quotes inside tuples and dicts."""
-
-    def __repr__(self) -> str:
-        return str(self)
+    def _results(self, output: fx.Node) -> tuple:
+        """(what forward returns, [what it assigned]) with source text for leaves."""
+        leaves = [Text(self.printer.value(v)) for v in pytree.tree_leaves(output.args[0])]
+        return pytree.tree_unflatten(leaves, self.traced.out_spec)
 
 
 def _roots(leaf_text: dict[str, str]) -> set[str]:

@@ -9,7 +9,7 @@ import torch
 
 from rewriter.derive import Chain, Definition
 from rewriter.derive.factors import depends_on
-from rewriter.ir import Axis, Load, Node, Output, Reduce, Ref, Tensor, transform, walk
+from rewriter.ir import Axis, Load, Node, Output, Reduce, Ref, Tensor, index, transform, walk
 
 
 @dataclass
@@ -38,7 +38,7 @@ class _Partition:
             self._add_output(output)
 
     def _rows(self, axes: tuple[Axis, ...]) -> frozenset[Axis]:
-        return frozenset(axes) - self.features
+        return frozenset(a for a in axes if index(a).free) - self.features
 
     def _add_definition(self, definition: Definition) -> None:
         rows = self._rows(definition.axes)

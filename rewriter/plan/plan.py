@@ -8,7 +8,7 @@ import torch
 
 from rewriter.derive import Chain
 from rewriter.derive.factors import depends_on
-from rewriter.ir import Axis, Const, Output, Param, Ref, Tensor, walk
+from rewriter.ir import Axis, Const, Output, Param, Ref, Tensor, index, walk
 from rewriter.plan.kernel import ChainPlan, Config, KernelPlan, Sweep, padded
 from rewriter.plan.parts import Part, chains_of, features_of, parts_of
 from rewriter.plan.roles import MAX_FEATURE, inner_reductions, tile_rows
@@ -91,7 +91,7 @@ def _kernel(name: str, chain: Chain, roles: _Roles, results: tuple[Tensor, ...])
 def _sweeps(chain: Chain, roles: _Roles) -> tuple[tuple[Sweep, ...], tuple[Output, ...]]:
     """The loops in order, and the outputs that are written after them: an output as wide as a stream has a loop."""
     own = {*roles.rows, *roles.grid, *roles.features}
-    wide = {o: stream for o in chain.outputs for stream in set(o.axes) - own}
+    wide = {o: a for o in chain.outputs for a in o.axes if a not in own and index(a).free}
     turns = {o: (_turn(o, chain), stream) for o, stream in wide.items()}
     keys = dict.fromkeys([*((d.sweep, d.stream) for d in chain.definitions), *turns.values()])
     sweeps = [

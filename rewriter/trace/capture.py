@@ -6,6 +6,7 @@ user's code. Sizes are `Dim.AUTO` under `backed_size_oblivious`, or a batch of 1
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import io
@@ -24,10 +25,12 @@ import torch
 import torch.fx.experimental._config as symbolic_config
 from torch import fx, nn
 from torch.export import Dim
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import Reason, RewriteError, Site
 from rewriter.ir import Node, Param
+from rewriter.trace.attributes import watched
 from rewriter.trace.assumed import assumed, conditions_of
 from rewriter.trace.ones import Dimension, enlarge, loose
 from rewriter.trace.sizes import shape_of
@@ -35,12 +38,20 @@ from rewriter.trace.source import is_user_file, user_site
 from rewriter.trace.spelled import spelled
 
 
+MODULE_SLOTS = frozenset(vars(nn.Module()))  # parameters, buffers, hooks: not the user's own
+
+
 @dataclass(frozen=True)
 class Attribute:
-    """A parameter, buffer or constant of the traced module: `path` is what follows `self.`."""
+    """A parameter, buffer or other tensor of the traced module: `path` is what follows `self.`."""
 
     path: str
     is_parameter: bool
+
+    @property
+    def name(self) -> str:
+        """`tables` of `layers.0.tables[1]`"""
+        return self.path.split(".")[-1].partition("[")[0]
 
 
 @dataclass(frozen=True)
@@ -48,9 +59,10 @@ class TracedModule:
     """A graph with what is needed to print it as the module's forward again.
 
     `inputs` names the placeholder of each flattened argument (None for what is no tensor); `attributes` says which
-    placeholders are the module's own; `fixed` lists the input sizes that tracing turned into numbers, and the branches on
-    sizes that it took; `conditions` are what must hold of the sizes for the graph to be the program. `loose` are input dimensions that
-    were 1 in the example and share their size with others, of which the program still makes the same calls where they are 1.
+    placeholders are the module's own, `out_spec` is that of (what forward returns, what it `assigned`); `constants` which forward makes from numbers; `fixed` lists the input sizes that
+    tracing turned into numbers, and the branches on sizes that it took; `conditions` are what must hold of the sizes for the
+    graph to be the program. `loose` are input dimensions that were 1 in the example and share their size with others, of
+    which the program still makes the same calls where they are 1.
     """
 
     module: Callable
@@ -61,6 +73,7 @@ class TracedModule:
     attributes: dict[str, Attribute]
     constants: dict[str, torch.Tensor]
     out_spec: pytree.TreeSpec
+    assigned: tuple[str, ...]
     fixed: tuple[Reason, ...]
     conditions: tuple[sympy.Expr, ...]
     loose: frozenset[Dimension]
@@ -122,26 +135,24 @@ def capture(
 
     Raises RewriteError (code FAILED) with the user's line where the program does not trace."""
     traced_as = module if isinstance(module, nn.Module) else _Function(module)
+    args, kwargs = _apart(args, _in_order(traced_as, kwargs))
+    traced_as = _with_every_parameter(traced_as, kwargs)
     try:
         enlarged = enlarge(traced_as, args, kwargs)
     except Exception as error:  # tensors without sizes: nested ones
         raise _trace_error(error) from error
-    program = _export(traced_as, enlarged.args, enlarged.kwargs, enlarged.kept.union(bound))
+    with watched(traced_as) as state:
+        program = _export(traced_as, enlarged.args, enlarged.kwargs, enlarged.kept.union(bound))
     graph = program.graph_module.graph
+    _drop_unread(graph)
     signature = program.graph_signature
     leaves, _ = pytree.tree_flatten((args, kwargs))
     user_inputs = list(signature.user_inputs)
     inputs = tuple(name if torch.is_tensor(leaf) else None for name, leaf in zip(user_inputs, leaves))
-    attributes = {
-        **{p: Attribute(path, True) for p, path in signature.inputs_to_parameters.items()},
-        **{p: Attribute(path, False) for p, path in signature.inputs_to_buffers.items()},
-        **{p: Attribute(path, False) for p, path in signature.inputs_to_lifted_tensor_constants.items()},
-    }
-    constants = {
-        path: program.constants[path] for path in signature.inputs_to_lifted_tensor_constants.values()
-    }
-    for name, path in signature.inputs_to_lifted_tensor_constants.items():
-        next(n for n in graph.nodes if n.name == name).meta["constant"] = program.constants[path]
+    attributes, constants = _attributes(traced_as, program)
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.name in constants:
+            node.meta["constant"] = constants[node.name]
     _refuse_mutation(signature)
     return TracedModule(
         module,
@@ -152,6 +163,7 @@ def capture(
         attributes,
         constants,
         program.call_spec.out_spec,
+        tuple(state.assigned),
         assumed(graph, inputs, _parameters(module, args, kwargs, inputs), bound),
         conditions_of(graph),
         loose(traced_as, enlarged.args, enlarged.kwargs, enlarged.grown & _shared(graph, inputs)),
@@ -166,6 +178,66 @@ def _shared(graph: fx.Graph, inputs: tuple[str | None, ...]) -> frozenset[Dimens
         for d, extent in enumerate(shape_of(held[name]) if name else ()):
             by_size.setdefault(extent, []).append((k, d))
     return frozenset(d for size, dims in by_size.items() if isinstance(size, Param) and len(dims) > 1 for d in dims)
+def _apart(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Arguments of which no two are one tensor, as in `attend(x, x, x)`: the tracer would take them for one input."""
+    return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+
+
+def _in_order(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments in the order of the parameters, as flattened arguments are told apart by their place."""
+    order = [name for name in inspect.signature(module.forward).parameters if name in kwargs]
+    return {name: kwargs[name] for name in (*order, *(n for n in kwargs if n not in order))}
+
+
+def _with_every_parameter(module: nn.Module, kwargs: dict[str, Any]) -> nn.Module:
+    """A module that has each keyword argument for a parameter: export does not tell them apart below `**kwargs`."""
+    signature = inspect.signature(module.forward)
+    named = {n: p for n, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+    extra = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in kwargs if n not in named]
+    if not extra:
+        return module
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def explicit(*args, **kwargs):
+        return forward(*args, **kwargs)
+
+    explicit.__signature__ = signature.replace(parameters=[*named.values(), *extra])
+    module = copy.copy(module)
+    module.forward = explicit
+    return module
+
+
+def _attributes(module: nn.Module, program) -> tuple[dict[str, Attribute], dict[str, torch.Tensor]]:
+    """By placeholder: the tensors that the module holds, and those that forward makes from numbers."""
+    signature = program.graph_signature
+    held = {id(tensor): path for path, tensor in reversed(tensors_of(module).items())}
+    lifted = {p: program.constants[path] for p, path in signature.inputs_to_lifted_tensor_constants.items()}
+    attributes = {
+        **{p: Attribute(path, True) for p, path in signature.inputs_to_parameters.items()},
+        **{p: Attribute(path, False) for p, path in signature.inputs_to_buffers.items()},
+        **{p: Attribute(held[id(t)], False) for p, t in lifted.items() if id(t) in held},
+    }
+    return attributes, {p: t for p, t in lifted.items() if id(t) not in held}
+
+
+def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor that a module holds, by path: `layers.0.weight`, `mask`, `tables[1]`; shared ones under each."""
+    out: dict[str, torch.Tensor] = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        for name, value in {**vars(part), **part._parameters, **part._buffers}.items():
+            leaves = pytree.tree_flatten_with_path(value)[0] if name not in MODULE_SLOTS else ()
+            at = f"{path}.{name}".lstrip(".")
+            out |= {at + pytree.keystr(keys): leaf for keys, leaf in leaves if torch.is_tensor(leaf)}
+    return out
+
+
+def _drop_unread(graph: fx.Graph) -> None:
+    """Without what nothing reads, and without the notes on types that export adds for `.to(dtype)`: they are no readers."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
 
 
 def _refuse_mutation(signature) -> None:
@@ -178,6 +250,8 @@ def _export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[Dime
     """Exports with every size symbolic that the program leaves free, and in-place ops made functional."""
     try:
         program = _try_export(module, args, kwargs, static)
+    except RewriteError:
+        raise
     except Exception as error:
         program = _export_piecewise(module, args, kwargs, static, error)
     if any(_is_inplace(n) for n in program.graph.nodes):
@@ -230,8 +304,12 @@ def _try_export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[
 
 @contextmanager
 def _tracing() -> Iterator[None]:
-    """Sizes are never assumed to be what they are in the example, where torch can do without; nothing is printed."""
+    """Sizes are never assumed to be what they are in the example, where torch can do without; nothing is printed.
+
+    Choosing among the kernels of `scaled_dot_product_attention` would ask for sizes: it is kept whole anyway.
+    """
     with (
+        sdpa_kernel(SDPBackend.MATH),
         symbolic_config.patch(backed_size_oblivious=True),
         warnings.catch_warnings(),
         torch.no_grad(),
