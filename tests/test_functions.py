@@ -92,3 +92,33 @@ def test_the_maximum_of_masked_rows_and_of_rows_of_nan():
     inputs = qkv()
     for got, want in zip(fused(where_best, inputs).module(*inputs), where_best(*inputs)):
         torch.testing.assert_close(got, want)
+
+
+# What has the maximum: in one sweep, which starts again where a larger one is found
+
+
+def equal_shares(q, k, v):
+    scores = (q @ k.transpose(-1, -2)).round().clamp(-2, 2)
+    best = (scores == scores.amax(-1, keepdim=True)).float()
+    return best @ v / best.sum(-1, keepdim=True)
+
+
+def masked_shares(q, k, v):
+    """Rows without any key share all of them: -inf equals -inf."""
+    scores = (q @ k.transpose(-1, -2)).round()
+    causal = torch.arange(k.shape[1]) < torch.arange(q.shape[1])[:, None]
+    scores = scores.masked_fill(~causal, float("-inf"))
+    best = torch.where(scores >= scores.max(-1, keepdim=True).values, 1.0, 0.0)
+    return best @ v, best.sum(-1)
+
+
+def nearest(q, k, v):
+    away = (q[:, :, None] - k[:, None]).abs().sum(-1).round()
+    return away.argmin(-1), torch.where(away <= away.amin(-1, keepdim=True), 1.0, 0.0) @ v
+
+
+@pytest.mark.parametrize("program", [equal_shares, masked_shares, nearest], ids=lambda p: p.__name__)
+def test_what_has_the_maximum_is_found_in_one_sweep(program):
+    result = fused(program, qkv())
+    assert [chain["passes"] for chain in result.report["chains"]] == [1]
+    assert_right(result, program, qkv())

@@ -171,6 +171,7 @@ class Builder:
         rest: tuple[Node, ...],
         shift: Shift | None,
         body: Node,
+        extremum: Ref | None,
     ) -> Node:
         """The `Ref` of a new definition, or of an equal one."""
         for known in self.definitions:
@@ -182,7 +183,7 @@ class Builder:
         name = f"{op}_{len(self.definitions)}"
         while name in self.taken:
             name = f"row_{name}"
-        self.definitions.append(Definition(name, op, axes, stream, sweep, predicate, rest, shift, body))
+        self.definitions.append(Definition(name, op, axes, stream, sweep, predicate, rest, shift, body, extremum))
         return self.definitions[-1].ref
 
 

@@ -34,6 +34,8 @@ class Shift:
 class Definition:
     """`name[axes] = ⊕_stream | predicate: weight`, where weight = exp(shift.exponent − shift.phi) · rest or just rest.
 
+    Where the predicate selects what has an `extremum` of the same sweep, what is accumulated starts again when that moves.
+
     `rest` is a tuple of factors; earlier definitions are read through `Ref`: those of the same sweep as they run, those of
     earlier sweeps as they ended (`Ref.final`).
     """
@@ -47,6 +49,7 @@ class Definition:
     rest: tuple[Node, ...]
     shift: Shift | None
     body: Node
+    extremum: Ref | None = None
 
     @property
     def ref(self) -> Ref:

@@ -51,6 +51,11 @@ def is_float_cast(node: Node) -> bool:
     return isinstance(node, Apply) and node.op == "cast" and _float(node.dtype) and _float(node.args[0].dtype)
 
 
+def is_truth_cast(node: Node) -> bool:
+    """1 where something holds, 0 elsewhere."""
+    return isinstance(node, Apply) and node.op == "cast" and node.args[0].dtype is torch.bool
+
+
 def without_cast(node: Node) -> Node:
     return without_cast(node.args[0]) if is_float_cast(node) else node
 
@@ -185,6 +190,13 @@ def has_refs(node: Node) -> bool:
 def is_running(node: Node) -> bool:
     """Whether a value depends on reductions that are still running in this sweep."""
     return any(isinstance(n, Ref) and not n.final for n in walk(node))
+
+
+def conjuncts(predicate: Node) -> list[Node]:
+    """The parts of a conjunction."""
+    if isinstance(predicate, Apply) and predicate.op == "and":
+        return [p for a in predicate.args for p in conjuncts(a)]
+    return [predicate]
 
 
 def split_mask(node: Node) -> tuple[Node, Node]:

@@ -19,15 +19,18 @@ from rewriter.derive.factors import (
     as_terms,
     cancelled,
     conjunction,
+    conjuncts,
     depends_on,
     has_refs,
     is_running,
+    is_truth_cast,
     multiply,
     quotient,
     split_mask,
     total,
     without_cast,
 )
+from rewriter.derive.selection import selected
 from rewriter.ir import TRUE, Apply, Axis, Const, Node, Ref, Where, apply, const, transform, walk, where
 from rewriter.ir.ops import neutral_of
 
@@ -64,8 +67,18 @@ class Form:
             raise NotDerivable(f"{op} of a value that depends on a reduction of the same sweep")
         return self._add(op, predicate, (body,), None, body)
 
+    def _runs(self, predicate: Node) -> bool:
+        """Whether a predicate depends on running values, other than by selecting what has the extremum."""
+        _, others = selected(predicate, self._definition)
+        return any(map(is_running, others))
+
     def _add(self, op: str, predicate: Node, rest: tuple[Node, ...], shift: Shift | None, body: Node) -> Node:
-        return self.builder.add(op, self.stream, self.sweep, predicate, rest, shift, body)
+        extremum, _ = selected(predicate, self._definition)
+        if extremum and shift and is_running(shift.phi):
+            raise NotDerivable("exponentials shifted by a running value, of what has an extremum")
+        if extremum:
+            self._note(f"selection: T(old → new) keeps a state where {extremum.name} has not moved, and empties it elsewhere")
+        return self.builder.add(op, self.stream, self.sweep, predicate, rest, shift, body, extremum)
 
     def _note(self, text: str) -> None:
         self.builder.notes.append(text)
@@ -77,7 +90,7 @@ class Form:
         if not any(is_running(t.node) for t in row):
             moving, row = as_terms(body), []
         inner = total(moving) if row else body
-        if is_running(inner) or is_running(predicate):
+        if is_running(inner) or self._runs(predicate):
             raise NotDerivable(f"{op} of a value that depends on an earlier reduction of the same sweep")
         reduced = self._add(op, predicate, (inner,), None, inner)
         return total([Term(1, reduced), *row])
@@ -85,7 +98,7 @@ class Form:
     def _sum(self, body: Node, predicate: Node) -> Node:
         """sum_n | p: over/under → (row factors) · sum_n | p: (stream factors)"""
         product = as_product(body) if predicate is TRUE else as_product(body).where(predicate)
-        parts = [_without_logs(p) for p in self._distributed(product)]
+        parts = [_without_logs(p) for p in self._distributed(self._selecting(product))]
         if len(parts) > 1:
             terms = [Term(1, self._sum(quotient(p.over, p.under), p.predicate)) for p in parts]
             return total(terms)
@@ -98,6 +111,14 @@ class Form:
                 "hoist: factors that do not depend on the stream are taken out of the sum"
             )
         return self._hoisted(self._one_sum(over, under, rest), row_over, row_under, product.guards)
+
+    def _selecting(self, product: Product) -> Product:
+        """float(x == R) · v  →  where(x == R, v, 0) where R is the running extremum of x"""
+        chosen = [f for f in product.over if is_truth_cast(f) and is_running(f) and not self._runs(f.args[0])]
+        if not chosen or any(_has_minus_inf(f) for f in product.over if f not in chosen):
+            return product
+        rest = replace(product, over=[f for f in product.over if f not in chosen])
+        return rest.where(conjunction(f.args[0] for f in chosen))
 
     def _hoisted(self, reduced: Node, over: list[Node], under: list[Node], guards: list) -> Node:
         """The row factors of a sum applied to it, each inside the choices that it stood in."""
@@ -114,11 +135,11 @@ class Form:
 
     def _may_be_nan(self, factor: Node, predicate: Node) -> bool:
         """Whether a factor is not proved to be a number where the predicate holds nowhere along the stream."""
-        held = set(_conjuncts(predicate))
+        held = set(conjuncts(predicate))
 
         def emptied(n: Node) -> Node:
             definition = self._definition(n) if isinstance(n, Ref) else None
-            if definition and held <= set(_conjuncts(definition.predicate)):
+            if definition and held <= set(conjuncts(definition.predicate)):
                 return const(neutral_of(definition.op, n.dtype), n.dtype)
             return n
 
@@ -144,7 +165,7 @@ class Form:
     def _row_part(self, predicate: Node) -> tuple[Node, Node]:
         """(what does not depend on the stream, the rest) of a conjunction."""
         rows, rest = TRUE, TRUE
-        for part in _conjuncts(predicate):
+        for part in conjuncts(predicate):
             if depends_on(part, self.stream) or not is_running(part):
                 rest = apply("and", rest, part)
             else:
@@ -187,7 +208,7 @@ class Form:
         exponent = [t for f in over if is_exp(f) for t in as_terms(f.args[0])]
         lever = next((f for f in rest if exponent and Counter(as_terms(f)) == Counter(exponent)), None)
         rest = [f for f in rest if f is not lever]
-        if any(is_running(f) for f in [*rest, *under, predicate]):
+        if any(is_running(f) for f in [*rest, *under]) or self._runs(predicate):
             raise NotDerivable("a sum whose terms depend on a running value other than through exp")
         if under:
             rest.append(apply("div", const(1.0), multiply(under)))
@@ -257,7 +278,7 @@ class Form:
         bound = self._definition(next(iter(refs)))
         if bound.op != "max" or not _dominates(shift, bound, self.stream):
             raise NotDerivable(f"exp(x − {bound.name}) where {bound.name} is not proved to be at least x")
-        if not set(_conjuncts(bound.predicate)) <= {TRUE, *_conjuncts(predicate)}:
+        if not set(conjuncts(bound.predicate)) <= {TRUE, *conjuncts(predicate)}:
             raise NotDerivable(f"exp(x − {bound.name}) at positions that are masked in {bound.name}")
         # By name alone: axes have none that would last.
         phi = re.sub(r"\[[^]]*\]", "", repr(shift.phi))
@@ -291,12 +312,6 @@ def _is_settled(node: Node) -> bool:
     if not (isinstance(node, Where) and isinstance(node.predicate, Apply) and node.predicate.op == "isinf"):
         return False
     return node.predicate.args[0] is node.other and isinstance(node.then, Const) and node.then.value == 0
-
-
-def _conjuncts(predicate: Node) -> list[Node]:
-    if isinstance(predicate, Apply) and predicate.op == "and":
-        return [p for a in predicate.args for p in _conjuncts(a)]
-    return [predicate]
 
 
 def _quotient(over: list[Node], reduced: Node, under: list[Node]) -> Node:

@@ -114,8 +114,11 @@ class Online:
         return self.evaluator.value(node, (*definition.axes, definition.stream))
 
     def _moved(self, definition: Definition, old: State, new: State) -> torch.Tensor:
-        """acc · T(old → new), T = exp(Φ(old) − Φ(new)); a moment moves with its mass"""
+        """acc · T(old → new), T = exp(Φ(old) − Φ(new)); a moment moves with its mass, a selection with its extremum"""
         value, shift = old[definition.name], definition.shift
+        if definition.extremum:
+            before, now = (self._at(definition.extremum, definition, state) for state in (old, new))
+            return torch.where(before == now, value, self._neutral(definition))
         if shift is None:
             return value
         gone = torch.exp(self._phi(definition, old) - self._settled(definition, new))

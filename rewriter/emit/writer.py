@@ -160,11 +160,22 @@ class Writer(Inner):
 
     def _running_extremum(self, definition: Definition) -> None:
         score = self._masked(definition.body, definition, self._neutral(definition))
-        state, new = self.names.state[definition.name], self._new(definition)
+        new = self._new(definition)
         folded = self._folded(FOLD[definition.op], score)
         axes = self.tile(definition.axes)
-        code = INTO[definition.op].format(state, spread(folded, axes))
+        code = INTO[definition.op].format(self._kept_state(definition), spread(folded, axes))
         self.loop.lines.append(Line(f"{new} = {code}", self.shape(axes)))
+        self.loop.known[definition.ref] = Text(new, axes)
+
+    def _kept_state(self, definition: Definition) -> str:
+        """The state before this tile; where an extremum has moved, nothing that was selected for it."""
+        state = self.names.state[definition.name]
+        if definition.extremum is None:
+            return state
+        extremum = self.plan.chain.definition(definition.extremum.name)
+        old, new = self.names.state[extremum.name], self._new(extremum)
+        same = Text(f"{old} == {new}", self.tile(extremum.axes), 2)
+        return f"tl.where({spread_argument(same, self.tile(definition.axes))}, {state}, {self._neutral(definition)})"
 
     def _new(self, definition: Definition) -> str:
         return self.names.state[definition.name].replace("_i", "_new", 1)
@@ -277,7 +288,7 @@ class Writer(Inner):
         """acc · T(old → new)"""
         state = self.names.state[definition.name]
         if definition.shift is None:
-            return state
+            return self._kept_state(definition)
         key = Apply("exp2", (definition.shift.phi,), torch.float32)
         if key not in self.loop.known:
             settled = self._settled(definition)
