@@ -154,6 +154,34 @@ def test_derive_refuses_what_is_not_proved(monkeypatch):
         derive(UNMASKED)
 
 
+# What has an extremum
+
+MASKED = where(KEPT, S, INF)
+LEAST = reduce("min", (n,), S)
+SELECTED = {
+    "sum": summed(where(apply("eq", S, maximum(S)), V, const(0.0))),
+    "at least the maximum": summed(where(apply("le", maximum(S), S), V, const(0.0))),
+    "at most the minimum": summed(where(apply("le", S, LEAST), V, const(0.0))),
+    "count": summed(apply("cast", apply("eq", LEAST, S), dtype=torch.float32)),
+    "position": reduce("min", (n,), Index(n), apply("eq", S, maximum(S))),
+    "of masked scores": summed(where(apply("eq", MASKED, maximum(MASKED)), V, const(0.0))),
+    "among what is kept": summed(where(apply("and", KEPT, apply("eq", S, reduce("max", (n,), S, KEPT))), V, const(0.0))),
+}
+
+
+@pytest.mark.parametrize("name", SELECTED)
+def test_what_has_an_extremum_is_reduced_beside_it(name):
+    chain = derive(program(SELECTED[name]))
+    assert {d.sweep for d in chain.definitions} == {0}
+
+
+@pytest.mark.parametrize("name", SELECTED)
+def test_a_selection_that_does_not_start_again_is_not_proved(name):
+    chain = derive(program(SELECTED[name]))
+    kept = tuple(replace(d, extremum=None) for d in chain.definitions)
+    assert not prove(program(SELECTED[name]), replace(chain, definitions=kept)).ok
+
+
 # What no single sweep computes
 
 
@@ -186,7 +214,14 @@ TWO_SWEEPS = {
         apply("exp", apply("sub", apply("sub", S, maximum(S)), maximum(OTHER)))
     ),
     "a maximum of masked scores below unmasked ones": summed(weights(maximum(where(KEPT, S, INF)))),
-    "a mask that depends on a maximum": summed(where(apply("eq", S, maximum(S)), V, const(0.0))),
+    "a mask that depends on a maximum": summed(
+        where(apply("lt", apply("mul", maximum(S), const(0.5)), S), V, const(0.0))
+    ),
+    "what equals the maximum of other scores": summed(where(apply("eq", S, maximum(OTHER)), V, const(0.0))),
+    "what equals the maximum of a part": summed(
+        where(apply("eq", S, reduce("max", (n,), S, KEPT)), V, const(0.0))
+    ),
+    "what is at most the maximum": summed(where(apply("le", S, maximum(S)), V, const(0.0))),
     "a sum of squares around the mean": summed(
         apply("mul", apply("sub", S, MEAN), apply("sub", S, MEAN))
     ),
