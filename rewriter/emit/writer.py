@@ -186,10 +186,8 @@ class Writer(Inner):
         values = [f for f in definition.rest if any(a in self.plan.features for a in f.free)]
         weights = [f for f in definition.rest if f not in values]
         if len(values) == 1 and self._is_product(definition, values[0]):
-            weight = self._weight(definition, weights)
-            if len(weight.axes) == 2:
-                self._matrix_sum(definition, state, rescale, weight, values[0])
-                return
+            self._matrix_sum(definition, state, rescale, self._weight(definition, weights), values[0])
+            return
         weight = self._weight(definition, list(definition.rest))
         axes = self.tile(definition.axes)
         folded = self._folded("tl.sum", weight)
@@ -197,9 +195,11 @@ class Writer(Inner):
 
     def _is_product(self, definition: Definition, values: Node) -> bool:
         """Whether the weights' tile times the values' is a matrix product: the values do not depend on the row."""
+        if self.plan.steps or not set(self.plan.rows) & set(definition.axes):
+            return False
         lanes = self.tile(values.free)
         features = [a for a in lanes if a in self.plan.features]
-        return not self.plan.steps and len(features) == 1 and lanes == (self.sweep.stream, *features)
+        return len(features) == 1 and lanes == (self.sweep.stream, *features)
 
     def _matrix_sum(self, definition: Definition, state: str, rescale: str, weight: Text, values: Node) -> None:
         axes = self.tile(definition.axes)

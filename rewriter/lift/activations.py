@@ -7,7 +7,7 @@ import math
 import torch
 
 from rewriter.ir import Const, Node, apply, cast, const, where
-from rewriter.lift.pointwise import pointwise, power, truncated
+from rewriter.lift.pointwise import pointwise, truncated
 from rewriter.lift.registry import Context, lifts, refuses, scalar
 from rewriter.lift.values import Lifted, fresh_axes, positions
 

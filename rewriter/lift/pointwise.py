@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 
 import torch
 
 from rewriter.ir import Const, Node, apply, cast, const, where
 from rewriter.ir.ops import OPS
-from rewriter.lift.registry import Context, lifts, operand, scalar
+from rewriter.lift.registry import Context, lifts, operand
 from rewriter.lift.values import Lifted, NotLiftable, broadcast_at, fresh_axes, positions
 
 SAME_NAME = "neg abs sign exp exp2 log log2 log1p expm1 sqrt rsqrt sin cos tanh sigmoid erf floor ceil round isinf isnan"

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from rewriter.errors import RewriteError
-from rewriter.ir import Const, Node, Param, Reduce, transform, walk
-from rewriter.lift import Region
+from rewriter.ir import Const
 from rewriter.patch.forward import attribute_path
 from rewriter.patch.signature import Signature
 from rewriter.patch.sizes import Place, Sizes
@@ -26,7 +25,7 @@ class Guard:
 
 
 def guards_of(
-    traced: TracedModule, signature: Signature, sizes: Sizes, regions: tuple[Region, ...]
+    traced: TracedModule, signature: Signature, sizes: Sizes
 ) -> tuple[Guard, ...]:
     """Arguments, training mode, missing attributes, dtypes, ranks and sizes that tracing assumed."""
     out = [Guard(_same(text, value), f"{text} is not {value!r}") for text, value in signature.constants]
@@ -41,7 +40,7 @@ def guards_of(
     for name, text in signature.leaves.items():
         out += _tensor_guards(traced.placeholders[name].meta["val"], text)
         out += [guard for place in sizes.places if place.leaf == text for guard in _size_guard(place, sizes)]
-    return (*out, *_autocast(traced, signature), *_conditions(traced, sizes), *_not_empty(regions, sizes))
+    return (*out, *_autocast(traced, signature), *_conditions(traced, sizes))
 
 
 def _absent(path: str) -> Guard:
@@ -95,17 +94,3 @@ def _conditions(traced: TracedModule, sizes: Sizes) -> list[Guard]:
         text = relation_text(condition, names)
         out.append(Guard(text, f"{text} does not hold"))
     return out
-
-
-def _not_empty(regions: tuple[Region, ...], sizes: Sizes) -> list[Guard]:
-    """What is reduced has an element: eager has rules of its own for nothing, which kernels do not follow."""
-    bodies = [output.body for region in regions for output in region.program.outputs]
-    reduces = [n for n in walk(*bodies) if isinstance(n, Reduce)]
-    extents = dict.fromkeys(a.extent for r in reduces for a in r.axes if _may_be_empty(a.extent))
-    texts = [sizes.text(e) for e in extents]
-    return [Guard(f"{text} > 0", f"{text} is not above 0") for text in texts]
-
-
-def _may_be_empty(extent: Node) -> bool:
-    least = transform(extent, lambda n: Const(0) if isinstance(n, Param) else n)
-    return not (isinstance(least, Const) and least.value > 0)

@@ -43,7 +43,7 @@ def patch(
     try:
         sizes = sizes_of(traced, signature.leaves, broadcast)
         printer = ForwardPrinter(traced, kernels, regions, signature.leaves, sizes)
-        forward, guards = printer.print(), guards_of(traced, signature, sizes, regions)
+        forward, guards = printer.print(), guards_of(traced, signature, sizes)
     except UnknownSize as size:
         raise RewriteError(f"forward depends on {size}, which can't be written down") from size
     is_module = isinstance(traced.module, nn.Module)

@@ -8,7 +8,7 @@ import torch
 
 from rewriter.derive import Chain
 from rewriter.derive.factors import depends_on
-from rewriter.ir import Axis, Const, Output, Param, Ref, Tensor, index, walk
+from rewriter.ir import Axis, Output, Param, Ref, Tensor, index, walk
 from rewriter.plan.kernel import ChainPlan, Config, KernelPlan, Sweep, padded
 from rewriter.plan.parts import Part, chains_of, features_of, parts_of
 from rewriter.plan.roles import MAX_FEATURE, inner_reductions, tile_rows
