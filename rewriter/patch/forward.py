@@ -98,8 +98,6 @@ class ForwardPrinter:
             return self.variables.of(node)
         if "constant" in node.meta:
             return self.printer.constant(node.meta["constant"])
-        if node.op == "get_attr":
-            raise RewriteError(f"{next(iter(node.users)).target} takes parts of the program, which cannot be written down")
         unit = self.units[node]
         text = self._expression(unit)
         return text if self._binds_tightly(unit) else f"({text})"
