@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
 
 import pytest
 import torch
 from library_programs import close, said, tensors
+from torch.utils._pytree import tree_flatten
 
 from rewriter import rewrite
 from rewriter.errors import RewriteError
@@ -123,3 +126,62 @@ def test_parts_of_the_program_as_arguments_are_refused():
 
     with pytest.raises(RewriteError, match="cond takes parts of the program"):
         rewrite(program, tensors(2, 2, 9, 16))
+
+
+Pair = namedtuple("Pair", "out most")
+
+
+@dataclass
+class Result:
+    """As a model returns several values."""
+
+    out: torch.Tensor
+    norms: tuple
+
+
+torch.utils._pytree.register_dataclass(Result)
+
+
+def returning(kind):
+    def program(q, k, v):
+        out = attend(q, k, v)
+        return {
+            "a named tuple": lambda: Pair(out, [out.amax(), None]),
+            "a tuple of torch's": lambda: out.max(-1),
+            "a dataclass": lambda: Result(out, (out.sum(),)),
+            "an ordered dictionary": lambda: OrderedDict(out=out, count=3),
+            "a dictionary": lambda: {"out": out, 1: ("x", float("inf"))},
+        }[kind]()
+
+    return program
+
+
+KINDS = ("a named tuple", "a tuple of torch's", "a dataclass", "an ordered dictionary", "a dictionary")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_results_are_of_the_users_kind(kind):
+    program, args = returning(kind), tensors(2, 2, 9, 16)
+    out, expected = rewrite(program, args).module(*args), program(*args)
+    assert type(out) is type(expected)
+    (leaves, spec), (wanted, wanted_spec) = map(tree_flatten, (out, expected))
+    assert spec == wanted_spec and len(leaves) == len(wanted)
+    for leaf, value in zip(leaves, wanted, strict=True):
+        close(leaf, value) if torch.is_tensor(value) else None
+        assert torch.is_tensor(value) or leaf == value
+
+
+CALLS = ["o.real", "o.mH", "torch.broadcast_tensors(o, o[:, :1])[1]", "torch.block_diag(o[0, 0], o[0, 1])"]
+CALLS += ["torch.cartesian_prod(o[0, 0, 0], o[0, 1, 0])", "torch.tensordot(o, torch.ones(16, 3), 1)", "o[0, 0].H"]
+CALLS += ["o.to(torch.complex64).imag", "torch.tensor_split(o, 3, dim=2)[1]", "o.std(-1, unbiased=False)"]
+CALLS += ["torch.nn.functional.mse_loss(o, v)", "o.sort(-1, descending=True)[0]", "torch.linalg.norm(o, dim=-1)"]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_after_a_chain_is_the_users(call):
+    names = {"torch": torch}
+    exec(f"def program(q, k, v):\n    o = (q @ k.mT).softmax(-1) @ v\n    return {call}", names)
+    function = rewrite(names["program"], tensors(2, 2, 9, 16)).module
+    for args in (tensors(2, 2, 9, 16), tensors(3, 2, 20, 16)):
+        with torch.no_grad(), said(kernels=1):
+            torch.testing.assert_close(function(*args), names["program"](*args), rtol=1e-4, atol=1e-5)

@@ -14,6 +14,7 @@ from rewriter.errors import Reason, RewriteError
 from rewriter.ir import Param
 from rewriter.lift.region import site_of
 from rewriter.patch.literal import Text
+from rewriter.patch.results import ResultPrinter
 from rewriter.patch.sizes import Sizes
 from rewriter.patch.units import Unit, units_of
 from rewriter.trace import TracedModule
@@ -64,10 +65,12 @@ class ForwardPrinter:
         for node in output.all_input_nodes:
             self._need(node)
         result, assigned = self._results(output)
+        results = ResultPrinter(self.traced.module)
         paths = map(attribute_path, self.traced.assigned)
-        self.lines += [f"{path} = {value!r}" for path, value in zip(paths, assigned)]
+        self.lines += [f"{path} = {results.text(value)}" for path, value in zip(paths, assigned)]
+        self.lines.append(f"return {results.text(result)}")
         sizes = [f"{name} = {self.sources[p]}" for p, name in self.sizes.items()]
-        lines = (*sizes, *self.expanded, *self.lines, f"return {result!r}")
+        lines = (*sizes, *self.expanded, *results.lines.values(), *self.lines)
         return Forward(lines, frozenset(self.called))
 
     def _expanded(self, name: str, text: str, sizes: Sizes) -> list[str]:
