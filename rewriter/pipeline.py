@@ -29,7 +29,7 @@ from rewriter.lift import Region, lift
 from rewriter.lift.region import site_of
 from rewriter.options import STAGES
 from rewriter.patch import Patched, patch
-from rewriter.plan import KernelPlan, NeedsFixed, NotPlannable, plan
+from rewriter.plan import ChainPlan, KernelPlan, NeedsFixed, NotPlannable, plan
 from rewriter.trace import Dimension, TracedModule, capture
 
 
@@ -39,7 +39,7 @@ class Fused:
 
     region: Region
     chain: Chain
-    plan: KernelPlan | None = None
+    plan: ChainPlan | None = None
     kernel: KernelFile | None = None
 
 
@@ -76,7 +76,7 @@ def rewrite_module(
     """
     printed: dict[str, str] = {}
     progress("trace")
-    traced = _with_lines(capture(module, args, kwargs, frozenset(bound)), bound)
+    traced = capture(module, args, kwargs, bound)
     printed["trace"] = str(traced.graph)
     if stop_after == "trace":
         return Rewritten(traced, (), None, (), printed)
@@ -122,7 +122,8 @@ def rewrite_module(
     if stop_after == "emit" or not fused:
         return Rewritten(traced, tuple(fused), None, tuple(unfused), printed)
     progress("patch")
-    patched = patch(traced, tuple(f.region for f in fused), [f.kernel for f in fused], source.title)
+    regions = tuple(f.region for f in fused)
+    patched = patch(traced, regions, [f.kernel for f in fused], source.title, lifted.broadcast)
     printed["patch"] = patched.text
     return Rewritten(traced, tuple(fused), patched, tuple(unfused), printed)
 
@@ -137,12 +138,6 @@ def _each(items, step: Callable, region_of: Callable, unfused: list[Reason]) -> 
             if not region_of(item).tentative:
                 unfused.append(Reason(str(reason), site_of(region_of(item).outputs[0])))
     return out
-
-
-def _with_lines(traced: TracedModule, bound: Mapping[Dimension, Site | None]) -> TracedModule:
-    """The trace, with a line for every size that a chain asked to have fixed."""
-    fixed = tuple(replace(f, site=f.site or bound.get(f.dimension)) for f in traced.fixed)
-    return replace(traced, fixed=fixed)
 
 
 def _planned(item: Fused, name: str, traced: TracedModule, needed: dict[Dimension, Site | None]) -> Fused:
@@ -186,15 +181,20 @@ def _is_free(name: str) -> bool:
 
 
 def _show_chain(chain: Chain) -> str:
-    lines = [d.show(chain.stream, {}) for d in chain.definitions]
+    lines = [f"{d.show({})}    (sweep {d.sweep + 1})" for d in chain.definitions]
     return "\n".join([*lines, *(show_output(o) for o in chain.outputs), *chain.derivation])
 
 
-def _show_plan(plan: KernelPlan) -> str:
+def _show_plan(plan: ChainPlan) -> str:
+    return "\n".join(map(_show_kernel, plan.kernels))
+
+
+def _show_kernel(plan: KernelPlan) -> str:
     config = plan.config
+    roles = {"grid": plan.grid, "rows": plan.rows, "streams": tuple(s.stream for s in plan.sweeps), "features": plan.features}
+    shown = "; ".join(f"{role} {', '.join(a.name for a in axes)}" for role, axes in roles.items())
     return (
-        f"{plan.name}: grid {', '.join(a.name for a in plan.grid)}; row {plan.row.name}; stream {plan.stream.name}; "
-        f"features {', '.join(a.name for a in plan.features)}; tiles {config.block_m} x {config.block_n}, "
+        f"{plan.name}: {shown}; tiles {config.block_m} x {config.block_n}, "
         f"{config.num_warps} warps, {config.num_stages} stages"
     )
 

@@ -13,7 +13,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from rewriter.derive import Chain
+from rewriter.derive import Chain, Definition
+from rewriter.derive.factors import multiply
 from rewriter.ir import (
     Axis,
     Const,
@@ -229,9 +230,18 @@ def chain_values(chain: Chain, tensors: dict, sizes: dict) -> dict[str, torch.Te
     """What a chain says, definition by definition over the whole stream at once."""
     evaluator = Evaluator(tensors, sizes)
     for d in chain.definitions:
-        body = reduce(d.op, (chain.stream,), d.body, d.predicate)
+        body = reduce(d.op, (d.stream,), settled_body(d), d.predicate)
         evaluator.refs[d.name] = evaluator.output(Output(d.name, d.axes, body, d.body.dtype))
     return {o.name: evaluator.output(o) for o in chain.outputs}
+
+
+def settled_body(d: Definition) -> Node:
+    """What is summed, a shift of -inf counting as 0: the sum of a row that sees only -inf is 0, not NaN."""
+    if d.shift is None:
+        return d.body
+    phi = where(apply("eq", d.shift.phi, INF), const(0.0), d.shift.phi)
+    inner = apply("sub", d.shift.exponent, phi)
+    return multiply([apply("exp", inner), *([inner] if d.shift.mass else []), *d.rest])
 
 
 def assert_same(got: torch.Tensor, want: torch.Tensor) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,9 +17,7 @@ import torch
 from hypothesis import Phase, given, seed, settings
 from random_programs import WEIGHTS, RandomProgram, attention_programs
 from strategies import MORE, fixed
-
-from rewriter.api import Rewrite, rewrite
-from rewriter.check.numerics import compare, run_float64
+from whole_path import assert_right, fused
 
 pytestmark = pytest.mark.slow
 
@@ -40,22 +37,11 @@ def imported(source: str, folder: Path) -> Callable:
     return module.attend
 
 
-def check_at(attend: Callable, result: Rewrite, args: tuple) -> None:
-    """As right as eager, by its kernels."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*runs its original code.*")
-        out = result.module(*args)
-    verdict = compare(out, attend(*args), run_float64(attend, args), torch.float32)
-    assert verdict.ok, f"{tuple(args[0].shape)}: {verdict.reason}"
-
-
 def check(program: RandomProgram, folder: Path) -> None:
     attend = imported(program.source, folder)
-    args = program.arguments(program.traced)
-    result = rewrite(attend, args, out=folder / f"package_{next(_numbers)}")
-    assert result.report["chains"], result.report["unfused"]
+    result = fused(attend, program.arguments(program.traced), folder / f"package_{next(_numbers)}")
     for sizes in (program.traced, program.other):
-        check_at(attend, result, program.arguments(sizes))
+        assert_right(result, attend, program.arguments(sizes))
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)

@@ -12,18 +12,28 @@ from rewriter.ir import TRUE, Apply, Axis, Const, Node, Ref, Where, apply, const
 
 @dataclass
 class Product:
-    """body = predicate ? ∏ over / ∏ under : 0"""
+    """body = predicate ? ∏ over / ∏ under : 0
+
+    `guarded` are those factors that stand inside the choice: where it fails they count as 0, be they NaN."""
 
     over: list[Node] = field(default_factory=list)
     under: list[Node] = field(default_factory=list)
     predicate: Node = TRUE
+    guarded: list[Node] = field(default_factory=list)
 
     def times(self, other: "Product") -> "Product":
         both = apply("and", self.predicate, other.predicate)
-        return Product(self.over + other.over, self.under + other.under, both)
+        return Product(
+            self.over + other.over, self.under + other.under, both, self.guarded + other.guarded
+        )
 
     def inverse(self) -> "Product":
-        return Product(self.under, self.over, self.predicate)
+        return Product(self.under, self.over, self.predicate, self.guarded)
+
+    def where(self, predicate: Node) -> "Product":
+        """predicate ? self : 0"""
+        both = apply("and", predicate, self.predicate)
+        return Product(self.over, self.under, both, self.over + self.under)
 
 
 def is_float_cast(node: Node) -> bool:
@@ -44,11 +54,9 @@ def as_product(node: Node) -> Product:
     if is_float_cast(node):
         return as_product(node.args[0])
     if isinstance(node, Where) and _is_zero(node.other):
-        inner = as_product(node.then)
-        return Product(inner.over, inner.under, apply("and", node.predicate, inner.predicate))
+        return as_product(node.then).where(node.predicate)
     if isinstance(node, Where) and _is_zero(node.then):
-        inner = as_product(node.other)
-        return Product(inner.over, inner.under, apply("and", apply("not", node.predicate), inner.predicate))
+        return as_product(node.other).where(apply("not", node.predicate))
     if isinstance(node, Apply) and node.dtype.is_floating_point:
         if node.op == "mul":
             return as_product(node.args[0]).times(as_product(node.args[1]))
@@ -88,21 +96,23 @@ class Term:
     node: Node
 
 
-def as_terms(node: Node) -> list[Term]:
-    """Flattens add, sub, neg, and multiplication or division of a sum by one factor."""
+def as_terms(node: Node, everywhere: bool = False) -> list[Term]:
+    """Flattens add, sub, neg, and multiplication or division of a sum by one factor.
+
+    Such a sum stays whole where it holds no earlier reduction, unless wanted `everywhere`: (1 - keep) * -1e4 written out cancels.
+    """
     if is_float_cast(node):
-        return as_terms(node.args[0])
+        return as_terms(node.args[0], everywhere)
     if not isinstance(node, Apply) or not node.dtype.is_floating_point:
         return [Term(1, node)]
     match node.op:
-        case "add":
-            return as_terms(node.args[0]) + as_terms(node.args[1])
-        case "sub":
-            return as_terms(node.args[0]) + negated(as_terms(node.args[1]))
+        case "add" | "sub":
+            left, right = (as_terms(a, everywhere) for a in node.args)
+            return left + (negated(right) if node.op == "sub" else right)
         case "neg":
-            return negated(as_terms(node.args[0]))
+            return negated(as_terms(node.args[0], everywhere))
         case "mul" | "div":
-            return _distributed(node)
+            return _distributed(node, everywhere)
         case "maximum":
             return _common(node)
     return [Term(1, node)]
@@ -112,13 +122,14 @@ def negated(terms: list[Term]) -> list[Term]:
     return [Term(-t.sign, t.node) for t in terms]
 
 
-def _distributed(node: Apply) -> list[Term]:
-    left = as_terms(node.args[0])
+def _distributed(node: Apply, everywhere: bool) -> list[Term]:
+    over, factor = node.args
+    left = as_terms(over, everywhere) if everywhere or has_refs(over) else []
     if len(left) > 1:
-        return [Term(t.sign, apply(node.op, t.node, node.args[1])) for t in left]
-    right = as_terms(node.args[1])
+        return [Term(t.sign, apply(node.op, t.node, factor)) for t in left]
+    right = as_terms(factor, everywhere) if everywhere or has_refs(factor) else []
     if node.op == "mul" and len(right) > 1:
-        return [Term(t.sign, apply("mul", node.args[0], t.node)) for t in right]
+        return [Term(t.sign, apply("mul", over, t.node)) for t in right]
     return [Term(1, node)]
 
 
@@ -159,6 +170,11 @@ def depends_on(node: Node, axis: Axis) -> bool:
 def has_refs(node: Node) -> bool:
     """Whether a value depends on earlier reductions of the chain."""
     return any(isinstance(n, Ref) for n in walk(node))
+
+
+def is_running(node: Node) -> bool:
+    """Whether a value depends on reductions that are still running in this sweep."""
+    return any(isinstance(n, Ref) and not n.final for n in walk(node))
 
 
 def split_mask(node: Node) -> tuple[Node, Node]:

@@ -1,39 +1,67 @@
 """Which values are wide: rows × stream.
 
-A node is an *origin* when it combines two tensors of which each has an axis the other lacks (scores from q and k, a document
-mask from two views of the ids). Its axes are tagged by side, and tags follow the axes through everything computed from it. A
-value is *wide* while it has axes of both sides of one origin; a value computed from wide ones that has lost a side is a *root*.
+A node is an *origin* when it combines two narrow tensors of which each has an axis the other lacks (scores from q and k, a
+document mask from two views of the ids). Its axes are tagged by side, and tags follow the axes through everything computed from
+it. A value is *wide* while it has axes of both sides of one origin; a value computed from wide ones that has lost a side of one
+is a *root*: it is stored, so that its tags end there.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass, field
 
 from torch import fx
 
-from rewriter.ir import Axis, Load, Node, Reduce, open_reduce, walk
+from rewriter.ir import Axis, Const, Load, Node, Reduce, open_reduce, walk
 from rewriter.ir.integer import product, proves
 from rewriter.lift.local import LocalLift
 from rewriter.lift.values import Lifted
 
+SHORTEST = 4  # positions that are no long side
 Tag = tuple[int, str]
+Sides = tuple[frozenset[Axis], frozenset[Axis]]
 
 
 @dataclass
 class Tags:
-    """`dims[node]` holds a set of tags per dimension; `roots` and `wide` in graph order."""
+    """`dims[node]` holds a set of tags per dimension; `roots`, `wide` and `written` in graph order.
+
+    `written` are wide values that a chain gives as they are, because something outside reads them; `stored` those that are
+    read from memory by what follows. `derived[node]` are the origins that a value has been reduced over, or follows from one
+    that has.
+    """
 
     dims: dict[fx.Node, tuple[frozenset[Tag], ...]] = field(default_factory=dict)
     wide: list[fx.Node] = field(default_factory=list)
     roots: list[fx.Node] = field(default_factory=list)
+    written: list[fx.Node] = field(default_factory=list)
+    stored: set[fx.Node] = field(default_factory=set)
+    derived: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
     reasons: dict[fx.Node, str] = field(default_factory=dict)
 
+    def has_both_sides(self, node: fx.Node) -> bool:
+        return bool(_origins(self.dims.get(node, ())))
+
+    def is_derived(self, node: fx.Node) -> bool:
+        """Whether a wide value follows from a reduction of its own rows × stream."""
+        return bool(self.derived.get(node, frozenset()) & _origins(self.dims.get(node, ())))
+
     def is_wide(self, node: fx.Node) -> bool:
-        return _both_sides(frozenset().union(*self.dims.get(node, ())))
+        return node not in self.stored and self.has_both_sides(node)
 
 
-def _both_sides(tags: frozenset[Tag]) -> bool:
-    return any((origin, "rows") in tags and (origin, "stream") in tags for origin, _ in tags)
+def _origins(dims: tuple[frozenset[Tag], ...]) -> set[int]:
+    """Those of which a value has both sides."""
+    tags = frozenset().union(*dims)
+    return {origin for origin, _ in tags if {(origin, "rows"), (origin, "stream")} <= tags}
+
+
+def _has_lost_a_side(dims: tuple[frozenset[Tag], ...], reads, tags: Tags) -> bool:
+    """Whether a value has axes of one side only (or of none) of an origin of which it reads both."""
+    read = set().union(*(_origins(tags.dims.get(source, ())) for source, _ in reads))
+    return not read <= _origins(dims)
 
 
 def sources(lifted: Lifted, by_name: dict[str, fx.Node]) -> list[tuple[fx.Node, Load]]:
@@ -60,52 +88,77 @@ def tag(
     stopped: nodes taken as they are stored.
     """
     by_name = {n.name: n for n in graph.nodes}
+    weighed = _Weighed(graph, local, moving)
     tags = Tags()
     for order, node in enumerate(graph.nodes):
         lifted = local[node].value if node in local else None
         if not isinstance(lifted, Lifted) or node in stopped:
             continue
         reads = sources(lifted, by_name)
-        dims = _inherited(lifted, reads, tags)
-        lost = any(tags.is_wide(y) for y, _ in reads) and not _both_sides(frozenset().union(*dims))
-        is_root = lost or (not _both_sides(frozenset().union(*dims)) and _is_chain(lifted, reads, moving))
-        if not is_root:
-            alive = {n for n, _ in reads} if one_sided and _is_half_fixed(lifted, reads, moving) else moving
-            dims = _with_origin(order, lifted, reads, alive, dims)
-        if is_root:
+        dims = _inherited(lifted, reads, tags.dims)
+        before = frozenset().union(*(tags.derived.get(y, ()) for y, _ in reads))
+        if _has_lost_a_side(dims, reads, tags) or (not _origins(dims) and _is_chain(lifted, reads, moving)):
             tags.roots.append(node)
-        elif _both_sides(frozenset().union(*dims)):
-            reason = _escape(node, local)
-            if reason:
-                if any(tags.is_wide(y) for y, _ in reads):
-                    tags.reasons[node] = reason
-                continue
-            tags.wide.append(node)
-        tags.dims[node] = dims
+            tags.derived[node] = before.union(*(_origins(tags.dims.get(y, ())) for y, _ in reads))
+            continue
+        alive = {n for n, _ in reads} if one_sided and _is_half_fixed(lifted, reads, moving) else moving
+        narrow = {n for n in alive if not tags.has_both_sides(n)}
+        sides = _sides(lifted, reads, narrow)
+        tags.dims[node] = _with_origin(order, lifted, dims, weighed.narrowed(order, sides)) if sides else dims
+        tags.derived[node] = before | _reduced_origins(lifted, reads, tags)
+        if tags.has_both_sides(node):
+            _place_wide(node, local, tags)
     return tags
+
+
+def _place_wide(node: fx.Node, local: dict[fx.Node, LocalLift], tags: Tags) -> None:
+    """A wide value is inside a chain, unless something outside reads it: then it is written, by the chain if it follows from a
+    reduction, else by the program itself."""
+    reader = _reader_outside(node, local)
+    derived = tags.is_derived(node)
+    if reader is None or derived:
+        tags.wide.append(node)
+    if reader is None:
+        return
+    returned = reader == ""
+    if derived:
+        tags.written.append(node)
+    if not (derived and returned):
+        tags.stored.add(node)
+    if not derived or not returned:
+        tags.reasons[node] = f"written, because it is {'returned' if returned else f'read by an op that stays eager ({reader})'}"
+
+
+def _reduced_origins(lifted: Lifted, reads, tags: Tags) -> set[int]:
+    """The origins of wide values that a value is made of reductions of: softmax."""
+    inside = (n for r in walk(lifted.body) if isinstance(r, Reduce) for n in walk(r.body))
+    reduced = {n.tensor.name for n in inside if isinstance(n, Load)}
+    return set().union(*(_origins(tags.dims.get(y, ())) for y, load in reads if load.tensor.name in reduced))
 
 
 def _is_half_fixed(lifted: Lifted, reads, moving: set[fx.Node]) -> bool:
     """A contraction of something that moves with something that does not."""
-    return isinstance(lifted.body, Reduce) and len({n in moving for n, _ in reads}) == 2
+    contracts = any(isinstance(n, Reduce) for n in walk(lifted.body))
+    return contracts and len({n in moving for n, _ in reads}) == 2
 
 
-def _inherited(lifted: Lifted, reads, tags: Tags) -> tuple[frozenset[Tag], ...]:
-    """Each axis takes the tags of every dimension it indexes."""
-    out: dict[Axis, set[Tag]] = {a: set() for a in lifted.axes}
+def _inherited(lifted: Lifted, reads, dims: dict[fx.Node, tuple[frozenset, ...]]) -> tuple[frozenset, ...]:
+    """Each axis takes what is held by every dimension it indexes."""
+    out: dict[Axis, set] = {a: set() for a in lifted.axes}
     for source, load in reads:
-        for entry, held in zip(load.index, tags.dims.get(source, ())):
+        for entry, held in zip(load.index, dims.get(source, ())):
             for axis in entry.free & out.keys():
                 out[axis] |= held
     return tuple(frozenset(out[a]) for a in lifted.axes)
 
 
-def _with_origin(order: int, lifted: Lifted, reads, moving: set[fx.Node], dims):
-    """Adds this node's own pair of sides, where it is an origin."""
+def _sides(lifted: Lifted, reads, moving: set[fx.Node]) -> Sides | None:
+    """A node's own pair of sides, where it is an origin."""
     groups = [_inside(r, reads) for r in walk(lifted.body) if isinstance(r, Reduce)] or [reads]
-    sides = next(filter(None, (_outer_pair(frozenset(lifted.axes), group, moving) for group in groups)), None)
-    if not sides:
-        return dims
+    return next(filter(None, (_outer_pair(lifted.axes, group, moving) for group in groups)), None)
+
+
+def _with_origin(order: int, lifted: Lifted, dims, sides: Sides) -> tuple[frozenset[Tag], ...]:
     rows, stream = sides
     side = lambda a: (
         {(order, "rows")} if a in rows else {(order, "stream")} if a in stream else set()
@@ -119,19 +172,63 @@ def _inside(reduce: Reduce, reads):
     return [(node, load) for node, load in reads if load.tensor.name in names]
 
 
-def _outer_pair(
-    axes: frozenset[Axis], reads, moving: set[fx.Node]
-) -> tuple[frozenset[Axis], frozenset[Axis]] | None:
+def _outer_pair(axes: tuple[Axis, ...], reads, moving: set[fx.Node]) -> Sides | None:
     """(axes only the first read has, axes only the second has) of two reads that vary with the input."""
-    used = frozenset().union(*(load.free for _, load in reads)) & axes
+    used = frozenset().union(*(load.free for _, load in reads)) & frozenset(axes)
     if any(used <= load.free for _, load in reads):
         return None
-    live = [load.free & axes for node, load in reads if node in moving]
-    for i, first in enumerate(live):
-        for second in live[i + 1 :]:
-            if first - second and second - first:
-                return first - second, second - first
+    live = [load for node, load in reads if node in moving]
+    for first, second in itertools.combinations(live, 2):
+        rows, stream = (first.free - second.free) & used, (second.free - first.free) & used
+        if rows and stream and not _is_short(rows) and not _is_short(stream):
+            return rows, stream
     return None
+
+
+def _is_short(side: frozenset[Axis]) -> bool:
+    """A few fixed positions, like the coordinates of a point: nothing is wide by them."""
+    extents = [a.extent for a in side]
+    return all(isinstance(e, Const) for e in extents) and math.prod(e.value for e in extents) <= SHORTEST
+
+
+class _Weighed:
+    """Finds axes of an origin over which a later contraction weighs something narrow: n in p[m, n] v[n, e]."""
+
+    def __init__(self, graph: fx.Graph, local: dict[fx.Node, LocalLift], moving: set[fx.Node]):
+        self.nodes, self.local, self.moving = list(graph.nodes), local, moving
+        self.by_name = {n.name: n for n in graph.nodes}
+
+    def narrowed(self, order: int, sides: Sides) -> Sides:
+        """Both sides without what is only carried along, where one has several axes.
+
+        q[b, m, r, d] k[b, n, g, d]  →  m and r, n alone: v[b, n, g, e] is weighed over n"""
+        if max(map(len, sides)) == 1:
+            return sides
+        found = self._found(order, sides)
+        return tuple(side & found or side for side in sides)
+
+    def _found(self, order: int, sides: Sides) -> frozenset[Axis]:
+        origin = self.nodes[order]
+        held = {origin: tuple(frozenset([a]) for a in self.local[origin].value.axes)}
+        found: set[Axis] = set()
+        for node in self.nodes[order + 1 :]:
+            lifted = self.local[node].value if node in self.local else None
+            reads = sources(lifted, self.by_name) if isinstance(lifted, Lifted) else []
+            if not any(source in held for source, _ in reads):
+                continue
+            bound = self._over_narrow(lifted, reads, held)
+            dims = _inherited(lifted, reads, held)
+            found |= bound
+            if not bound and all(side & frozenset().union(*dims) for side in sides):
+                held[node] = dims
+        return frozenset(found)
+
+    def _over_narrow(self, lifted: Lifted, reads, held) -> frozenset[Axis]:
+        """Of the axes that are held, those summed together with something narrow."""
+        narrow = [load.free for n, load in reads if n in self.moving and n not in held]
+        shared = frozenset().union(*narrow) - frozenset(lifted.axes)
+        entries = [pair for n, load in reads for pair in zip(load.index, held.get(n, ()))]
+        return frozenset().union(*(axes for entry, axes in entries if entry.free & shared))
 
 
 def _is_chain(lifted: Lifted, reads, moving: set[fx.Node]) -> bool:
@@ -152,11 +249,9 @@ def _has_inner_reduce(body: Node) -> bool:
     return any(isinstance(n, Reduce) for n in walk(body))
 
 
-def _escape(node: fx.Node, local: dict[fx.Node, LocalLift]) -> str:
-    """Why a wide value must be written anyway: something outside index notation reads it."""
-    for user in node.users:
-        if user.op == "output":
-            return "it is returned, so it is written anyway"
-        if user in local and local[user].value is None:
-            return f"it is read by an op that stays eager ({local[user].reason})"
-    return ""
+def _reader_outside(node: fx.Node, local: dict[fx.Node, LocalLift]) -> str | None:
+    """Why a wide value must be written: "" where it is returned, else what of index notation is missing in its reader."""
+    readers = [u for u in node.users if u in local and local[u].value is None]
+    if readers:
+        return local[readers[0]].reason
+    return "" if any(u.op == "output" for u in node.users) else None

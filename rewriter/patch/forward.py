@@ -17,9 +17,9 @@ from rewriter.errors import RewriteError
 from rewriter.ir import Param
 from rewriter.patch.literal import Text, is_plain, literal
 from rewriter.patch.scope import name_in, scope_of
+from rewriter.patch.sizes import Sizes
 from rewriter.patch.units import Unit, units_of
 from rewriter.trace import TracedModule
-from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import statement_key, user_names
 
 
@@ -38,14 +38,21 @@ class Forward:
 class ForwardPrinter:
     """Prints a traced module with its chains replaced by kernel calls."""
 
-    def __init__(self, traced: TracedModule, kernels: list[KernelFile], regions, leaf_text: dict[str, str]):
+    def __init__(
+        self,
+        traced: TracedModule,
+        kernels: list[KernelFile],
+        regions,
+        leaf_text: dict[str, str],
+        sizes: Sizes,
+    ):
         self.traced = traced
         self.units = units_of(traced, regions)
         self.kernels = dict(zip((r.program.name for r in regions), kernels))
         self.user_names = user_names(traced.graph)
         self.variables = Variables({"self", "torch", *(k.name for k in kernels), *_roots(leaf_text)})
         self.sizes: dict[Param, str] = {}
-        self.sources = self._size_sources(leaf_text)
+        self.sources = sizes.sources
         self.lines: list[str] = []
         self.called: set[str] = set()
         self.classes: dict[str, str] = {}
@@ -55,6 +62,7 @@ class ForwardPrinter:
         self.printer = TorchPrinter(self._name, self._size, f"{first}.device")
         for name, text in leaf_text.items():
             self.variables.adopt(traced.placeholders[name], text)
+        self.expanded = [line for name, text in leaf_text.items() for line in self._expanded(name, text, sizes)]
         for name, attribute in traced.attributes.items():
             self.variables.adopt(traced.placeholders[name], attribute_path(attribute.path))
 
@@ -62,23 +70,29 @@ class ForwardPrinter:
         output = next(n for n in self.traced.graph.nodes if n.op == "output")
         for node in output.all_input_nodes:
             self._need(node)
-        result = self._result(output)
+        result, assigned = self._results(output)
+        paths = map(attribute_path, self.traced.assigned)
+        self.lines += [f"{path} = {self._container(value)}" for path, value in zip(paths, assigned)]
         sizes = [f"{name} = {self.sources[p]}" for p, name in self.sizes.items()]
-        return Forward((*sizes, *self.lines, f"return {result}"), frozenset(self.called), self.classes)
+        lines = (*sizes, *self.expanded, *self.lines, f"return {self._container(result)}")
+        return Forward(lines, frozenset(self.called), self.classes)
 
-    def _size_sources(self, leaf_text: dict[str, str]) -> dict[Param, str]:
-        out: dict[Param, str] = {}
-        for name, text in leaf_text.items():
-            for k, extent in enumerate(shape_of(self.traced.placeholders[name].meta["val"])):
-                if isinstance(extent, Param):
-                    out.setdefault(extent, f"{text}.shape[{k}]")
-        return out
+    def _expanded(self, name: str, text: str, sizes: Sizes) -> list[str]:
+        """An argument with dimensions that may be 1, expanded to what the kernels take."""
+        places = [p for p in sizes.places if p.leaf == text]
+        node = self.traced.placeholders[name]
+        if not node.users or not any(p.broadcasts for p in places):
+            return []
+        shape = [self.printer.size_node(p.extent) if p.broadcasts else "-1" for p in places]
+        variable = text if text.isidentifier() else self.variables.assign(node, name)
+        self.variables.adopt(node, variable)
+        return [f"{variable} = {text}.expand({', '.join(shape)})"]
 
     def _size(self, param: Param) -> str:
         if param not in self.sizes:
             if param not in self.sources:
                 raise RewriteError(f"a size ({param.name}) that no input has")
-            wanted = "batch" if self.sources[param].endswith("[0]") else "length"
+            wanted = "batch" if ".shape[0]" in self.sources[param] else "length"
             name, k = wanted, 2
             while name in self.variables.taken:
                 name, k = f"{wanted}_{k}", k + 1
@@ -102,7 +116,7 @@ class ForwardPrinter:
 
     def _need(self, node: fx.Node) -> None:
         """Writes what a value needs, then the value, unless it is part of its only reader's statement."""
-        if node.op != "call_function" or isinstance(node.meta.get("val"), (torch.SymInt, int, bool)):
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
             return
         unit = self.units[node]
         if unit in self.done:
@@ -150,9 +164,10 @@ class ForwardPrinter:
             return f"{attribute_path(unit.module)}({self._name(unit.inputs[0])})"
         return self.printer.call(unit.outputs[0])
 
-    def _result(self, output: fx.Node) -> str:
+    def _results(self, output: fx.Node) -> tuple:
+        """(what forward returns, [what it assigned]) with source text for leaves."""
         leaves = [Text(self.printer.value(v)) for v in pytree.tree_leaves(output.args[0])]
-        return self._container(pytree.tree_unflatten(leaves, self.traced.out_spec))
+        return pytree.tree_unflatten(leaves, self.traced.out_spec)
 
     def _container(self, value: Any) -> str:
         """What forward returns, its tensors being texts. Raises RewriteError for classes that can't be written."""

@@ -17,8 +17,9 @@ from rewriter.patch.forward import ForwardPrinter
 from rewriter.patch.guards import guards_of
 from rewriter.patch.scope import undefined_names
 from rewriter.patch.signature import signature_of
+from rewriter.patch.sizes import sizes_of
 from rewriter.patch.state import own_tensors, parts_of, ties
-from rewriter.trace import TracedModule
+from rewriter.trace import Dimension, TracedModule
 from rewriter.trace.sizes import UnknownSize
 
 
@@ -31,13 +32,18 @@ class Patched:
 
 
 def patch(
-    traced: TracedModule, regions: tuple[Region, ...], kernels: list[KernelFile], title: str
+    traced: TracedModule,
+    regions: tuple[Region, ...],
+    kernels: list[KernelFile],
+    title: str,
+    broadcast: frozenset[Dimension],
 ) -> Patched:
     """The text of `module.py`. Raises RewriteError where the forward cannot be written down."""
     signature = signature_of(traced)
-    printer = ForwardPrinter(traced, kernels, regions, signature.leaves)
     try:
-        forward, guards = printer.print(), guards_of(traced, signature)
+        sizes = sizes_of(traced, signature.leaves, broadcast)
+        printer = ForwardPrinter(traced, kernels, regions, signature.leaves, sizes)
+        forward, guards = printer.print(), guards_of(traced, signature, sizes, regions)
     except UnknownSize as size:
         raise RewriteError(f"forward depends on {size}, which can't be written down") from size
     is_module = isinstance(traced.module, nn.Module)

@@ -65,13 +65,15 @@ def parts_of(traced: TracedModule, called: Collection[str]) -> tuple[Part, ...]:
         return ()
     inside = tuple(f"{path}." for path in called)
     named = dict(traced.module.named_modules()).items()
-    return tuple(_part(m, path) for path, m in named if path not in called and not path.startswith(inside))
+    parts = ((m, path) for path, m in named if path not in called and not path.startswith(inside))
+    return tuple(_part(m, path, frozenset(traced.assigned)) for m, path in parts)
 
 
-def _part(module: nn.Module, path: str) -> Part:
+def _part(module: nn.Module, path: str, assigned: frozenset[str]) -> Part:
     hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
     parts = tuple(name for name, _ in module.named_children())
-    state = tuple((name, literal(value)) for name, value in _state(module))
+    left = {a.rpartition(".")[2] for a in assigned if a.rpartition(".")[0] == path}
+    state = tuple((name, literal(value)) for name, value in _state(module) if name.split(".")[0] not in left)
     if not path:  # the host: its hooks run around any forward, and `apply` looks at its class
         return Part("self", "", parts, 0, tuple((n, v) for n, v in state if n != "training"))
     return Part(attribute_path(path), type(module).__qualname__, parts, hooks, state)

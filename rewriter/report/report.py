@@ -85,7 +85,7 @@ def report_on(
         return Report(title, (), unfused, (), check)
     sizes = sizes_of(rewritten.traced)
     chains = tuple(chain_report(f.region, f.chain, f.kernel, host, sizes) for f in rewritten.fused)
-    fixed = tuple(map(_without_folder, specialised(rewritten.traced)))
+    fixed = tuple(map(_without_folder, rewritten.traced.fixed))
     return Report(title, chains, unfused, fixed, check)
 
 
@@ -131,7 +131,7 @@ def chain_report(region: Region, chain: Chain, kernel: KernelFile, host: str, si
         file=", ".join(sorted({os.path.basename(o.file) for o in origins if o.file})),
         lines=tuple(sorted({o.line for o in origins if o.line})),
         kernels=(f"kernels/{kernel.name}.py",),
-        passes=1,
+        passes=kernel.plan.sweeps,
         derivation=chain.derivation,
         bytes_saved=sum(map(sizes.value, written)),
         bytes_formula=" + ".join(
@@ -152,15 +152,6 @@ def _bytes(node: fx.Node) -> Node:
     for extent in shape_of(value):
         total = apply("mul", total, extent)
     return total
-
-
-def specialised(traced: TracedModule) -> tuple[Reason, ...]:
-    """`x.shape[2] = 64, kept whole by a kernel`, with the line that fixed it where one did."""
-    texts = signature_of(traced).leaves
-    return tuple(
-        Reason(f"{texts[f.placeholder]}.shape[{f.dimension[1]}] = {f.size}, {f.why}", f.site)
-        for f in traced.fixed
-    )
 
 
 def _chain_json(chain: ChainReport) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """Stage trace: module and inputs → FX graph with provenance."""
 
-from rewriter.trace.capture import Attribute, Dimension, FixedSize, TracedModule, capture
+from rewriter.trace.capture import Attribute, Dimension, TracedModule, capture
 
-__all__ = ["Attribute", "Dimension", "FixedSize", "TracedModule", "capture"]
+__all__ = ["Attribute", "Dimension", "TracedModule", "capture"]

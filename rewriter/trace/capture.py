@@ -6,7 +6,6 @@ user's code. Sizes are `Dim.AUTO` under `backed_size_oblivious`, or a batch of 1
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import inspect
@@ -15,9 +14,10 @@ import itertools
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Callable
 
 import sympy
@@ -25,14 +25,18 @@ import torch
 import torch.fx.experimental._config as symbolic_config
 from torch import fx, nn
 from torch.export import Dim
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import RewriteError, Site
-from rewriter.ir import Const, Param
-from rewriter.trace.effects import effects, unchanged
-from rewriter.trace.ones import Dimension, enlarge
-from rewriter.trace.sizes import decided, shape_of
-from rewriter.trace.source import is_user_file, origin_of, user_site
+from rewriter.ir import Node, Param
+from rewriter.trace.assumed import assumed, conditions_of
+from rewriter.trace.attributes import watched
+from rewriter.trace.effects import caches
+from rewriter.trace.ones import Dimension, enlarge, loose
+from rewriter.trace.sizes import shape_of
+from rewriter.trace.source import is_user_file, user_site
+from rewriter.trace.spelled import spelled
 
 
 MODULE_SLOTS = frozenset(vars(nn.Module()))  # parameters, buffers, hooks: not the user's own
@@ -52,22 +56,14 @@ class Attribute:
 
 
 @dataclass(frozen=True)
-class FixedSize:
-    """A size of an input that is a number in the kernels, why, and the user's line that made it so where one did."""
-
-    placeholder: str
-    dimension: Dimension
-    size: int
-    why: str
-    site: Site | None = None
-
-
-@dataclass(frozen=True)
 class TracedModule:
     """A graph with what is needed to print it as the module's forward again.
 
     `inputs` names the placeholder of each flattened argument (None for what is no tensor); `attributes` says which
-    placeholders are the module's own, `constants` which forward makes from numbers; `fixed` lists the input sizes that tracing turned into numbers.
+    placeholders are the module's own, `out_spec` is that of (what forward returns, what it `assigned`); `constants` which forward makes from numbers; `fixed` lists the input sizes that
+    tracing turned into numbers, and the branches on sizes that it took; `conditions` are what must hold of the sizes for the
+    graph to be the program. `loose` are input dimensions that were 1 in the example and share their size with others, of
+    which the program still makes the same calls where they are 1.
     """
 
     module: Callable
@@ -78,8 +74,10 @@ class TracedModule:
     attributes: dict[str, Attribute]
     constants: dict[str, torch.Tensor]
     out_spec: pytree.TreeSpec
-    fixed: tuple[FixedSize, ...]
+    assigned: tuple[str, ...]
+    fixed: tuple[Reason, ...]
     conditions: tuple[sympy.Expr, ...]
+    loose: frozenset[Dimension]
 
     def dimensions_of(self, size: Param) -> frozenset[Dimension]:
         """The input dimensions that have a symbolic size."""
@@ -92,17 +90,27 @@ class TracedModule:
         )
 
     @property
+    def sizes(self) -> tuple[Param, ...]:
+        """The symbolic sizes of the inputs, in order."""
+        extents = (e for name in self.inputs if name for e in shape_of(self.placeholders[name].meta["val"]))
+        return tuple(dict.fromkeys(e for e in extents if isinstance(e, Param)))
+
+    @property
     def parameters(self) -> dict[str, str]:
         """The user's parameter for each placeholder that is an argument as it was passed."""
-        function = self.module.forward if isinstance(self.module, nn.Module) else self.module
-        bound = inspect.signature(function).bind(*self.args, **self.kwargs).arguments
-        by_leaf = {id(value): name for name, value in bound.items() if torch.is_tensor(value)}
-        leaves = pytree.tree_leaves((self.args, self.kwargs))
-        return {p: by_leaf[id(leaf)] for p, leaf in zip(self.inputs, leaves) if p and id(leaf) in by_leaf}
+        return _parameters(self.module, self.args, self.kwargs, self.inputs)
 
     @property
     def placeholders(self) -> dict[str, fx.Node]:
         return {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
+
+
+def _parameters(module: Callable, args: tuple, kwargs: dict, inputs: tuple[str | None, ...]) -> dict[str, str]:
+    function = module.forward if isinstance(module, nn.Module) else module
+    bound = inspect.signature(function).bind(*args, **kwargs).arguments
+    by_leaf = {id(value): name for name, value in bound.items() if torch.is_tensor(value)}
+    leaves = pytree.tree_leaves((args, kwargs))
+    return {p: by_leaf[id(leaf)] for p, leaf in zip(inputs, leaves) if p and id(leaf) in by_leaf}
 
 
 class _Function(nn.Module):
@@ -119,18 +127,25 @@ class _Function(nn.Module):
 
 
 def capture(
-    module: Callable, args: tuple, kwargs: dict[str, Any], bound: frozenset[Dimension] = frozenset()
+    module: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    bound: Mapping[Dimension, Site | None] = MappingProxyType({}),
 ) -> TracedModule:
-    """Traces with every size symbolic but those `bound`, which a kernel keeps whole.
+    """Traces with every size symbolic but those `bound`, which a kernel keeps whole: each with the line that wants it.
 
     Raises RewriteError (code FAILED) with the user's line where the program does not trace."""
     traced_as = module if isinstance(module, nn.Module) else _Function(module)
     args, kwargs = _apart(args, _in_order(traced_as, kwargs))
     traced_as = _with_every_parameter(traced_as, kwargs)
-    if kept := effects(traced_as, args, kwargs):
-        raise RewriteError(f"forward sets {', '.join(f'self.{name}' for name in kept)}: it stays as it is")
-    program = _export(traced_as, args, kwargs, bound)
+    try:
+        enlarged = enlarge(traced_as, args, kwargs)
+    except Exception as error:  # tensors without sizes: nested ones
+        raise _trace_error(error) from error
+    with watched(traced_as, caches(traced_as, args, kwargs)) as state:
+        program = _export(traced_as, enlarged.args, enlarged.kwargs, enlarged.kept.union(bound))
     graph = program.graph_module.graph
+    _drop_unread(graph)
     signature = program.graph_signature
     leaves, _ = pytree.tree_flatten((args, kwargs))
     user_inputs = list(signature.user_inputs)
@@ -149,11 +164,21 @@ def capture(
         attributes,
         constants,
         program.call_spec.out_spec,
-        _fixed_sizes(graph, inputs, leaves, bound),
-        _conditions(graph),
+        tuple(state.assigned),
+        assumed(graph, inputs, _parameters(module, args, kwargs, inputs), bound),
+        conditions_of(graph),
+        loose(traced_as, enlarged.args, enlarged.kwargs, enlarged.grown & _shared(graph, inputs)),
     )
 
 
+def _shared(graph: fx.Graph, inputs: tuple[str | None, ...]) -> frozenset[Dimension]:
+    """Input dimensions of one symbolic size with others."""
+    held = {n.name: n.meta.get("val") for n in graph.nodes if n.op == "placeholder"}
+    by_size: dict[Node, list[Dimension]] = {}
+    for k, name in enumerate(inputs):
+        for d, extent in enumerate(shape_of(held[name]) if name else ()):
+            by_size.setdefault(extent, []).append((k, d))
+    return frozenset(d for size, dims in by_size.items() if isinstance(size, Param) and len(dims) > 1 for d in dims)
 def _apart(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Arguments of which no two are one tensor, as in `attend(x, x, x)`: the tracer would take them for one input."""
     return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
@@ -208,25 +233,30 @@ def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
     return out
 
 
+def _drop_unread(graph: fx.Graph) -> None:
+    """Without what nothing reads, and without the notes on types that export adds for `.to(dtype)`: they are no readers."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
 def _refuse_mutation(signature) -> None:
     mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if mutated:
         raise RewriteError(f"forward changes {', '.join(mutated)} in place: it stays as it is")
 
 
-def _export(module: nn.Module, args: tuple, kwargs: dict, bound: frozenset[Dimension]):
+def _export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[Dimension]):
     """Exports with every size symbolic that the program leaves free, and in-place ops made functional."""
     try:
-        grown_args, grown_kwargs, ones = enlarge(module, args, kwargs)
-    except Exception as error:  # tensors without sizes: nested ones
-        raise _trace_error(error) from error
-    try:
-        program = _try_export(module, grown_args, grown_kwargs, bound | ones)
+        program = _try_export(module, args, kwargs, static)
+    except RewriteError:
+        raise
     except Exception as error:
-        program = _export_piecewise(module, grown_args, grown_kwargs, bound | ones, error)
+        program = _export_piecewise(module, args, kwargs, static, error)
     if any(_is_inplace(n) for n in program.graph.nodes):
-        with _quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _tracing():
             program = program.run_decompositions({})
     return program
 
@@ -269,33 +299,25 @@ def _try_export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[
         return {d: Dim.STATIC if (k, d) in static else Dim.AUTO for d in range(leaf.dim())}
 
     named = _by_parameter(module, args, pytree.tree_map(dims, (args, kwargs)))
+    with _tracing(), spelled(), _every_frame():
+        return torch.export.export(module, args, kwargs, dynamic_shapes=named, strict=False)
+
+
+@contextmanager
+def _tracing() -> Iterator[None]:
+    """Sizes are never assumed to be what they are in the example, where torch can do without; nothing is printed.
+
+    Choosing among the kernels of `scaled_dot_product_attention` would ask for sizes: it is kept whole anyway.
+    """
     with (
+        sdpa_kernel(SDPBackend.MATH),
         symbolic_config.patch(backed_size_oblivious=True),
         warnings.catch_warnings(),
         torch.no_grad(),
         _quiet(),
     ):
         warnings.simplefilter("ignore")
-        with _decided(), _every_frame(), unchanged(module):
-            return torch.export.export(module, args, kwargs, dynamic_shapes=named, strict=False)
-
-
-@contextmanager
-def _decided() -> Iterator[None]:
-    """`is_causal=length > 1` is a branch of the program: decided while tracing, and guarded as any other.
-
-    The argument parser refuses a symbolic truth value before any tracing hook sees it, so the function itself is wrapped.
-    """
-    original = torch.nn.functional.scaled_dot_product_attention
-
-    def decided(*args, is_causal=False, **kwargs):
-        return original(*args, is_causal=bool(is_causal), **kwargs)
-
-    torch.nn.functional.scaled_dot_product_attention = decided
-    try:
         yield
-    finally:
-        torch.nn.functional.scaled_dot_product_attention = original
 
 
 @contextmanager
@@ -323,13 +345,13 @@ def _by_parameter(module: nn.Module, args: tuple, specs: tuple):
     return dict(inspect.signature(module.forward).bind(*positional, **keywords).arguments)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _quiet() -> Iterator[None]:
     """torch.export logs each guard it finds and prints the graph it gave up on; that is not worth the user's attention."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with redirect_stderr(io.StringIO()):
             yield
     finally:
         logging.disable(level)
@@ -341,67 +363,3 @@ def _trace_error(error: Exception) -> RewriteError:
         f"torch.export cannot trace this: {lines[0] if lines else type(error).__name__}",
         site=user_site(error),
     )
-
-
-def _environment(graph: fx.Graph):
-    """The tracer's record of guards, None for a program without symbolic sizes."""
-    values = (n.meta.get("val") for n in graph.nodes if n.op == "placeholder")
-    symbols = (s for v in values if torch.is_tensor(v) for s in v.shape if isinstance(s, torch.SymInt))
-    first = next(symbols, None)
-    return first.node.shape_env if first is not None else None
-
-
-def _user_guards(graph: fx.Graph) -> list[tuple[sympy.Expr, Site]]:
-    """Conditions on sizes that the user's own lines decided; torch's own are about speed, not meaning."""
-    environment = _environment(graph)
-    out = []
-    for guard in environment.guards if environment else ():
-        frame = guard.sloc.framework_loc
-        file = getattr(frame, "filename", "<")
-        if is_user_file(file) or file == __file__:
-            out.append((guard.expr, Site(frame.filename, frame.lineno)))
-    return out
-
-
-def _fixed_sizes(graph: fx.Graph, inputs, leaves, bound: frozenset[Dimension]) -> tuple[FixedSize, ...]:
-    values = {n.name: n.meta.get("val") for n in graph.nodes if n.op == "placeholder"}
-    lines = {
-        int(g.rhs): site for g, site in _user_guards(graph) if isinstance(g, sympy.Eq) and g.rhs.is_Integer
-    }
-    out = []
-    for k, name in enumerate(inputs):
-        for d, size in enumerate(shape_of(values[name]) if name else ()):
-            if isinstance(size, Const):
-                if (k, d) in bound:
-                    out.append(FixedSize(name, (k, d), size.value, "kept whole by a kernel"))
-                    continue
-                site = lines.get(size.value) or _first_meeting(graph, name)
-                out.append(FixedSize(name, (k, d), size.value, "fixed by the program", site))
-    return tuple(out)
-
-
-def _first_meeting(graph: fx.Graph, placeholder: str) -> Site | None:
-    """The line where an input first meets another tensor: what torch's own code found equal has no line of the user's."""
-    reached: set[fx.Node] = set()
-    for node in graph.nodes:
-        inputs = node.all_input_nodes
-        if node.name == placeholder or any(n in reached for n in inputs):
-            if len(inputs) > 1:
-                origin = origin_of(node)
-                return Site(origin.file, origin.line) if origin.file else None
-            reached.add(node)
-    return None
-
-
-def _conditions(graph: fx.Graph) -> tuple[sympy.Expr, ...]:
-    """What must hold of the sizes for the traced branches to be the right ones."""
-    environment = _environment(graph)
-    conditions = [environment.replace(g) for g, _ in _user_guards(graph)]
-    for node in graph.nodes:
-        for size in _symbols(node.meta.get("val")):
-            conditions += [environment.replace(c) for c in decided(size)[1]]
-    return tuple(dict.fromkeys(c for c in conditions if c.free_symbols))
-
-
-def _symbols(value: Any) -> list[torch.SymInt]:
-    return [s for s in value.shape if isinstance(s, torch.SymInt)] if torch.is_tensor(value) else []

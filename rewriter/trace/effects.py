@@ -1,14 +1,11 @@
-"""What a call of forward leaves behind in its module.
-
-A mask or table that it keeps for the next call may be forgotten: it is made again. What it makes of its inputs (weights to look
-at, a cache of keys) may not, nor what differs after each call (a count).
-"""
+"""What forward keeps for its next call, and would make again: masks, tables. Forgetting them changes nothing but time."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,28 +22,43 @@ _CONTAINERS = (list, dict, set)
 State = dict[tuple[nn.Module, str], Any]  # (module, attribute) → its value, a copy where it is a container
 
 
-def effects(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[str]:
-    """The attributes, as `layers.0.last`, that a call sets and a rewritten forward would not.
+@dataclass(frozen=True)
+class Caches:
+    """Attributes, as `layers.0.mask`, that a call sets to nothing of its inputs' values, and the next call to the same.
 
-    It is called twice, on fake tensors; the module is as before at the end. Where that fails, nothing is seen.
+    `kept`: some of them are tensors that the next call takes as they are.
     """
+
+    names: frozenset[str] = frozenset()
+    kept: bool = False
+
+    def forgotten(self, touched: set[str]) -> frozenset[str]:
+        """All of them, as one tells of another, where forward takes any as it finds it."""
+        return self.names if self.kept or self.names & touched else frozenset()
+
+
+def caches(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Caches:
+    """Finds them by two calls on fake tensors; the module is as before at the end. Where that fails, there are none."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # fake tensors log every failure at length
     try:
         with unchanged(module), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
             args, kwargs = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
+            before = _state(module)
             with _FromInputs((args, kwargs)) as found:
                 module(*args, **kwargs)
                 first = _state(module)
                 module(*args, **kwargs)
             second = _state(module)
     except Exception:
-        return []
+        return Caches()
     finally:
         logging.disable(level)
     paths = {part: f"{path}." if path else "" for path, part in module.named_modules()}
-    kept = [at for at, value in second.items() if found.has(value) or not _is_same(value, first.get(at))]
-    return sorted(f"{paths[part]}{name}" for part, name in kept)
+    same = [at for at, value in second.items() if not found.has(value) and _is_same(value, first.get(at))]
+    held = [{at: _tensors(state.get(at)).keys() for at in same} for state in (before, first, second)]
+    kept = [at for at in same if held[0][at] != held[1][at] == held[2][at]]
+    return Caches(frozenset(f"{paths[part]}{name}" for part, name in same), bool(kept))
 
 
 @contextmanager
@@ -94,17 +106,17 @@ class _FromInputs(TorchDispatchMode):
 
     def __init__(self, inputs: Any):
         super().__init__()
-        self.made = {id(t): t for t in _tensors(inputs)}
+        self.made = _tensors(inputs)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if self.has((args, kwargs)) and func.__name__.split(".")[0] not in _SHAPES_ONLY:
-            self.made |= {id(t): t for t in _tensors(out)}
+            self.made |= _tensors(out)
         return out
 
     def has(self, value: Any) -> bool:
-        return any(id(t) in self.made for t in _tensors(value))
+        return not self.made.keys().isdisjoint(_tensors(value))
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+def _tensors(value: Any) -> dict[int, torch.Tensor]:
+    return {id(leaf): leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)}

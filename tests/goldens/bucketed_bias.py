@@ -3,12 +3,12 @@
 Written from golden_programs.py:59-82 (sha256 c3bc02493c0a).
 
 Math
-    m_i[b, h, m] = max_n float32(round16(sum_r0_0 query[b, h, m, d] * key[b, h, d, n] + weight[int64(0 < n - m) * 16 + where(abs(n - m) < 8, abs(n - m), minimum(int64(log(float32(abs(n - m)) / 8) / 2.77259 * 8) + 8, 15)), h]))
-    l_i[b, h, m] = sum_n exp(round16(sum_r0_0 query[b, h, m, d] * key[b, h, d, n] + weight[int64(0 < n - m) * 16 + where(abs(n - m) < 8, abs(n - m), minimum(int64(log(float32(abs(n - m)) / 8) / 2.77259 * 8) + 8, 15)), h]) - m_i[b, h, m])
-    acc[b, h, m, e] = sum_n exp(round16(sum_r0_0 query[b, h, m, d] * key[b, h, d, n] + weight[int64(0 < n - m) * 16 + where(abs(n - m) < 8, abs(n - m), minimum(int64(log(float32(abs(n - m)) / 8) / 2.77259 * 8) + 8, 15)), h]) - m_i[b, h, m]) * value[b, h, n, e]
+    m_i[b, h, m] = max_n float32(round16(sum_r0_0 query[b, h, m, d] * key[b, h, d, n] + weight[int64(0 < n - m) * 16 + where(abs(n - m) < 8, abs(n - m), min(int64(log(float32(abs(n - m)) / 8) / 2.77259 * 8) + 8, 15)), h]))
+    l_i[b, h, m] = sum_n exp(float32(round16(sum_r0_0 query[b, h, m, d] * key[b, h, d, n] + weight[int64(0 < n - m) * 16 + where(abs(n - m) < 8, abs(n - m), min(int64(log(float32(abs(n - m)) / 8) / 2.77259 * 8) + 8, 15)), h])) - m_i[b, h, m])
+    acc[b, h, m, e] = sum_n exp(float32(round16(sum_r0_0 query[b, h, m, d] * key[b, h, d, n] + weight[int64(0 < n - m) * 16 + where(abs(n - m) < 8, abs(n - m), min(int64(log(float32(abs(n - m)) / 8) / 2.77259 * 8) + 8, 15)), h])) - m_i[b, h, m]) * value[b, h, n, e]
     matmul_1[b, h, m, e] = acc[b, h, m, e] / l_i[b, h, m]
 
-Why one pass is enough
+Why one sweep is enough
     shift: T(old → new) = exp(phi(old) - phi(new)), phi = m_i at least every exponent seen so far
     hoist: factors that do not depend on the stream are taken out of the sum
     proved on 5 random cases, stream in blocks and in halves
@@ -16,9 +16,6 @@ Why one pass is enough
 Fixed: H = 4, D = 64, E = 64. Known at the call: M (query.shape[2]), N (key.shape[3]), B (query.shape[0]).
 Regenerate: flashlight-rewrite golden_programs.py
 """
-
-import hashlib
-from pathlib import Path
 
 import torch
 import triton
@@ -64,7 +61,7 @@ def bucketed_bias_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """One program: BLOCK_M rows, all of the stream."""
+    """One program: BLOCK_M rows, all of n."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(M, BLOCK_M)
     offs_m = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -172,13 +169,11 @@ def bucketed_bias_kernel(
         )  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:80  scores = torch.matmul(query, key.transpose(3, 2)) + bias
         scores = qk + weight  # [BLOCK_M, BLOCK_N]
-        x = scores.to(tl.float16).to(tl.float32)  # [BLOCK_M, BLOCK_N]
-        x_2 = tl.where(offs_n[None, :] < N, x, NEG_INF)  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(x_2, 1))  # [BLOCK_M]
+        x = tl.where(offs_n[None, :] < N, scores.to(tl.float16).to(tl.float32), NEG_INF)  # [BLOCK_M, BLOCK_N]
+        m_new = tl.maximum(m_i, tl.max(x, 1))  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        x_3 = tl.where(offs_n[None, :] < N, x, NEG_INF)  # [BLOCK_M, BLOCK_N]
-        p = tl.exp(x_3 - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        p = tl.exp(x - shift[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = tl.load(
             value_ptr
@@ -249,10 +244,8 @@ def launch(query, key, weight, value):
     weight: (32, 4), torch.float16, any strides
     value: (B, 4, N, 64), torch.float16, any strides
     Returns (B, 4, M, 64) torch.float16.
-    Raises ValueError for other shapes or dtypes, and NotImplementedError where a gradient would be lost.
+    Raises ValueError for other shapes or dtypes.
     """
-    if torch.is_grad_enabled() and any(t.requires_grad for t in [query, key, weight, value]):
-        raise NotImplementedError("the kernel has no backward: call it under torch.no_grad()")
     M = query.shape[2]
     N = key.shape[3]
     B = query.shape[0]
@@ -272,6 +265,8 @@ def launch(query, key, weight, value):
         raise ValueError(
             f"value: expected { (B, 4, N, 64) } torch.float16, got {tuple(value.shape)} { value.dtype}"
         )
+    if N == 0:  # nothing to reduce
+        return reference(query, key, weight, value)
     out = torch.empty((B, 4, M, 64), device=query.device, dtype=torch.float16)
     programs = triton.cdiv(M, CONFIG["BLOCK_M"]) * (B) * (4)
     if programs:
@@ -319,8 +314,7 @@ def _fake(query, key, weight, value):
     return torch.empty((B, 4, M, 64), device=query.device, dtype=torch.float16)
 
 
-# Another text, another op: an edited kernel is never taken for the one that was written.
-OP = "bucketed_bias_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+OP = "bucketed_bias_4bf15363"
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
     LIBRARY.define(OP + "(Tensor query, Tensor key, Tensor weight, Tensor value) -> (Tensor)")

@@ -77,11 +77,11 @@ class Author(Masks, Weights):
         self._scores()
         self._change_scores()
         keep = self.mask() if self.one(True, True, False) else ""
-        fills = keep and self.coin()
-        if fills:
+        fills, multiplies = self.one((True, False), (False, True), (True, True))
+        if keep and fills:
             self.fill(keep)
         divisor = getattr(self, weights)()
-        if keep and not fills:
+        if keep and multiplies:
             self.multiply("p", keep, is_divided=not divisor)
         self._output(divisor)
 

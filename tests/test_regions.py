@@ -1,0 +1,78 @@
+"""What is cut out of a graph: where rows x stream begins, and where it ends."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rewriter.lift import lift
+from rewriter.trace import capture
+
+
+def r(*shape: int) -> torch.Tensor:
+    return torch.randn(shape)
+
+
+def keep(*shape: int) -> torch.Tensor:
+    return torch.rand(shape) < 0.5
+
+
+def masked(q, k, v, mask):
+    p = torch.exp((q @ k.mT).masked_fill(~mask, -math.inf))
+    return (p @ v) / p.sum(-1, keepdim=True)
+
+
+def masked_by_lengths_and_pairs(q, k, v, lengths, pairs):
+    """[B, 1, N] and [M, N]: batch and rows are no sides of anything."""
+    return masked(q, k, v, (torch.arange(k.shape[1]) < lengths[:, None, None]) & pairs)
+
+
+def masked_by_lengths_and_documents(q, k, v, lengths, ids):
+    same = ids[:, None] == ids[None, :]
+    return masked(q, k, v, same & (torch.arange(k.shape[1]) < lengths[:, None, None]))
+
+
+def groups_of_one_key_head(q, k, v):
+    """[B, 1, R, M, D] and [B, G, N, D]: G is of the keys alone, but what is weighed is weighed over N."""
+    groups = q.unflatten(1, (-1, 4))
+    s = torch.einsum("bgrmd,bgnd->bgrmn", groups, k).flatten(1, 2)
+    e = s.exp().unflatten(1, (-1, 4))
+    return torch.einsum("bgrmn,bgne->bgrme", e, v) / e.sum(-1, keepdim=True)
+
+
+def groups_of_one_key_head_last(q, k, v):
+    """The same in [B, M, R, D] and [B, N, G, D]."""
+    s = torch.einsum("bmgrd,bngd->bgrmn", q.unflatten(2, (-1, 4)), k).flatten(1, 2)
+    e = s.exp().unflatten(1, (-1, 4))
+    out = torch.einsum("bgrmn,bnge->bgrme", e, v) / e.sum(-1, keepdim=True)
+    return out.flatten(1, 2).transpose(1, 2).flatten(-2)
+
+
+def one_key_head(q, k, v):
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def outer_sums(q, k, v):
+    """Rows and stream meet in a sum; only the stream is reduced."""
+    return torch.tanh(q[:, :, None] + k[:, None, :]).sum(-1).softmax(-1) @ v
+
+
+ONE = {
+    masked_by_lengths_and_pairs: (r(2, 5, 8), r(2, 7, 8), r(2, 7, 8), torch.tensor([3, 7]), keep(5, 7)),
+    masked_by_lengths_and_documents: (*(r(2, 5, 8) for _ in "qkv"), torch.tensor([3, 5]), torch.arange(5) // 2),
+    groups_of_one_key_head: (r(2, 4, 5, 8), r(2, 1, 7, 8), r(2, 1, 7, 8)),
+    groups_of_one_key_head_last: (r(2, 5, 4, 8), r(2, 7, 1, 8), r(2, 7, 1, 8)),
+    one_key_head: (r(2, 4, 5, 8), r(2, 1, 7, 8), r(2, 1, 7, 8)),
+    outer_sums: (r(2, 5, 8), r(2, 7, 8), r(2, 7, 8)),
+}
+
+
+@pytest.mark.parametrize("function", ONE, ids=lambda f: f.__name__)
+def test_one_region_that_ends_with_the_stream(function):
+    args = ONE[function]
+    lifted = lift(capture(function, args, {}))
+    assert [len(region.outputs) for region in lifted.regions] == [1] and not lifted.unfused
+    (output,) = lifted.regions[0].outputs
+    assert output.meta["val"].dim() == args[0].dim() + ("groups" in function.__name__)

@@ -1,0 +1,151 @@
+"""Small programs through the whole path, each for one thing that no program of the zoo shows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from whole_path import assert_right, fused
+
+
+def r(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def qkv(m: int, n: int) -> tuple[torch.Tensor, ...]:
+    return r(2, m, 8), r(2, n, 8), r(2, n, 8)
+
+
+def grouped(m: int, n: int) -> tuple[torch.Tensor, ...]:
+    return r(2, 4, m, 8), r(2, 2, n, 8), r(2, 2, n, 8)
+
+
+def divided_late_over_groups(q, k, v):
+    """Heads are counted by an expression of sizes, 2 * (H // 2)."""
+    s = torch.einsum("bgrmd,bgnd->bgrmn", q.unflatten(1, (-1, 2)), k).flatten(1, 2)
+    p = torch.exp(s / 4)
+    out = torch.einsum("bgrmn,bgne->bgrme", p.unflatten(1, (-1, 2)), v).flatten(1, 2)
+    return out / p.sum(-1, keepdim=True)
+
+
+def filled_by_a_product(q, k, v):
+    """(1 - keep) * -10000 added to scores: written out as -10000 + keep * 10000, it would round them."""
+    ahead = torch.arange(k.shape[1]) > torch.arange(q.shape[1])[:, None]
+    return torch.softmax(q @ k.mT + (1.0 - (~ahead).float()) * -10000.0, -1) @ v
+
+
+PROGRAMS = {divided_late_over_groups: grouped, filled_by_a_product: qkv}
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.__name__)
+def test_a_small_program(program):
+    inputs = PROGRAMS[program]
+    result = fused(program, inputs(7, 9))
+    for sizes in ((7, 9), (20, 37)):
+        assert_right(result, program, inputs(*sizes))
+
+
+# Rows masked throughout, where asked to be zero. `s` are scores, with -inf where nothing is seen.
+
+
+def called(s, v):
+    return s.softmax(-1) @ v
+
+
+def by_hand(s, v):
+    e = torch.exp(s - s.amax(-1, keepdim=True))
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+def with_a_finite_maximum(s, v):
+    top = s.amax(-1, keepdim=True)
+    e = torch.exp(s - torch.where(torch.isinf(top), 0.0, top))
+    return (e @ v) / e.sum(-1, keepdim=True)
+
+
+def without_a_maximum(s, v):
+    e = torch.exp(s)
+    return (e @ v) * (1 / e.sum(-1, keepdim=True))
+
+
+def by_logsumexp(s, v):
+    return torch.exp(s - s.logsumexp(-1, keepdim=True)) @ v
+
+
+def shared_with_one(s, v):
+    e = torch.exp(s)
+    return (e / (1 + e.sum(-1, keepdim=True))) @ v
+
+
+SPELLINGS = (called, by_hand, with_a_finite_maximum, without_a_maximum, by_logsumexp, shared_with_one)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: s.__name__)
+def test_rows_masked_throughout_are_zero(spelling):
+    def attend(q, k, v, lengths):
+        keep = torch.arange(k.shape[1]) < lengths[:, :, None]
+        return spelling((q @ k.mT).masked_fill(~keep, float("-inf")), v)
+
+    lengths = torch.arange(14).view(2, 7) % 5
+    args = (*qkv(7, 9), lengths)
+    out, eager = fused(attend, args, masked_rows="zero").module(*args), attend(*args)
+    assert (out[lengths == 0] == 0).all()
+    torch.testing.assert_close(out[lengths > 0], eager[lengths > 0])
+
+
+# Axes of no elements give what eager gives: zeros, or 0 / 0.
+
+
+def sdpa(q, k, v):
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+
+
+def divided_early(q, k, v):
+    e = torch.exp(q @ k.mT)
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+def divided_late(q, k, v):
+    e = torch.exp(q @ k.mT)
+    return (e @ v) / e.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("program", [sdpa, divided_early, divided_late], ids=lambda p: p.__name__)
+def test_axes_of_no_elements(program):
+    result = fused(program, qkv(7, 9))
+    for b, m, n in ((2, 7, 0), (2, 0, 9), (0, 7, 9), (0, 0, 0)):
+        assert_right(result, program, (r(b, m, 8), r(b, n, 8), r(b, n, 8)))
+
+
+# Weights masked once more after they are divided: a row that sees nothing is 0, not NaN.
+
+
+def masked_twice(q, k, v, keep):
+    p = torch.softmax((q @ k.mT).masked_fill(~keep, float("-inf")), -1)
+    return p.masked_fill(~keep, 0.0) @ v
+
+
+def masked_late(q, k, v, keep):
+    p = torch.relu(q @ k.mT)
+    p = p / p.sum(-1, keepdim=True)
+    return torch.where(keep, p, 0.0) @ v
+
+
+def masked_by_rows(q, k, v, keep):
+    p = torch.softmax((q @ k.mT).masked_fill(~keep, float("-inf")), -1)
+    return torch.where(keep.any(-1, keepdim=True), p, 0.0) @ v
+
+
+def masked_by_a_product(q, k, v, keep):
+    """Not so here: NaN times 0 is NaN."""
+    p = torch.softmax((q @ k.mT).masked_fill(~keep, float("-inf")), -1)
+    return (p * keep) @ v
+
+
+MASKED = (masked_twice, masked_late, masked_by_rows, masked_by_a_product)
+
+
+@pytest.mark.parametrize("program", MASKED, ids=lambda p: p.__name__)
+def test_rows_that_see_nothing_after_their_division(program):
+    args = (*qkv(7, 40), torch.arange(40) < torch.arange(14).view(2, 7, 1) % 5)
+    assert_right(fused(program, args), program, args)

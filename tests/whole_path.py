@@ -1,0 +1,31 @@
+"""A function through the whole path, and what its kernels are held to."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils import _pytree as pytree
+
+from rewriter.api import Rewrite, rewrite
+from rewriter.check.numerics import compare, run_float64
+
+
+def fused(program: Callable, args: tuple, folder: Path | None = None, **options) -> Rewrite:
+    """The program rewritten, with every chain in it fused."""
+    result = rewrite(program, args, out=folder, **options)
+    assert result.report["chains"] and not result.report["unfused"], result.report["unfused"]
+    return result
+
+
+def assert_right(result: Rewrite, program: Callable, args: tuple) -> None:
+    """As right as eager, and by its kernels."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*runs its original code.*")
+        out = result.module(*args)
+    leaves = [pytree.tree_leaves(x) for x in (out, program(*args), run_float64(program, args))]
+    for got, eager, wanted in zip(*leaves, strict=True):
+        verdict = compare(got, eager, wanted, torch.float32)
+        assert verdict.ok, f"{tuple(args[0].shape)}: {verdict.reason}"
