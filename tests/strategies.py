@@ -37,6 +37,7 @@ from rewriter.ir.evaluate import Evaluator, evaluate
 
 MORE = int(os.environ.get("FLASHLIGHT_EXAMPLES", "0"))
 INF = const(-math.inf)
+FILLS = (const(-1e4), const(-1e9), const(torch.finfo(torch.float32).min))
 
 
 def fixed(examples: int) -> settings:
@@ -77,7 +78,7 @@ def pick(draw, *options):
 @st.composite
 def predicates(draw, b: Node, m: Node, n: Node, deep: int = 2) -> Node:
     """Which positions a row sees."""
-    kind = draw(st.integers(0, 8 if deep else 6))
+    kind = pick(draw, *range(9 if deep else 7))
     width = Const(draw(st.integers(1, 4)))
     match kind:
         case 0:
@@ -103,35 +104,62 @@ def predicates(draw, b: Node, m: Node, n: Node, deep: int = 2) -> Node:
 
 @st.composite
 def scores(draw, b: Node, h: Node, m: Node, n: Node) -> Node:
-    """What is exponentiated or gated: a contraction, then up to three changes in any order."""
+    """What is exponentiated or gated: a contraction, then changes and masks in any order."""
     d = Axis("d", Const(draw(st.integers(1, 3))))
     kv = apply("floordiv", h, Const(2)) if draw(st.booleans()) else h
     s = reduce(
         "sum", (d,), apply("mul", load("q", b, h, m, Index(d)), load("k", b, kv, n, Index(d)))
     )
-    for change in draw(st.lists(st.integers(0, 6), max_size=3)):
-        s = _changed(draw, change, s, (b, h, m, n))
+    steps = [pick(draw, _scaled, _biased, _by_distance, _capped, _less_by_row) for _ in range(pick(draw, 0, 1, 2))]
+    masks = [pick(draw, _filled, _filled, _added, _by_tensor) for _ in range(pick(draw, 0, 1, 1, 2))]
+    for change in draw(st.permutations([*steps, *masks])):
+        s = change(draw, s, b, h, m, n)
     return s
 
 
-def _changed(draw, change: int, s: Node, at: tuple[Node, ...]) -> Node:
-    b, h, m, n = at
-    match change:
-        case 0:
-            return apply(pick(draw, "mul", "div"), s, const(pick(draw, 0.5, 1.7)))
-        case 1:
-            return apply("add", s, load("bias", *pick(draw, (m, n), (b, n), (h, m, n))))
-        case 2:
-            distance = cast(apply("sub", n, m), torch.float32)
-            return apply("add", s, apply("mul", load("slopes", h), distance))
-        case 3:
-            return apply("mul", apply("tanh", apply("div", s, const(2.0))), const(2.0))
-        case 4:
-            return where(draw(predicates(b, m, n)), s, pick(draw, INF, INF, const(-1e4)))
-        case 5:
-            fill = pick(draw, INF, const(-1e4))
-            return apply("add", s, where(draw(predicates(b, m, n)), const(0.0), fill))
+def _scaled(draw, s: Node, b: Node, h: Node, m: Node, n: Node) -> Node:
+    return apply(pick(draw, "mul", "div"), s, const(pick(draw, 0.5, 1.7)))
+
+
+def _biased(draw, s: Node, b: Node, h: Node, m: Node, n: Node) -> Node:
+    return apply("add", s, load("bias", *pick(draw, (m, n), (b, n), (h, m, n))))
+
+
+def _by_distance(draw, s: Node, b: Node, h: Node, m: Node, n: Node) -> Node:
+    distance = cast(apply("sub", n, m), torch.float32)
+    return apply("add", s, apply("mul", load("slopes", h), distance))
+
+
+def _capped(draw, s: Node, b: Node, h: Node, m: Node, n: Node) -> Node:
+    return apply("mul", apply("tanh", apply("div", s, const(2.0))), const(2.0))
+
+
+def _less_by_row(draw, s: Node, b: Node, h: Node, m: Node, n: Node) -> Node:
     return apply("sub", s, load("rowbias", m))
+
+
+def _filled(draw, s: Node, b: Node, h: Node, m: Node, n: Node) -> Node:
+    return where(draw(predicates(b, m, n)), s, pick(draw, INF, INF, *FILLS))
+
+
+def _added(draw, s: Node, b: Node, h: Node, m: Node, n: Node) -> Node:
+    fill = pick(draw, INF, INF, const(-1e4))
+    return apply("add", s, where(draw(predicates(b, m, n)), const(0.0), fill))
+
+
+def _by_tensor(draw, s: Node, b: Node, h: Node, m: Node, n: Node) -> Node:
+    return apply("add", s, load("mask", *pick(draw, (m, n), (b, n))))
+
+
+def masked_again(draw, weight: Node, n: Axis, rows: tuple[Node, ...]) -> Node:
+    """A weight as it is, or 0 where a mask does not hold or a row has nothing that it keeps."""
+    kind = pick(draw, "", "", "positions", "rows")
+    if not kind:
+        return weight
+    b, _, m = rows
+    keep = draw(predicates(b, m, Index(n)))
+    keep = keep if kind == "positions" else reduce("any", (n,), keep)
+    return where(keep, weight, const(0.0, weight.dtype))
 
 
 def normalised(draw, s: Node, n: Axis, v: Node, rows: tuple[Node, ...]) -> tuple[Node, Node]:
@@ -143,6 +171,7 @@ def normalised(draw, s: Node, n: Axis, v: Node, rows: tuple[Node, ...]) -> tuple
     if shift == "settled":
         peak = where(apply("isinf", peak), const(0.0), peak)
     e = apply("exp", s if shift == "none" else apply("sub", s, peak))
+    e = masked_again(draw, e, n, rows)
     total = reduce("sum", (n,), e)
     if draw(st.booleans()):
         extra = apply("neg", peak) if shift != "none" else const(0.0)
@@ -153,6 +182,7 @@ def normalised(draw, s: Node, n: Axis, v: Node, rows: tuple[Node, ...]) -> tuple
     if not early:
         return apply("div", reduce("sum", (n,), apply("mul", e, v)), total), total
     weight = cast(apply("div", e, total), pick(draw, torch.float32, torch.float16))
+    weight = masked_again(draw, weight, n, rows)
     return reduce("sum", (n,), apply("mul", cast(weight, torch.float32), v)), total
 
 
@@ -216,6 +246,8 @@ def tensors_for(program: Program, sizes: dict[str, int], seed: int) -> dict[str,
         shape = tuple(map(extent, tensor.shape))
         if tensor.dtype.is_floating_point:
             out[tensor.name] = torch.randn(shape, dtype=torch.float64, generator=generator)
+            if tensor.name.startswith("mask"):
+                out[tensor.name][torch.rand(shape, generator=generator) < 0.4] = -math.inf
         else:
             most = (
                 2

@@ -96,3 +96,29 @@ def test_what_cannot_be_assigned_again_is_refused(kind, reason):
         rewrite(module, tensors(2, 2, 9, 16))
     assert caught.value.reason.site.file == __file__
     assert (module.calls, module.log, module.config, module.weights) == (0, [], Config(), None)
+
+
+class Asking(nn.Module):
+    """Forward looks for an attribute that only some instances have."""
+
+    def forward(self, q, k, v):
+        s = q @ k.mT
+        if hasattr(self, "cap"):
+            s = self.cap * torch.tanh(s / self.cap)
+        return s.softmax(-1) @ v
+
+
+def test_an_attribute_that_was_not_there():
+    module, args = rewrite(Asking().eval(), tensors(2, 2, 9, 16)).module, tensors(2, 2, 9, 16)
+    with said(kernels=1):
+        run(module, args)
+    capped = Asking().eval()
+    module.cap = capped.cap = 2.0
+    with said("self has 'cap'"):
+        close(run(module, args), run(capped, args))
+
+
+def test_sizes_of_one_are_tried_without_a_trace():
+    original = Leaving().eval()
+    rewrite(original, tensors(1, 2, 9, 16))
+    assert original.weights is None and not hasattr(original, "seen")

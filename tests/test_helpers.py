@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rewriter.check.compile import CompileRequest, compiler
+
 HELPERS = Path(__file__).parent.parent / "templates" / "helpers"
 KERNEL = """
 @triton.jit
@@ -20,12 +22,18 @@ def kernel(x_ptr, y_ptr, out_ptr, BLOCK: tl.constexpr):
 """
 
 
-def computed(tmp_path: Path, name: str, call: str, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-    """`call` of x and y in Triton's interpreter."""
-    y = torch.zeros_like(x) if y is None else y
+def written(tmp_path: Path, name: str, call: str) -> Path:
+    """A file with a helper and a kernel that stores `call`."""
     helper = (HELPERS / f"{name}.py.jinja").read_text()
     file = tmp_path / f"{name}_kernel.py"
     file.write_text(f"import triton\nimport triton.language as tl\n\n\n{helper}\n{KERNEL.format(call=call)}")
+    return file
+
+
+def computed(tmp_path: Path, name: str, call: str, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+    """`call` of x and y in Triton's interpreter."""
+    y = torch.zeros_like(x) if y is None else y
+    file = written(tmp_path, name, call)
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -72,6 +80,12 @@ def test_powers_of_one_base(tmp_path):
     check(computed(tmp_path, "pow", "pow(x, y)", torch.full_like(y, 0.96875), y), torch.pow(0.96875, y.double()), ulps=8)
 
 
+@pytest.mark.parametrize("call", ["pow(x, 1.5)", "pow(1.5, x)", "pow(x, 9.0)"])
+def test_powers_with_a_number(call, tmp_path):
+    x = torch.tensor([0.3, -2.0, 4.0])
+    check(computed(tmp_path, "pow", call, x), eval(call, {"pow": pow, "x": x.double()}))
+
+
 DIVIDED = torch.cat([0.25 * torch.arange(-40, 40), 30 * torch.randn(100)])
 BY = torch.cat([0.25 * torch.randint(1, 9, (80,)) * (2 * torch.randint(0, 2, (80,)) - 1), torch.randn(100)])
 
@@ -94,6 +108,12 @@ WHOLE = torch.randint(-99, 99, (128,), dtype=torch.int64)
 WHOLE_BY = torch.randint(1, 9, (128,), dtype=torch.int64) * (2 * torch.randint(0, 2, (128,)) - 1)
 
 
+@pytest.mark.parametrize("name", ["float_mod", "float_fmod", "float_floordiv"])
+def test_division_by_a_number(name, tmp_path):
+    got = [computed(tmp_path, name, call, DIVIDED, torch.full_like(DIVIDED, 0.75)) for call in (f"{name}(x, 0.75)", f"{name}(x, y)")]
+    assert torch.equal(*got)
+
+
 @pytest.mark.parametrize(
     "name,function",
     [
@@ -104,3 +124,21 @@ WHOLE_BY = torch.randint(1, 9, (128,), dtype=torch.int64) * (2 * torch.randint(0
 )
 def test_division_of_integers(name, function, tmp_path):
     assert torch.equal(computed(tmp_path, name, f"{name}(x, y)", WHOLE, WHOLE_BY), function(WHOLE, WHOLE_BY))
+
+
+OF_INTEGERS = ("floor_mod", "floor_div", "truncdiv")
+OF_TWO = (*OF_INTEGERS, "pow", "float_mod", "float_fmod", "float_floordiv")
+
+
+def test_every_helper_compiles(tmp_path):
+    names = sorted(p.name.removesuffix(".py.jinja") for p in HELPERS.glob("*.py.jinja"))
+    requests = []
+    for name in names:
+        calls = [f"{name}(x, y)", f"{name}(x, 3)", f"{name}(3, y)"] if name in OF_TWO else [f"{name}(x)"]
+        file = written(tmp_path, name, " + ".join(calls))
+        pointer = "*i64" if name in OF_INTEGERS else "*fp32"
+        signature = dict.fromkeys(("x_ptr", "y_ptr", "out_ptr"), pointer)
+        requests += [CompileRequest(file, "kernel", signature, {"BLOCK": 128}, target) for target in ("sm_90", "gfx942")]
+    with compiler(workers=1) as compiles:
+        results = compiles.compile(requests)
+    assert not [(r.error, q.path.name) for r, q in zip(results, requests) if r.error]

@@ -129,7 +129,9 @@ def test_views_of_views_leave_no_division():
     flat = apply("add", apply("mul", Index(h), d), Index(e))
     assert apply("floordiv", flat, d) is Index(h) and apply("mod", flat, d) is Index(e)
     again = apply("add", apply("mul", apply("floordiv", Index(i), d), d), apply("mod", Index(i), d))
-    assert substitute(again, {i: flat}) is flat
+    assert again is Index(i) and substitute(again, {i: flat}) is flat
+    heads = apply("add", apply("mod", Index(h), Const(2)), apply("floordiv", Index(h), Const(2)))
+    assert apply("add", heads, apply("floordiv", Index(h), Const(2))) is Index(h)
 
 
 # Nodes
@@ -208,6 +210,23 @@ def test_a_constant_is_told_from_its_like():
     assert len({id(v) for v in values}) == len(values)
     assert const(float("nan")) is const(float("nan"))
     assert const(1.0, torch.float16) is not const(1.0)
+
+
+def test_a_truth_value_compared_with_a_number():
+    p = apply("lt", Index(POSITIONS[0]), Index(POSITIONS[1]))
+    no = apply("not", p)
+    for one in (const(1), const(True), const(1.0)):
+        assert apply("eq", p, one) is p and apply("ne", one, p) is no
+    for zero in (const(0), const(False), const(0.0)):
+        assert apply("eq", zero, p) is no and apply("ne", p, zero) is p
+    assert apply("eq", p, const(2)) is not p
+
+
+def test_comparisons_are_not_printed_as_a_chain():
+    """a < b == c means a < b and b == c in Python."""
+    x, y = (Index(POSITIONS[k]) for k in (0, 1))
+    same = apply("eq", apply("lt", x, y), apply("lt", y, Const(3)))
+    assert repr(same) == f"({x!r} < {y!r}) == ({y!r} < 3)"
 
 
 def test_where_is_lazy_about_what_is_constant():

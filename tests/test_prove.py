@@ -12,7 +12,8 @@ from rewriter.derive import Definition, NotDerivable, Shift, derive
 from rewriter.derive.factors import multiply
 from rewriter.derive.prove import Proof, prove
 from rewriter.ir import TRUE, Axis, Const, Index, Node, Output, Program, apply, const, reduce, where
-from tests.strategies import INF, M, N, chain_values, load, tensors_for
+from rewriter.ir.evaluate import evaluate
+from tests.strategies import INF, M, N, assert_same, chain_values, load, tensors_for
 
 m, e, n, d = Axis("m", M), Axis("e", Const(2)), Axis("n", N), Axis("d", Const(4))
 QK = apply("mul", load("q", Index(m), Index(d)), load("k", Index(n), Index(d)))
@@ -268,3 +269,39 @@ def test_rows_that_see_nothing(masked_rows):
     got = chain_values(chain, tensors, held)["out0"]
     assert got[[0, 2]].isfinite().all()
     assert (got[1] == 0).all() if masked_rows == "zero" else got[1].isnan().all()
+
+
+# Where a choice of 0 stands matters in rows that it leaves without positions: 0 is not 0 / 0.
+
+MASK = load("keep", Index(m), Index(n), dtype=torch.bool)
+E = weights(maximum(where(MASK, S, INF)))
+
+
+def kept(x: Node) -> Node:
+    return where(MASK, x, const(0.0))
+
+
+ZERO = {
+    "of weights divided before": summed(apply("mul", kept(apply("div", E, summed(kept(E)))), V)),
+    "of weights never divided": summed(apply("mul", kept(E), V)),
+    "of rows": where(
+        reduce("any", (n,), MASK), apply("div", summed(kept(E)), summed(kept(E))), const(0.0)
+    ),
+}
+NAN = {
+    "of weights divided after": summed(apply("mul", apply("div", kept(E), summed(kept(E))), V)),
+    "of weights divided last": apply("div", summed(apply("mul", kept(E), V)), summed(kept(E))),
+    "of weights divided before and after": apply(
+        "div", summed(kept(apply("div", E, summed(kept(E))))), summed(kept(E))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*ZERO, *NAN])
+def test_where_a_choice_stands(name):
+    wanted, held = program((ZERO | NAN)[name]), {"M": 3, "N": 4}
+    tensors = tensors_for(wanted, held, 0)
+    tensors["keep_m_n"][:, :2], tensors["keep_m_n"][1] = True, False
+    got = chain_values(derive(wanted), tensors, held)["out0"]
+    assert_same(got, evaluate(wanted, tensors, held)["out0"])
+    assert (got[1] == 0).all() if name in ZERO else got[1].isnan().all()

@@ -34,7 +34,18 @@ def filled_by_a_product(q, k, v):
     return torch.softmax(q @ k.mT + (1.0 - (~ahead).float()) * -10000.0, -1) @ v
 
 
-PROGRAMS = {divided_late_over_groups: grouped, filled_by_a_product: qkv}
+def masks_compared(q, k, v):
+    """Triton text is Python: i < j == k would be i < j and j == k."""
+    i, j = torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1])
+    keep = (j <= i) == (j % 2 == 0)
+    return torch.softmax((q @ k.mT).masked_fill((keep | (j == 0)) == 0, float("-inf")), -1) @ v
+
+
+PROGRAMS = {
+    divided_late_over_groups: grouped,
+    filled_by_a_product: qkv,
+    masks_compared: qkv,
+}
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.__name__)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch.utils import _pytree as pytree
+from zoo_checks import NothingWide
 
 from rewriter.api import Rewrite, rewrite
 from rewriter.check.numerics import compare, run_float64
@@ -20,11 +22,13 @@ def fused(program: Callable, args: tuple, folder: Path | None = None, **options)
     return result
 
 
-def assert_right(result: Rewrite, program: Callable, args: tuple) -> None:
-    """As right as eager, and by its kernels."""
+def assert_right(result: Rewrite, program: Callable, args: tuple, wide: tuple[int, int] = ()) -> None:
+    """As right as eager, by its kernels, and without writing a tensor over both sizes of `wide`."""
+    shapes = {tuple(t.shape) for t in args}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*runs its original code.*")
-        out = result.module(*args)
+        with NothingWide(*wide, shapes) if wide else nullcontext():
+            out = result.module(*args)
     leaves = [pytree.tree_leaves(x) for x in (out, program(*args), run_float64(program, args))]
     for got, eager, wanted in zip(*leaves, strict=True):
         verdict = compare(got, eager, wanted, torch.float32)

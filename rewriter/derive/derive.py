@@ -14,7 +14,7 @@ from rewriter.derive.factors import without_cast
 from rewriter.derive.forms import NotDerivable, is_exp
 from rewriter.derive.normal import is_bilinear, normalise
 from rewriter.derive.prove import prove
-from rewriter.ir import Apply, Node, Output, Program, apply, const, transform, where
+from rewriter.ir import Apply, Node, Output, Program, Where, apply, const, transform, where
 
 
 def derive(program: Program, masked_rows: str = "match") -> Chain:
@@ -57,10 +57,13 @@ def _sums_exponentials(definition: Definition) -> bool:
 
 
 def _zero_by_zero(node: Node, weights: set[Node]) -> Node:
-    """a / l  →  where(l == 0, 0, a / l) where l is among `weights`, for rows that are to be zero"""
+    """a / l  →  where(l == 0, 0, a / l) where l is among `weights`, or 0, for rows that are to be zero"""
     if not (isinstance(node, Apply) and node.op == "div"):
         return node
     under = without_cast(node.args[1])
-    if under not in weights:
+    total = under
+    while isinstance(total, Where) and total.other is const(0.0):
+        total = without_cast(total.then)
+    if total not in weights:
         return node
     return where(apply("eq", under, const(0.0)), const(0.0, node.dtype), node)

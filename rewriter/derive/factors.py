@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,26 +16,34 @@ from rewriter.ir import TRUE, Apply, Axis, Const, Node, Ref, Where, apply, const
 class Product:
     """body = predicate ? ∏ over / ∏ under : 0
 
-    `guarded` are those factors that stand inside the choice: where it fails they count as 0, be they NaN."""
+    `guards` say of each choice, innermost first, what stands inside: (predicate, factors). Where it fails they count as 0,
+    be they NaN."""
 
     over: list[Node] = field(default_factory=list)
     under: list[Node] = field(default_factory=list)
-    predicate: Node = TRUE
-    guarded: list[Node] = field(default_factory=list)
+    guards: list[tuple[Node, list[Node]]] = field(default_factory=list)
+
+    @property
+    def predicate(self) -> Node:
+        return conjunction(p for p, _ in self.guards)
 
     def times(self, other: "Product") -> "Product":
-        both = apply("and", self.predicate, other.predicate)
         return Product(
-            self.over + other.over, self.under + other.under, both, self.guarded + other.guarded
+            self.over + other.over, self.under + other.under, self.guards + other.guards
         )
 
     def inverse(self) -> "Product":
-        return Product(self.under, self.over, self.predicate, self.guarded)
+        return Product(self.under, self.over, self.guards)
 
     def where(self, predicate: Node) -> "Product":
         """predicate ? self : 0"""
-        both = apply("and", predicate, self.predicate)
-        return Product(self.over, self.under, both, self.over + self.under)
+        return Product(
+            self.over, self.under, [*self.guards, (predicate, self.over + self.under)]
+        )
+
+
+def conjunction(predicates: Iterable[Node]) -> Node:
+    return functools.reduce(lambda a, b: apply("and", a, b), predicates, TRUE)
 
 
 def is_float_cast(node: Node) -> bool:

@@ -18,6 +18,7 @@ from rewriter.derive.factors import (
     as_product,
     as_terms,
     cancelled,
+    conjunction,
     depends_on,
     has_refs,
     is_running,
@@ -82,28 +83,34 @@ class Form:
         return total([Term(1, reduced), *row])
 
     def _sum(self, body: Node, predicate: Node) -> Node:
-        """sum_n | p: over/under → (row factors) · sum_n | p: (stream factors), and 0 where nothing is summed"""
-        product = as_product(body)
-        if predicate is not TRUE:
-            product = product.where(predicate)
-        gate, rest = self._row_part(product.predicate)
+        """sum_n | p: over/under → (row factors) · sum_n | p: (stream factors)"""
+        product = as_product(body) if predicate is TRUE else as_product(body).where(predicate)
         parts = [_without_logs(p) for p in self._distributed(product)]
         if len(parts) > 1:
-            out = total([Term(1, self._sum(quotient(p.over, p.under), p.predicate)) for p in parts])
-        else:
-            out = self._hoisted(parts[0], rest)
-        if rest is not TRUE and any(self._may_be_nan(f, rest) for f in product.guarded):
-            gate = apply("and", gate, self._any(rest))
-        return out if gate is TRUE else where(gate, out, const(0.0))
-
-    def _hoisted(self, product: Product, predicate: Node) -> Node:
+            terms = [Term(1, self._sum(quotient(p.over, p.under), p.predicate)) for p in parts]
+            return total(terms)
+        (product,) = parts
+        _, rest = self._row_part(product.predicate)
         row_over, over = self._sorted(product.over)
         row_under, under = self._sorted(product.under)
         if row_over or row_under:
             self._note(
                 "hoist: factors that do not depend on the stream are taken out of the sum"
             )
-        return _quotient(row_over, self._one_sum(over, under, predicate), row_under)
+        return self._hoisted(self._one_sum(over, under, rest), row_over, row_under, product.guards)
+
+    def _hoisted(self, reduced: Node, over: list[Node], under: list[Node], guards: list) -> Node:
+        """The row factors of a sum applied to it, each inside the choices that it stood in."""
+        for k, (_, inside) in enumerate(guards):
+            own = [[f for f in side if f in inside] for side in (over, under)]
+            over, under = ([f for f in side if f not in inside] for side in (over, under))
+            reduced = _quotient(own[0], reduced, own[1])
+            kept = conjunction(p for p, _ in guards[k:])
+            gate, rest = self._row_part(kept)
+            if rest is not TRUE and any(self._may_be_nan(f, rest) for f in inside):
+                gate = self._any(kept)
+            reduced = reduced if gate is TRUE else where(gate, reduced, const(0.0))
+        return _quotient(over, reduced, under)
 
     def _may_be_nan(self, factor: Node, predicate: Node) -> bool:
         """Whether a factor is not proved to be a number where the predicate holds nowhere along the stream."""
@@ -259,16 +266,18 @@ class Form:
 
 def _without_logs(product: Product) -> Product:
     """exp(x - log y) → exp(x) / y where y is a row's value"""
-    out = replace(product, over=[], under=list(product.under))
+    out = Product([], list(product.under), [(p, list(inside)) for p, inside in product.guards])
     for factor in product.over:
-        if not is_exp(factor):
-            out.over.append(factor)
-            continue
-        terms = as_terms(factor.args[0])
-        logs = [t for t in terms if isinstance(t.node, Apply) and t.node.op == "log" and is_running(t.node)]
-        out.over += [t.node.args[0] for t in logs if t.sign > 0]
-        out.under += [t.node.args[0] for t in logs if t.sign < 0]
-        out.over.append(apply("exp", total([t for t in terms if t not in logs])) if logs else factor)
+        terms = as_terms(factor.args[0]) if is_exp(factor) else []
+        logs = [t for t in terms if _is_log(t.node) and is_running(t.node)]
+        over = [t.node.args[0] for t in logs if t.sign > 0]
+        under = [t.node.args[0] for t in logs if t.sign < 0]
+        rest = [t for t in terms if t not in logs]
+        over.append(apply("exp", total(rest)) if logs else factor)
+        out.over += over
+        out.under += under
+        for _, inside in out.guards:
+            inside += [*over, *under] if factor in inside else []
     return out
 
 
@@ -292,18 +301,22 @@ def _conjuncts(predicate: Node) -> list[Node]:
 
 def _quotient(over: list[Node], reduced: Node, under: list[Node]) -> Node:
     """where(empty, NaN, acc) / where(empty, NaN, l)  →  acc / l, which is NaN in empty rows by itself: 0 / 0"""
-    same = [
-        u
-        for u in under
-        if isinstance(u, Where) and isinstance(reduced, Where) and u.predicate is reduced.predicate
-    ]
-    if not same or len(same) != len(under):
+    values = [reduced, *under]
+    if not under or not all(map(_is_nan_if_empty, values)) or len({v.predicate for v in values}) > 1:
         return quotient([*over, reduced], under)
     return quotient([*over, reduced.other], [u.other for u in under])
 
 
+def _is_nan_if_empty(node: Node) -> bool:
+    return isinstance(node, Where) and node.then is const(math.nan)
+
+
 def is_exp(node: Node) -> bool:
     return isinstance(node, Apply) and node.op == "exp"
+
+
+def _is_log(node: Node) -> bool:
+    return isinstance(node, Apply) and node.op == "log"
 
 
 def _dominates(shift: Shift, bound: Definition, stream: Axis) -> bool:

@@ -30,6 +30,7 @@ INFIX = {
     "mod": ("%", 6),
 }
 INFIX |= {"eq": ("==", 2), "ne": ("!=", 2), "lt": ("<", 2), "le": ("<=", 2), "gt": (">", 2), "ge": (">=", 2)}
+COMPARISONS = ("==", "!=", "<", "<=", ">", ">=")
 INFIX |= {"and": ("&", 4), "or": ("|", 3), "xor": ("^", 3)}
 INFIX |= {"bitand": ("&", 4), "bitor": ("|", 3), "bitxor": ("^", 3), "fmod": ("%", 6)}
 IN_FLOATS = ("floordiv", "mod", "fmod")  # which Triton has for integers alone
@@ -91,7 +92,8 @@ def apply_text(node: Apply, args: list[Text], axes: tuple[Axis, ...], helpers: s
         return Text(f"{operand(args[0], axes, 6)} * (1.0 / {args[1].code})", axes, 6)
     if node.op in INFIX and not (node.op in IN_FLOATS and node.dtype.is_floating_point):
         symbol, level = INFIX[node.op]
-        left, right = operand(args[0], axes, level), operand(args[1], axes, level + 1)
+        tighter = level + (symbol in COMPARISONS)  # Python chains them: a <= b == 0 is a <= b and b == 0
+        left, right = operand(args[0], axes, tighter), operand(args[1], axes, level + 1)
         return Text(f"{left} {symbol} {right}", axes, level)
     if node.op in CALLS:
         return Text(f"{CALLS[node.op]}({', '.join(spread_argument(a, axes) for a in args)})", axes)

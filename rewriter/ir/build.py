@@ -83,6 +83,8 @@ def _logical(op: str, args: tuple[Node, ...]) -> Node:
         return _logical(_FLIP[op], args[::-1])
     if op in ("lt", "le", "eq", "ne") and all(map(is_int, args)):
         return _compared(op, *args)
+    if op in ("eq", "ne") and any(a.dtype is torch.bool for a in args):
+        return _equated(op, *args)
     if op in ("and", "or"):
         return _junction(op, *args)
     if op == "not" and isinstance(args[0], Apply):
@@ -102,6 +104,14 @@ def _compared(op: str, a: Node, b: Node) -> Node:
     if op in negation and integer.proves(*negation[op]):
         return FALSE
     return Apply(op, (a, b), torch.bool)
+
+
+def _equated(op: str, a: Node, b: Node) -> Node:
+    """p == 0  →  not p;  p != 0  →  p, and the like for 1"""
+    truth, other = (b, a) if isinstance(a, Const) else (a, b)
+    if truth.dtype is not torch.bool or not isinstance(other, Const) or other.value not in (0, 1):
+        return Apply(op, (a, b), torch.bool)
+    return truth if (op == "eq") == bool(other.value) else _logical("not", (truth,))
 
 
 def _junction(op: str, a: Node, b: Node) -> Node:

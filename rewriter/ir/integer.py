@@ -6,6 +6,7 @@ sympy keeps `floor(j / h)` although 0 ≤ j < h, so the rules that need ranges a
     (a·D + r) %  D  →  r % D               r %  D  →  r   where 0 ≤ r < D
     (x // A) // B   →  x // (A·B)          (x % (A·B)) // A  stays
     min(x, y)       →  x                   where x ≤ y
+    x // D · D + x % D  →  x
 """
 
 from __future__ import annotations
@@ -59,8 +60,23 @@ def times(a: Poly, b: Poly) -> Poly:
     return {m: c for m, c in out.items() if c}
 
 
+def _rejoined(poly: Poly) -> Poly:
+    """c·(x % D) + c·(x // D)·D  →  c·x"""
+    for monomial, coefficient in poly.items():
+        for rest in (a for a in monomial if isinstance(a, Apply) and a.op == "mod"):
+            outer = list(monomial)
+            outer.remove(rest)
+            scale = {tuple(outer): coefficient}
+            whole = times(scale, times({(floordiv(*rest.args),): 1}, to_poly(rest.args[1])))
+            if whole.items() <= poly.items():
+                joined = plus(plus(poly, whole, -1), {monomial: coefficient}, -1)
+                return _rejoined(plus(joined, times(scale, to_poly(rest.args[0]))))
+    return poly
+
+
 def from_poly(poly: Poly) -> Node:
     """The canonical node: terms sorted, positive ones first."""
+    poly = _rejoined(poly)
     terms = sorted(poly.items(), key=lambda t: (t[1] < 0, not t[0], [_order(n) for n in t[0]]))
     out: Node | None = None
     for monomial, coefficient in terms:

@@ -86,7 +86,7 @@ def _show_apply(node: Apply, names: dict[Axis, str]) -> tuple[str, int]:
         return f"{name}({', '.join(show(a, names) for a in node.args)})", _ATOM
     level = _LEVEL[node.op]
     (left, left_level), (right, right_level) = (_show(a, names) for a in node.args)
-    left = left if left_level >= level else f"({left})"
+    left = left if left_level >= level + (level == _LEVEL["eq"]) else f"({left})"
     right = right if right_level > level else f"({right})"
     return f"{left} {infix} {right}", level
 

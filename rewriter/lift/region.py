@@ -25,7 +25,7 @@ LONGEST = 256  # nodes of a generated value that are computed again rather than 
 class Region:
     """A part of the graph that one chain replaces: `outputs` are computed from `inputs`, the nodes `inside` vanish.
 
-    A `tentative` one may be a plain dense layer: it is fused only if its reductions depend on each other."""
+    `kept` are wide inputs that the program makes and that are written all the same, with the reason. A `tentative` one may be a plain dense layer: it is fused only if its reductions depend on each other."""
 
     program: Program
     outputs: tuple[fx.Node, ...]
@@ -34,6 +34,7 @@ class Region:
     wide: tuple[fx.Node, ...]
     display: dict[str, str]
     tentative: bool
+    kept: dict[fx.Node, str]
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,10 @@ def lift(traced: TracedModule) -> LiftResult:
     others = tag(graph, local, moving, taken, one_sided=True)
     more = _cut_all(traced, local, others, names, len(regions), tentative=True)
     fused = set().union(*({*r.inside, *r.outputs} for r in (*regions, *more)))
-    unfused = tuple(Reason(r, site_of(n)) for n, r in tags.reasons.items() if n not in fused)
-    return LiftResult((*regions, *more), unfused, broadcast_dimensions(traced, local))
+    unfused = [Reason(r, site_of(n)) for n, r in tags.reasons.items() if n not in fused]
+    kept = {n: why for region in (*regions, *more) for n, why in region.kept.items()}
+    unfused += [Reason(f"written to memory and read by the kernel ({why})", site_of(n)) for n, why in kept.items()]
+    return LiftResult((*regions, *more), tuple(unfused), broadcast_dimensions(traced, local))
 
 
 def _cut_all(traced, local, tags: Tags, names, first: int = 0, tentative: bool = False) -> list[Region]:
@@ -68,7 +71,7 @@ def _cut_all(traced, local, tags: Tags, names, first: int = 0, tentative: bool =
     if tentative:  # a dense layer that is written anyway, normalised, is better computed once
         groups = [g for g in groups if set(g) - set(tags.written)]
     cut = [cutter.cut(roots, f"chain_{first + k}", tentative) for k, roots in enumerate(groups)]
-    return [region for region in cut if region.outputs]  # else nothing reads what it computes
+    return [region for region in cut if region]
 
 
 def site_of(node: fx.Node) -> Site | None:
@@ -135,6 +138,7 @@ class _Cutter:
         self.memo: dict[fx.Node, Lifted] = {}
         self.generated: dict[fx.Node, bool] = {}
         self.unstored: dict[fx.Node, Lifted] = {}
+        self.spread: set[fx.Node] = set()
 
     def reads_of(self, node: fx.Node) -> list[fx.Node]:
         """The values a lifted node is computed from."""
@@ -159,13 +163,16 @@ class _Cutter:
                     todo.append(source)
         return found
 
-    def cut(self, roots: list[fx.Node], name: str, tentative: bool) -> Region:
+    def cut(self, roots: list[fx.Node], name: str, tentative: bool) -> Region | None:
+        """None where nothing outside reads what the roots lead to."""
         self.origins, self.memo = {}, {}
         self.roots = set(roots)
         written = [n for n in roots if n in self.tags.written]
         grown = self._grown([n for n in roots if n not in self.tags.written])
         wide = set().union(*(self._wide_below(r) for r in roots))
         outputs = [*_live_outputs(grown, wide), *written]
+        if not outputs:
+            return None
         self.claimed = self._between(roots, outputs) | self.roots
         lifted = [(node, self._inlined(node)) for node in outputs]
         program = Program(name, tuple(self._output(n, v) for n, v in lifted), self.origins)
@@ -173,7 +180,8 @@ class _Cutter:
         inputs = tuple(dict.fromkeys(self.by_name[t.name] for t in program.tensors))
         wide = tuple(n for n in self.memo if self.tags.is_wide(n))
         display = {n.name: name for n, name in self.names.items()} | {n.name: self._shown(n) for n in inputs}
-        return Region(program, tuple(outputs), inputs, inside - set(inputs), wide, display, tentative)
+        kept = self._kept(inputs)
+        return Region(program, tuple(outputs), inputs, inside - set(inputs), wide, display, tentative, kept)
 
     def _shown(self, node: fx.Node) -> str:
         """The user's name for a tensor, or for what it is a view of; a parameter's own name."""
@@ -232,8 +240,7 @@ class _Cutter:
     def _inlined(self, node: fx.Node) -> Lifted:
         if node not in self.memo:
             local = self.local[node].value
-            inside = self.tags.is_wide(node)
-            body = self._expanded(local, node, inside)
+            body = self._expanded(local, node)
             origin = origin_of(node)
             self.memo[node] = Lifted(local.axes, body)
             self.origins.setdefault(
@@ -241,22 +248,23 @@ class _Cutter:
             )
         return self.memo[node]
 
-    def _expanded(self, local: Lifted, node: fx.Node, in_wide: bool) -> Node:
-        dims = self.tags.dims.get(node, ())
-        sides = dict(zip(local.axes, dims))
+    def _expanded(self, local: Lifted, node: fx.Node) -> Node:
+        sides = dict(zip(local.axes, self.tags.dims.get(node, ())))
+        everything = frozenset(a for a in local.axes if index(a).free)
 
         def rule(n: Node) -> Node:
             if not isinstance(n, Load) or n.tensor.name not in self.by_name:
                 return n
             source = self.by_name[n.tensor.name]
-            if self._goes_inside(source, n, sides):
-                return self._inlined(source).at(n.index)
-            return n
+            has_both = _has_both(n, sides)
+            if has_both or (node in self.spread and everything <= n.free):
+                self.spread.add(source)
+            return self._inlined(source).at(n.index) if self._goes_inside(source, has_both) else n
 
         return transform(local.body, rule)
 
-    def _goes_inside(self, source: fx.Node, load: Load, sides) -> bool:
-        """Whether a value read by the region is computed in it rather than loaded."""
+    def _goes_inside(self, source: fx.Node, has_both: bool) -> bool:
+        """Whether a value read by the region is computed in it rather than loaded; `has_both` sides: for a wide one."""
         if source in self.claimed or self.tags.is_wide(source):
             return True
         if source in self.tags.stored:
@@ -264,7 +272,12 @@ class _Cutter:
         local = self.local[source].value if source in self.local else None
         if not isinstance(local, Lifted) or _reduces(local.body):
             return False
-        return _has_both(load, sides) or self._is_cheaper_than_stored(source)
+        return has_both or self._is_cheaper_than_stored(source)
+
+    def _kept(self, inputs: tuple[fx.Node, ...]) -> dict[fx.Node, str]:
+        """Why a wide value is written: what no kernel expresses, or would have to repeat."""
+        kept = [n for n in inputs if n in self.spread and n in self.local]
+        return {n: self.local[n].reason or f"{n.target}: it is not repeated for each reader" for n in kept}
 
     def _is_cheaper_than_stored(self, source: fx.Node) -> bool:
         """True where a value repeats or generates its elements: masks from positions, heads repeated by a view."""

@@ -13,13 +13,15 @@ from torch.utils import _pytree as pytree
 
 from rewriter.emit import KernelFile
 from rewriter.emit.torch_text import TorchPrinter, Variables
-from rewriter.errors import RewriteError
+from rewriter.errors import Reason, RewriteError
 from rewriter.ir import Param
+from rewriter.lift.region import site_of
 from rewriter.patch.literal import Text, is_plain, literal
 from rewriter.patch.scope import name_in, scope_of
 from rewriter.patch.sizes import Sizes
 from rewriter.patch.units import Unit, units_of
 from rewriter.trace import TracedModule
+from rewriter.trace.sizes import UnknownSize
 from rewriter.trace.source import statement_key, user_names
 
 
@@ -105,6 +107,8 @@ class ForwardPrinter:
             return self.variables.of(node)
         if "constant" in node.meta:
             return self.printer.constant(node.meta["constant"])
+        if node.op == "get_attr":
+            raise RewriteError(f"{next(iter(node.users)).target} takes parts of the program, which cannot be written down")
         unit = self.units[node]
         text = self._expression(unit)
         return text if self._binds_tightly(unit) else f"({text})"
@@ -152,6 +156,14 @@ class ForwardPrinter:
         return self.user_names.get(node, node.name)
 
     def _expression(self, unit: Unit) -> str:
+        """Raises RewriteError at the user's line."""
+        try:
+            return self._text(unit)
+        except (RewriteError, UnknownSize) as error:
+            reason = getattr(error, "reason", Reason(str(error)))
+            raise RewriteError(reason.text, site=reason.site or site_of(unit.outputs[0])) from error
+
+    def _text(self, unit: Unit) -> str:
         if unit.region:
             kernel = self.kernels[unit.region.program.name]
             by_name = {n.name: n for n in unit.region.inputs}

@@ -10,6 +10,7 @@ from torch import nn
 from rewriter.errors import RewriteError
 from rewriter.ir import Const, Node, Param, Reduce, transform, walk
 from rewriter.lift import Region
+from rewriter.patch.forward import attribute_path
 from rewriter.patch.signature import Signature
 from rewriter.patch.sizes import Place, Sizes
 from rewriter.trace import TracedModule
@@ -27,7 +28,7 @@ class Guard:
 def guards_of(
     traced: TracedModule, signature: Signature, sizes: Sizes, regions: tuple[Region, ...]
 ) -> tuple[Guard, ...]:
-    """Arguments, training mode, dtypes, ranks and sizes that tracing assumed."""
+    """Arguments, training mode, missing attributes, dtypes, ranks and sizes that tracing assumed."""
     out = [Guard(_same(text, value), f"{text} is not {value!r}") for text, value in signature.constants]
     if isinstance(traced.module, nn.Module):
         training = traced.module.training
@@ -36,10 +37,28 @@ def guards_of(
                 f"self.training is {training}", f"the module is {'not ' if training else ''}in training mode"
             )
         )
+    out += [_absent(path) for path in traced.absent]
     for name, text in signature.leaves.items():
         out += _tensor_guards(traced.placeholders[name].meta["val"], text)
         out += [guard for place in sizes.places if place.leaf == text for guard in _size_guard(place, sizes)]
-    return (*out, *_conditions(traced, sizes), *_not_empty(regions, sizes))
+    return (*out, *_autocast(traced, signature), *_conditions(traced, sizes), *_not_empty(regions, sizes))
+
+
+def _absent(path: str) -> Guard:
+    owner, _, name = path.rpartition(".")
+    text = attribute_path(owner) if owner else "self"
+    return Guard(f"not hasattr({text}, {name!r})", f"{text} has {name!r}")
+
+
+def _autocast(traced: TracedModule, signature: Signature) -> list[Guard]:
+    """What forward casts by itself depends on the device: tracing wrote that of its own device down."""
+    out = []
+    for name, text in list(signature.leaves.items())[:1]:
+        here = traced.placeholders[name].meta["val"].device.type
+        for device in sorted(traced.autocast):
+            relation = "==" if device == here else "!="
+            out.append(Guard(f'{text}.device.type {relation} "{device}"', f"it autocasts on {device} and was traced on {here}"))
+    return out
 
 
 def _same(text: str, value: object) -> str:

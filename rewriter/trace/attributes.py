@@ -1,4 +1,4 @@
-"""What forward leaves in its modules.
+"""What forward looks for in its modules and does not find, and what it leaves in them.
 
 An assignment (`self.weights = w`) has no place in a graph: its value becomes one more result of the traced forward, and the
 patched forward makes it again. What forward reads and then sets is refused, unless it is a cache: that one is forgotten.
@@ -7,6 +7,7 @@ patched forward makes it again. What forward reads and then sets is refused, unl
 from __future__ import annotations
 
 import functools
+import operator
 import os
 import sys
 import types
@@ -20,7 +21,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import RewriteError, Site
-from rewriter.trace.effects import Caches
+from rewriter.trace.caches import Caches
 from rewriter.trace.source import is_user_file
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
@@ -31,8 +32,10 @@ _MISSING = object()
 
 @dataclass
 class Attributes:
-    """Paths are below the traced module: "norm.eps". `touched` was read, `assigned` left by forward, with the user's line."""
+    """Paths are below the traced module: "norm.eps". `touched` was read, `absent` asked for and not there (`hasattr`), `assigned`
+    left by forward, with the user's line."""
 
+    absent: set[str] = field(default_factory=set)
     touched: set[str] = field(default_factory=set)
     assigned: dict[str, Site | None] = field(default_factory=dict)
 
@@ -55,6 +58,7 @@ def watched(root: nn.Module, caches: Caches = Caches()) -> Iterator[Attributes]:
     try:
         with watch.patched():
             yield watch.seen
+        watch.seen.absent -= {path for path in watch.seen.absent if _has(root, path)}
     finally:
         for module, (attributes, buffers) in held.items():
             vars(module).clear()
@@ -80,8 +84,13 @@ class _Watch:
         find, put = nn.Module.__getattribute__, nn.Module.__setattr__
 
         def found(module, name):
+            try:
+                value = find(module, name)
+            except AttributeError:
+                self.note(module, name, sys._getframe(1), is_there=_is_registered(module, name))
+                raise
             self.note(module, name, sys._getframe(1))
-            return find(module, name)
+            return value
 
         def assigned(module, name, value):
             self.note_assignment(module, name, sys._getframe(1))
@@ -94,15 +103,15 @@ class _Watch:
             del nn.Module.__getattribute__
             nn.Module.__setattr__ = put
 
-    def note(self, module: nn.Module, name: str, frame: types.FrameType) -> None:
+    def note(self, module: nn.Module, name: str, frame: types.FrameType, *, is_there: bool = True) -> None:
         own = name not in _SLOTS and not name.startswith("__") and id(module) in self.paths
         path = self.paths[id(module)] + name if own else ""
         if own and _is_of_forward(frame) and path not in self.seen.assigned:
             self.seen.touched.add(path)
+            self.seen.absent |= set() if is_there else {path}
 
     def note_assignment(self, module: nn.Module, name: str, frame: types.FrameType) -> None:
-        registered = name in module._buffers or name in module._parameters
-        if name in _SLOTS or registered or id(module) not in self.paths or not _is_of_forward(frame):
+        if name in _SLOTS or _is_registered(module, name) or id(module) not in self.paths or not _is_of_forward(frame):
             return
         self.before.setdefault((module, name), vars(module).get(name, _MISSING))
         site = Site(frame.f_code.co_filename, frame.f_lineno)
@@ -143,6 +152,21 @@ class _Watch:
                 if path in self.caches.names:
                     continue
                 raise RewriteError(f"forward changes self.{path} in place: it stays as it is", site=self.site)
+
+
+def _is_registered(module: nn.Module, name: str) -> bool:
+    """A parameter, buffer or submodule: found only after the plain attributes."""
+    held = vars(module)
+    return any(name in held.get(table, ()) for table in ("_parameters", "_buffers", "_modules"))
+
+
+def _has(root: nn.Module, path: str) -> bool:
+    """Whether a path leads somewhere: a class may look attributes up in its own way."""
+    try:
+        operator.attrgetter(path)(root)
+    except AttributeError:
+        return False
+    return True
 
 
 def _is_of_forward(frame: types.FrameType) -> bool:

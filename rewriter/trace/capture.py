@@ -11,6 +11,7 @@ import functools
 import inspect
 import io
 import itertools
+import linecache
 import logging
 import traceback
 import warnings
@@ -24,15 +25,17 @@ import sympy
 import torch
 import torch.fx.experimental._config as symbolic_config
 from torch import fx, nn
+from torch._ops import HigherOrderOperator
 from torch.export import Dim
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from rewriter.errors import RewriteError, Site
+from rewriter.errors import Reason, RewriteError, Site
 from rewriter.ir import Node, Param
 from rewriter.trace.assumed import assumed, conditions_of
 from rewriter.trace.attributes import watched
-from rewriter.trace.effects import caches
+from rewriter.trace.autocast import autocasts
+from rewriter.trace.caches import caches
 from rewriter.trace.ones import Dimension, enlarge, loose
 from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import is_user_file, user_site
@@ -60,9 +63,10 @@ class TracedModule:
     """A graph with what is needed to print it as the module's forward again.
 
     `inputs` names the placeholder of each flattened argument (None for what is no tensor); `attributes` says which
-    placeholders are the module's own, `out_spec` is that of (what forward returns, what it `assigned`); `constants` which forward makes from numbers; `fixed` lists the input sizes that
-    tracing turned into numbers, and the branches on sizes that it took; `conditions` are what must hold of the sizes for the
-    graph to be the program. `loose` are input dimensions that were 1 in the example and share their size with others, of
+    placeholders are the module's own, `constants` which forward makes from numbers; `out_spec` is that of (what forward
+    returns, what it `assigned`), `absent` are attributes that it asked for in vain; `autocast` are the device types on which it casts by itself; `fixed` lists the input sizes
+    that tracing turned into numbers, and the branches on sizes that it took; `conditions` are what must hold of the sizes for
+    the graph to be the program. `loose` are input dimensions that were 1 in the example and share their size with others, of
     which the program still makes the same calls where they are 1.
     """
 
@@ -75,6 +79,8 @@ class TracedModule:
     constants: dict[str, torch.Tensor]
     out_spec: pytree.TreeSpec
     assigned: tuple[str, ...]
+    absent: tuple[str, ...]
+    autocast: frozenset[str]
     fixed: tuple[Reason, ...]
     conditions: tuple[sympy.Expr, ...]
     loose: frozenset[Dimension]
@@ -138,23 +144,21 @@ def capture(
     traced_as = module if isinstance(module, nn.Module) else _Function(module)
     args, kwargs = _apart(args, _in_order(traced_as, kwargs))
     traced_as = _with_every_parameter(traced_as, kwargs)
-    try:
-        enlarged = enlarge(traced_as, args, kwargs)
-    except Exception as error:  # tensors without sizes: nested ones
-        raise _trace_error(error) from error
-    with watched(traced_as, caches(traced_as, args, kwargs)) as state:
+    with watched(traced_as, caches(traced_as, args, kwargs)) as state, autocasts() as autocast:
+        try:
+            enlarged = enlarge(traced_as, args, kwargs)
+        except Exception as error:  # tensors without sizes: nested ones
+            raise _trace_error(error) from error
         program = _export(traced_as, enlarged.args, enlarged.kwargs, enlarged.kept.union(bound))
-    graph = program.graph_module.graph
+        graph, inputs = program.graph_module.graph, _inputs(program, args, kwargs)
+        shared = enlarged.grown & _shared(graph, inputs)
+        may_be_one = loose(traced_as, enlarged.args, enlarged.kwargs, shared)
     _drop_unread(graph)
-    signature = program.graph_signature
-    leaves, _ = pytree.tree_flatten((args, kwargs))
-    user_inputs = list(signature.user_inputs)
-    inputs = tuple(name if torch.is_tensor(leaf) else None for name, leaf in zip(user_inputs, leaves))
     attributes, constants = _attributes(traced_as, program)
     for node in graph.nodes:
         if node.op == "placeholder" and node.name in constants:
             node.meta["constant"] = constants[node.name]
-    _refuse_mutation(signature)
+    _refuse_mutation(program.graph_signature)
     return TracedModule(
         module,
         graph,
@@ -165,10 +169,18 @@ def capture(
         constants,
         program.call_spec.out_spec,
         tuple(state.assigned),
+        tuple(sorted(state.absent)),
+        frozenset(autocast),
         assumed(graph, inputs, _parameters(module, args, kwargs, inputs), bound),
         conditions_of(graph),
-        loose(traced_as, enlarged.args, enlarged.kwargs, enlarged.grown & _shared(graph, inputs)),
+        may_be_one,
     )
+
+
+def _inputs(program, args: tuple, kwargs: dict) -> tuple[str | None, ...]:
+    """The placeholder of each flattened argument that is a tensor."""
+    names = program.graph_signature.user_inputs
+    return tuple(n if torch.is_tensor(leaf) else None for n, leaf in zip(names, pytree.tree_leaves((args, kwargs))))
 
 
 def _shared(graph: fx.Graph, inputs: tuple[str | None, ...]) -> frozenset[Dimension]:
@@ -179,6 +191,8 @@ def _shared(graph: fx.Graph, inputs: tuple[str | None, ...]) -> frozenset[Dimens
         for d, extent in enumerate(shape_of(held[name]) if name else ()):
             by_size.setdefault(extent, []).append((k, d))
     return frozenset(d for size, dims in by_size.items() if isinstance(size, Param) and len(dims) > 1 for d in dims)
+
+
 def _apart(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Arguments of which no two are one tensor, as in `attend(x, x, x)`: the tracer would take them for one input."""
     return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
@@ -248,17 +262,28 @@ def _refuse_mutation(signature) -> None:
 
 
 def _export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[Dimension]):
-    """Exports with every size symbolic that the program leaves free, and in-place ops made functional."""
+    """Exports with every size symbolic that the program leaves free, in-place ops made functional, and what wraps parts of it
+    (autocast, modes of gradients, vmap) written out."""
     try:
         program = _try_export(module, args, kwargs, static)
     except RewriteError:
         raise
     except Exception as error:
         program = _export_piecewise(module, args, kwargs, static, error)
-    if any(_is_inplace(n) for n in program.graph.nodes):
+    return _plain(program) if any(_is_inplace(n) or _wraps(n) for n in program.graph.nodes) else program
+
+
+def _plain(program):
+    try:
         with _tracing():
-            program = program.run_decompositions({})
-    return program
+            return program.run_decompositions({})
+    except Exception as error:
+        raise _trace_error(error) from error
+
+
+def _wraps(node: fx.Node) -> bool:
+    """A call that holds or marks a part of the program."""
+    return isinstance(node.target, HigherOrderOperator) or getattr(node.target, "__module__", "").startswith("torch._functorch")
 
 
 def _is_inplace(node: fx.Node) -> bool:
@@ -359,7 +384,9 @@ def _quiet() -> Iterator[None]:
 
 def _trace_error(error: Exception) -> RewriteError:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return RewriteError(
-        f"torch.export cannot trace this: {lines[0] if lines else type(error).__name__}",
-        site=user_site(error),
-    )
+    site = user_site(error)
+    if "data-dependent" in str(error):
+        code = linecache.getline(site.file, site.line).strip() if site else ""
+        shown = f": `{code}`" if code else ""
+        return RewriteError(f"a branch or a size that depends on the values of a tensor cannot be traced{shown}", site=site)
+    return RewriteError(f"torch.export cannot trace this: {lines[0] if lines else type(error).__name__}", site=site)

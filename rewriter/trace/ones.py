@@ -14,12 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-
-from rewriter.trace.effects import unchanged
 
 Dimension = tuple[int, int]  # (which leaf of the arguments, which of its dimensions)
 CANDIDATES = (7, 5, 3, 2)
@@ -142,7 +139,7 @@ def _same(usual: _Run, other: _Run | None) -> bool:
 def _run(module: Callable, args: tuple, kwargs: dict) -> _Run | None:
     """What happens with fake tensors; None where that fails."""
     try:
-        with _silent(), unchanged(module), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        with _silent(), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
             fake = pytree.tree_map(lambda t: mode.from_tensor(t) if torch.is_tensor(t) else t, (args, kwargs))
             with _Recorder() as recorder:
                 out = module(*fake[0], **fake[1])
