@@ -31,11 +31,13 @@ from rewriter.errors import Reason, RewriteError, Site
 from rewriter.ir import Node, Param
 from rewriter.trace.assumed import assumed, conditions_of
 from rewriter.trace.attributes import watched
+from rewriter.trace.caches import caches
 from rewriter.trace.contexts import autocasts, quiet
 from rewriter.trace.ones import Dimension, enlarge, loose
 from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import is_user_file, user_site
 from rewriter.trace.spelled import spelled
+
 
 MODULE_SLOTS = frozenset(vars(nn.Module()))  # parameters, buffers, hooks: not the user's own
 
@@ -139,7 +141,7 @@ def capture(
     traced_as = module if isinstance(module, nn.Module) else _Function(module)
     args, kwargs = _apart(args, _in_order(traced_as, kwargs))
     traced_as = _with_every_parameter(traced_as, kwargs)
-    with watched(traced_as) as state, autocasts() as autocast:
+    with watched(traced_as, caches(traced_as, args, kwargs)) as state, autocasts() as autocast:
         try:
             enlarged = enlarge(traced_as, args, kwargs)
         except Exception as error:  # tensors without sizes: nested ones
