@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
+import functools
 import importlib.util
+import inspect
 import itertools
-import json
+import shutil
 import sys
 import tempfile
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from rewriter.pipeline import Rewritten, package_files, rewrite_module
-from rewriter.report import chain_report, report_files
+from rewriter.load.inputs import TORCH_DTYPES
+from rewriter.load.prepare import cast
+from rewriter.options import MASKED_ROWS
+from rewriter.output import write_package
+from rewriter.pipeline import package_files, rewrite_module
+from rewriter.report import left_alone, report_on
 
 _packages = itertools.count()
 
@@ -34,60 +42,105 @@ class Rewrite:
 
 def rewrite(
     module_or_function: Callable,
-    args: tuple = (),
+    args: Sequence[Any] = (),
     kwargs: dict[str, Any] | None = None,
     *,
     out: str | Path | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     masked_rows: str = "match",
+    rows: bool = False,
+    force: bool = False,
 ) -> Rewrite:
     """Rewrites a module or function for inputs like `args` and `kwargs`.
 
     args, kwargs: example inputs; sizes stay free, dtypes and ranks do not.
-    out: where the package is written; a temporary folder if None.
-    dtype: casts the floating inputs and (a copy of) the module first.
+    out: the folder that the package is written to; a temporary one if None.
+    dtype: casts the floating inputs and (a copy of) the module first; "fp32", "fp16" and "bf16" are taken too.
     masked_rows: "match" (rows masked throughout give what eager gives) or "zero".
-    Raises RewriteError where the program does not trace.
+    rows: asks for lone rows of softmax and norms too; the report says which stay with PyTorch's kernels.
+    force: overwrites kernels in `out` that were edited, else they are kept and used, with a warning.
+    Raises RewriteError where the program does not trace or `out` can't be written, and TypeError or ValueError for other
+    arguments than these.
     """
-    module, args, kwargs = _as_dtype(module_or_function, tuple(args), kwargs or {}, dtype)
-    rewritten = rewrite_module(module, args, kwargs, masked_rows=masked_rows)
-    name = getattr(module, "__name__", type(module).__name__)
+    program = _program(module_or_function)
+    if masked_rows not in MASKED_ROWS:
+        raise ValueError(f"masked_rows is {masked_rows!r}, not one of {', '.join(MASKED_ROWS)}")
+    program, args, kwargs = _as_dtype(program, _call(args, kwargs), TORCH_DTYPES.get(dtype, dtype))
+    rewritten = rewrite_module(program, args, kwargs, masked_rows=masked_rows)
+    name = getattr(program, "__name__", type(program).__name__)
     title = f"`{name}`, its reduction chains as Triton kernels."
-    chains = [chain_report(f.region, f.chain, f.kernel, name) for f in rewritten.fused]
-    reports = report_files(title, chains, list(rewritten.unfused), list(rewritten.traced.fixed), None)
-    report = json.loads(reports["report.json"])
+    report = report_on(rewritten, title, name, left_alone(rewritten, rows=rows))
     if rewritten.patched is None:
-        return Rewrite(module, report, {})
-    sources = package_files(rewritten, title) | reports
-    folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="flashlight_"))
-    return Rewrite(_applied(rewritten, module, sources, folder), report, sources)
+        return Rewrite(program, report.json(), {})
+    sources = package_files(rewritten, title) | report.files()
+    package = _imported(sources, out, force)
+    return Rewrite(package.apply(_shallow(program)), report.json(), sources)
 
 
-def _as_dtype(module: Callable, args: tuple, kwargs: dict, dtype: torch.dtype | None):
+def _program(given: Any) -> Callable:
+    """What is rewritten: beneath torch.compile, and beneath an earlier rewrite."""
+    given = getattr(given, "_orig_mod", given)
+    if isinstance(given, nn.Module):
+        original = getattr(type(given), "_original", None)
+        return _shallow(given, original) if original else given
+    if inspect.isfunction(inspect.unwrap(given)):
+        return inspect.unwrap(given, stop=inspect.isfunction)
+    if inspect.ismethod(given) and isinstance(given.__self__, nn.Module):
+        raise TypeError(f"rewrite takes the {type(given.__self__).__name__} itself, not its method")
+    raise TypeError(f"rewrite takes an nn.Module or a Python function, not a {type(given).__name__}")
+
+
+def _call(args: Any, kwargs: dict[str, Any] | None) -> tuple[tuple, dict[str, Any]]:
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(f"args is a {type(args).__name__}, not a tuple of the arguments")
+    return tuple(args), dict(kwargs or {})
+
+
+def _as_dtype(program: Callable, call: tuple, dtype: torch.dtype | None) -> tuple[Callable, tuple, dict]:
     if dtype is None:
-        return module, args, kwargs
-
-    def cast(leaf: Any) -> Any:
-        return leaf.to(dtype) if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf
-
-    if isinstance(module, nn.Module):
-        module = copy.deepcopy(module).to(dtype)
-    return module, *pytree.tree_map(cast, (args, kwargs))
+        return program, *call
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype!r}, not a floating one")
+    program = copy.deepcopy(program) if isinstance(program, nn.Module) else program
+    return program, *cast(program, call, dtype)
 
 
-def _applied(rewritten: Rewritten, module: Callable, sources: dict[str, str], folder: Path) -> Callable:
-    for name, text in sources.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    package = import_package(folder)
-    target = copy.copy(module) if isinstance(module, nn.Module) else module
-    return package.apply(target)
+def _shallow(program: Callable, kind: type | None = None) -> Callable:
+    """A module of its own that shares parameters and submodules, but no table of them; a function as it is."""
+    if not isinstance(program, nn.Module):
+        return program
+    copied = nn.Module.__new__(kind or type(program))
+    tables = {n: v.copy() for n, v in vars(program).items() if isinstance(v, dict)}
+    vars(copied).update(vars(program) | tables)
+    return copied
 
 
-def import_package(folder: Path) -> ModuleType:
-    """Imports an emitted package from its folder under a name of its own."""
-    name = f"flashlight_package_{next(_packages)}"
+def _imported(sources: dict[str, str], out: str | Path | None, force: bool) -> ModuleType:
+    """The package, written to `out` and imported, by its folder's name where that is free: so it can be pickled by name."""
+    if out is None:
+        temporary = Path(tempfile.mkdtemp(prefix="flashlight_"))
+        atexit.register(functools.partial(shutil.rmtree, temporary, ignore_errors=True))
+        write_package(temporary, sources)
+        return import_package(temporary)
+    folder = Path(out).absolute()
+    for path in write_package(folder, sources, force=force).kept:
+        warnings.warn(f"{path}: kept, because it was edited since it was written", stacklevel=3)
+    return import_package(folder, folder.name if _is_free(folder) else None)
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether the folder's name, imported, would give nothing or this package."""
+    known = sys.modules.get(folder.name)
+    found = getattr(known, "__file__", None) or (None if known else importlib.util.find_spec(folder.name))
+    file = getattr(found, "origin", found)
+    return folder.name.isidentifier() and (file == str(folder / "__init__.py") or not (known or found))
+
+
+def import_package(folder: Path, name: str | None = None) -> ModuleType:
+    """Imports an emitted package from its folder, anew, under a name of its own unless one is given."""
+    name = name or f"flashlight_package_{next(_packages)}"
+    for known in [n for n in sys.modules if n.split(".")[0] == name]:
+        del sys.modules[known]
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )

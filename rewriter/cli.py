@@ -56,20 +56,23 @@ class Progress:
         self._quiet = quiet
         self._live = not quiet and stream.isatty()
         self._running: tuple[str, float] | None = None
+        self._seen: set[str] = set()
 
     def __call__(self, stage: str) -> None:
         """Say that `stage` starts, and so that the one before it has ended."""
         self.finish()
-        self._running = stage, time.perf_counter()
+        shown = f"{stage} again" if stage in self._seen else stage
+        self._seen.add(stage)
+        self._running = shown, time.perf_counter()
         if self._live:
-            self._write(f"{stage} ...")
+            self._write(f"{shown} ...")
 
     def finish(self) -> None:
         """Print the line of the stage that ran."""
         if self._running and not self._quiet:
             stage, start = self._running
             self._clear()
-            self._write(f"{stage:<8}{time.perf_counter() - start:6.1f} s\n")
+            self._write(f"{stage:<14}{time.perf_counter() - start:6.1f} s\n")
         self._running = None
 
     def drop(self) -> None:
@@ -101,7 +104,7 @@ def _guarded(options: Options) -> int:
         return _fail(error, verbose=options.verbose)
     except (Exception, SystemExit) as error:
         progress.drop()
-        return _fail_inside(error, verbose=options.verbose)
+        return _fail_inside(error, options)
 
 
 def _run(options: Options, progress: Progress) -> ExitCode:
@@ -135,9 +138,21 @@ def _rewrite(options: Options, progress: Progress) -> tuple[Outcome, tuple[Reaso
 @contextlib.contextmanager
 def _users_noise(verbose: bool) -> Iterator[None]:
     """Keep stdout for our product while the user's code runs, and warnings for `-v`."""
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+    with _stdout_at_stderr(), contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("default" if verbose else "ignore")
         yield
+
+
+@contextlib.contextmanager
+def _stdout_at_stderr() -> Iterator[None]:
+    """Send what child processes and C libraries print to stderr too."""
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _deliver(options: Options, outcome: Outcome) -> list[Reason]:
@@ -170,12 +185,12 @@ def _fail(error: RewriteError, *, verbose: bool) -> int:
     return int(error.code)
 
 
-def _fail_inside(error: BaseException, *, verbose: bool) -> int:
-    if verbose:
+def _fail_inside(error: BaseException, options: Options) -> int:
+    if options.verbose:
         traceback.print_exception(error)
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    hint = "" if verbose else "; run with -v for the traceback"
-    _say(f"internal error: {text}{hint}")
+    hint = "" if options.verbose else "; run with -v for the traceback"
+    _say_reason(Reason(f"internal error: {text}{hint}", Site(str(options.file))))
     return int(ExitCode.FAILED)
 
 

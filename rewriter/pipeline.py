@@ -5,13 +5,17 @@ load → trace → lift → derive → plan → emit → patch → check → rep
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import inspect
 import json
+import keyword
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,13 +23,13 @@ from torch.utils import _pytree as pytree
 
 from rewriter.derive import Chain, NotDerivable, derive
 from rewriter.emit import KernelFile, NotEmittable, Source, emit_kernel, render
-from rewriter.errors import ExitCode, Reason, RewriteError
+from rewriter.errors import ExitCode, Reason, RewriteError, Site
 from rewriter.ir.printer import show_output, show_program
 from rewriter.lift import Region, lift
 from rewriter.lift.region import site_of
 from rewriter.options import STAGES
 from rewriter.patch import Patched, patch
-from rewriter.plan import KernelPlan, NeedsFixed, NotPlannable, plan
+from rewriter.plan import ChainPlan, KernelPlan, NeedsFixed, NotPlannable, plan
 from rewriter.trace import Dimension, TracedModule, capture
 
 
@@ -35,7 +39,7 @@ class Fused:
 
     region: Region
     chain: Chain
-    plan: KernelPlan | None = None
+    plan: ChainPlan | None = None
     kernel: KernelFile | None = None
 
 
@@ -63,11 +67,12 @@ def rewrite_module(
     masked_rows: str = "match",
     stop_after: str | None = None,
     progress: Callable[[str], None] = lambda stage: None,
-    bound: frozenset[Dimension] = frozenset(),
+    bound: Mapping[Dimension, Site | None] = MappingProxyType({}),
 ) -> Rewritten:
     """trace → lift → derive → plan → emit → patch. What does not get through a stage is reported and stays eager.
 
-    Planning finds which sizes a kernel keeps whole; where they are not fixed yet, tracing starts again with them `bound`.
+    Planning finds which sizes a kernel keeps whole; where they are not fixed yet, tracing starts again with them `bound`, each
+    by the line of the chain that wants it.
     """
     printed: dict[str, str] = {}
     progress("trace")
@@ -89,9 +94,9 @@ def rewrite_module(
         return Rewritten(traced, tuple(fused), None, tuple(unfused), printed)
     progress("plan")
     names = iter(_kernel_names(module, fused))
-    needed: set[Dimension] = set()
+    needed: dict[Dimension, Site | None] = {}
     fused = _each(fused, lambda f: _planned(f, next(names), traced, needed), lambda f: f.region, unfused)
-    if needed - bound:
+    if needed.keys() - bound.keys():
         return rewrite_module(
             module,
             args,
@@ -100,7 +105,7 @@ def rewrite_module(
             masked_rows=masked_rows,
             stop_after=stop_after,
             progress=progress,
-            bound=bound | needed,
+            bound={**needed, **bound},
         )
     printed["plan"] = "\n\n".join(_show_plan(f.plan) for f in fused)
     if stop_after == "plan":
@@ -117,7 +122,8 @@ def rewrite_module(
     if stop_after == "emit" or not fused:
         return Rewritten(traced, tuple(fused), None, tuple(unfused), printed)
     progress("patch")
-    patched = patch(traced, tuple(f.region for f in fused), [f.kernel for f in fused], source.title)
+    regions = tuple(f.region for f in fused)
+    patched = patch(traced, regions, [f.kernel for f in fused], source.title, lifted.broadcast)
     printed["patch"] = patched.text
     return Rewritten(traced, tuple(fused), patched, tuple(unfused), printed)
 
@@ -134,12 +140,13 @@ def _each(items, step: Callable, region_of: Callable, unfused: list[Reason]) -> 
     return out
 
 
-def _planned(item: Fused, name: str, traced: TracedModule, needed: set[Dimension]) -> Fused:
+def _planned(item: Fused, name: str, traced: TracedModule, needed: dict[Dimension, Site | None]) -> Fused:
     try:
         return Fused(item.region, item.chain, plan(item.chain, name))
     except NeedsFixed as sizes:
         dimensions = frozenset().union(*(traced.dimensions_of(s) for s in sizes.sizes))
-        needed |= dimensions
+        for dimension in dimensions:
+            needed.setdefault(dimension, site_of(item.region.outputs[0]))
         raise NotPlannable(str(sizes)) from sizes
 
 
@@ -153,8 +160,9 @@ def _kernel_names(module: Callable, fused: list[Fused]) -> list[str]:
         owner = list(stack.values())[-1][1] if stack else type(module)
         text = owner if isinstance(owner, str) else owner.__name__
         text = text.split(".")[-1] if isinstance(module, nn.Module) else module.__name__
-        base = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", text).lower().strip("_") or "chain"
-        base = f"{base}_chain" if base in taken else base
+        base = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", text).lower()
+        base = re.sub(r"[^a-z0-9_]", "", base).strip("_") or "chain"  # torch names no op otherwise
+        base = f"{base}_chain" if base in taken or not _is_free(base) else base
         name, k = base, 2
         while name in names:
             name, k = f"{base}_{k}", k + 1
@@ -162,16 +170,31 @@ def _kernel_names(module: Callable, fused: list[Fused]) -> list[str]:
     return names
 
 
+# What the emitted files call their own.
+_OWN_NAMES = set("apply function functools hashlib inspect launch math operator reference rewritten self tl torch".split())
+_OWN_NAMES |= {"forward_ad", "triton", "warnings"}
+
+
+def _is_free(name: str) -> bool:
+    """Whether a kernel may have the name."""
+    return name.isidentifier() and not (name in _OWN_NAMES or keyword.iskeyword(name) or hasattr(builtins, name))
+
+
 def _show_chain(chain: Chain) -> str:
-    lines = [d.show(chain.stream, {}) for d in chain.definitions]
+    lines = [f"{d.show({})}    (sweep {d.sweep + 1})" for d in chain.definitions]
     return "\n".join([*lines, *(show_output(o) for o in chain.outputs), *chain.derivation])
 
 
-def _show_plan(plan: KernelPlan) -> str:
+def _show_plan(plan: ChainPlan) -> str:
+    return "\n".join(map(_show_kernel, plan.kernels))
+
+
+def _show_kernel(plan: KernelPlan) -> str:
     config = plan.config
+    roles = {"grid": plan.grid, "rows": plan.rows, "streams": tuple(s.stream for s in plan.sweeps), "features": plan.features}
+    shown = "; ".join(f"{role} {', '.join(a.name for a in axes)}" for role, axes in roles.items())
     return (
-        f"{plan.name}: grid {', '.join(a.name for a in plan.grid)}; row {plan.row.name}; stream {plan.stream.name}; "
-        f"features {', '.join(a.name for a in plan.features)}; tiles {config.block_m} x {config.block_n}, "
+        f"{plan.name}: {shown}; tiles {config.block_m} x {config.block_n}, "
         f"{config.num_warps} warps, {config.num_stages} stages"
     )
 
@@ -221,7 +244,7 @@ def run(loaded, options, progress: Callable[[str], None]) -> Outcome:
     """The whole command for a loaded model."""
     from rewriter.check.run import check_package
     from rewriter.emit.test_file import equivalence_test
-    from rewriter.report import chain_report, report_files
+    from rewriter.report import left_alone, report_on
 
     if options.stop_after == "load":
         return Outcome({}, (), ExitCode.DONE, _printed({"load": _show_loaded(loaded)}, options))
@@ -239,18 +262,18 @@ def run(loaded, options, progress: Callable[[str], None]) -> Outcome:
     except RewriteError as error:
         site = _shown(error.reason, loaded).site or loaded.site(loaded.line)
         raise RewriteError(error.reason.text, site=site, code=error.code) from error
-    unfused = [_shown(r, loaded) for r in rewritten.unfused]
+    left = left_alone(rewritten, rows=options.rows)
+    unfused = [_shown(r, loaded) for r in left]
     printed = {"load": _show_loaded(loaded)} | rewritten.printed
     if rewritten.patched is None and not options.writes:
         return Outcome({}, tuple(unfused), ExitCode.DONE, _printed(printed, options))
     if rewritten.patched is None:
-        nothing = Reason(
-            "no chain of reductions keeps a wide tensor from being written", loaded.site(loaded.line)
-        )
-        return Outcome({}, (nothing, *unfused), ExitCode.NOTHING_TO_FUSE, _printed(printed, options))
+        nothing = "no chain of reductions keeps a wide tensor from being written"
+        why = "no chain can be fused" if rewritten.unfused else nothing
+        said = (Reason(why, loaded.site(loaded.line)), *unfused)
+        return Outcome({}, said, ExitCode.NOTHING_TO_FUSE, _printed(printed, options))
     files = package_files(rewritten, title)
     files["test_equivalence.py"] = equivalence_test(loaded, options)
-    chains = [chain_report(f.region, f.chain, f.kernel, loaded.class_name) for f in rewritten.fused]
     verdict, code = None, ExitCode.DONE
     if options.check or options.stop_after == "check":
         progress("check")
@@ -258,7 +281,7 @@ def run(loaded, options, progress: Callable[[str], None]) -> Outcome:
         code = ExitCode.DONE if verdict["ok"] else ExitCode.CHECK_FAILED
         printed["check"] = json.dumps(verdict, indent=2, ensure_ascii=False)
     progress("report")
-    files |= report_files(title, chains, unfused, list(rewritten.traced.fixed), verdict)
+    files |= report_on(rewritten, title, loaded.class_name, left, verdict).files()
     printed["report"] = files["report.md"].strip()
     said = (*verdict["failures"], *verdict["notes"]) if verdict else ()
     checked = [Reason(text, loaded.site(loaded.line)) for text in said]

@@ -30,7 +30,7 @@ def trees() -> st.SearchStrategy:
 
 def _grown(inner: st.SearchStrategy) -> st.SearchStrategy:
     divided = st.tuples(st.sampled_from(["floordiv", "mod"]), inner, st.sampled_from(DIVISORS))
-    return st.one_of(st.tuples(st.sampled_from(["add", "sub", "mul"]), inner, inner), divided)
+    return st.one_of(st.tuples(st.sampled_from(["add", "sub", "mul", "minimum", "maximum"]), inner, inner), divided)
 
 
 def node_of(tree) -> Node:
@@ -52,6 +52,8 @@ PYTHON = {
     "mul": lambda a, b: a * b,
     "floordiv": lambda a, b: a // b,
     "mod": lambda a, b: a % b,
+    "minimum": min,
+    "maximum": max,
     "lt": lambda a, b: a < b,
     "le": lambda a, b: a <= b,
     "eq": lambda a, b: a == b,

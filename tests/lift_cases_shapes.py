@@ -95,6 +95,9 @@ CASES["slice"] = lambda: [
     call(aten.slice.Tensor, f(7, 5), 0, 2),
     call(aten.slice.Tensor, f(5, 7), -1, 1, -1),
     call(aten.slice.Tensor, f(5, 7), 1, 0, 1 << 62),
+    call(aten.slice.Tensor, f(5, 7), 1, -3),
+    call(aten.slice.Tensor, f(5, 7), 1, -9),
+    call(aten.slice.Tensor, f(5, 7), 1, -9, -2, 2),
 ]
 CASES["narrow"] = lambda: [
     call(aten.narrow.default, f(7, 5), 0, 2, 3),
@@ -172,6 +175,9 @@ CASES["slice_scatter"] = lambda: [
     call(aten.slice_scatter.default, f(5, 7), f(5, 7), 1),
     call(aten.slice_scatter.default, f(5, 7), f(5, 2), -1, 5),
     call(aten.slice_scatter.default, f(5, 7), f(5, 3), 1, -3),
+    call(aten.slice_scatter.default, f(5, 7), f(5, 4), 1, -9, -3),
+    call(aten.slice_scatter.default, f(5, 7), f(5, 4), 1, 0, 1 << 62, 2),
+    call(aten.slice_scatter.default, f(5, 7), f(5, 2), 1, 1, 6, 3),
 ]
 CASES["select_scatter"] = lambda: [
     call(aten.select_scatter.default, f(3, 5), f(5), 0, 1),
@@ -180,4 +186,32 @@ CASES["select_scatter"] = lambda: [
 CASES["index_put"] = lambda: [
     call(aten.index_put.default, f(3, 5), [b(3, 5)], torch.tensor(2.0)),
     call(aten.index_put.default, f(3, 5), [b(3)], torch.tensor(-INF)),
+]
+more(
+    "index_put",
+    lambda: [
+        call(aten.index_put.default, f(3, 5, 7), [None, b(5, 7)], torch.tensor(2.0)),
+        call(aten.index_put.default, f(7, 5), [i(2, 3, least=0)], torch.tensor(2.0)),
+        call(aten.index_put.default, f(5, 7), [None, torch.tensor([-1, 2])], torch.tensor(0.0)),
+    ],
+)
+CASES["index_fill"] = lambda: [
+    call(aten.index_fill.int_Scalar, f(3, 7), 1, i(3, least=0), 2.0),
+    call(aten.index_fill.int_Tensor, f(7, 3), 0, torch.tensor([-1]), torch.tensor(-INF)),
+]
+CASES["diagonal"] = lambda: [
+    call(aten.diagonal.default, f(5, 7)),
+    call(aten.diagonal.default, f(5, 7), 2),
+    call(aten.diagonal.default, f(5, 3, 7), -1, 2, 0),
+]
+CASES["diagonal_scatter"] = lambda: [
+    call(aten.diagonal_scatter.default, f(5, 7), f(5)),
+    call(aten.diagonal_scatter.default, f(5, 7), f(3), 4),
+    call(aten.diagonal_scatter.default, f(5, 3, 7), f(3, 5), 1, 0, 2),
+    call(aten.diagonal_scatter.default, f(5, 3, 7), f(3, 4), 1, -1, 0),
+]
+CASES["diag"] = lambda: [call(aten.diag.default, f(5)), call(aten.diag.default, f(5), -2)]
+CASES["diag_embed"] = lambda: [
+    call(aten.diag_embed.default, f(3, 5)),
+    call(aten.diag_embed.default, f(3, 5), 1),
 ]

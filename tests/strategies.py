@@ -262,7 +262,7 @@ def chain_values(chain: Chain, tensors: dict, sizes: dict) -> dict[str, torch.Te
     """What a chain says, definition by definition over the whole stream at once."""
     evaluator = Evaluator(tensors, sizes)
     for d in chain.definitions:
-        body = reduce(d.op, (chain.stream,), settled_body(d), d.predicate)
+        body = reduce(d.op, (d.stream,), settled_body(d), d.predicate)
         evaluator.refs[d.name] = evaluator.output(Output(d.name, d.axes, body, d.body.dtype))
     return {o.name: evaluator.output(o) for o in chain.outputs}
 
@@ -272,7 +272,8 @@ def settled_body(d: Definition) -> Node:
     if d.shift is None:
         return d.body
     phi = where(apply("eq", d.shift.phi, INF), const(0.0), d.shift.phi)
-    return multiply([apply("exp", apply("sub", d.shift.exponent, phi)), *d.rest])
+    inner = apply("sub", d.shift.exponent, phi)
+    return multiply([apply("exp", inner), *([inner] if d.shift.mass else []), *d.rest])
 
 
 def assert_same(got: torch.Tensor, want: torch.Tensor) -> None:

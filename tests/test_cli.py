@@ -48,6 +48,13 @@ BAD_FILES = {
     "import error below": ("x = 1\n\nimport helper\n", [], "m.py:3: ", "nowhere_below"),
     "syntax error below": ("\nimport broken\n", [], "m.py:2: ", "broken.py"),
     "exception at import": ("x = {}\nx['key']\n", [], "m.py:2: ", "KeyError: 'key'"),
+    "exception without words": (
+        "class E(Exception):\n    def __str__(self): return 1 / 0\nraise E\n",
+        [],
+        "m.py:3: ",
+        "importing it raised E\n",
+    ),
+    "relative import of nothing": ("\nfrom .nothing import x\n", [], "m.py:2: ", "nothing"),
     "exit at import": ("import sys\nsys.exit(4)\n", [], "m.py:2: ", "SystemExit: 4"),
     "empty": ("", [], "m.py: ", "no nn.Module"),
     "only functions": ("def f(x): return x\n", [], "m.py: ", "m.py:f with --input"),

@@ -132,7 +132,7 @@ def test_an_error_of_ours_is_one_line_and_verbose_shows_more(error, pipeline, ca
     pipeline(raising(error))
     assert main(["m.py", "-q"]) == 3
     line = only_line(capsys)
-    assert line.startswith(f"flashlight-rewrite: internal error: {type(error).__name__}")
+    assert line.startswith(f"m.py: internal error: {type(error).__name__}")
     assert line.endswith("; run with -v for the traceback\n")
     assert main(["m.py", "-v"]) == 3
     assert "Traceback" in capsys.readouterr().err
@@ -146,6 +146,19 @@ def test_what_the_user_prints_or_warns_is_not_our_product(pipeline, capsys):
     captured = capsys.readouterr()
     assert captured.out == "s[m,n] = q[m] * k[n]\n"
     assert captured.err == "loading\n"
+
+
+def test_what_other_processes_print_is_not_our_product(pipeline, capfd):
+    Path("m.py").write_text("import os\nos.system('echo noise')\n" + MODEL)
+    pipeline(lambda *_: Outcome(printed="product"))
+    assert main(["m.py", "-q"]) == 0
+    assert capfd.readouterr() == ("product\n", "noise\n")
+
+
+def test_a_file_that_changes_folders_does_not_move_out(pipeline):
+    Path("m.py").write_text("import os\nos.chdir('folder')\n" + MODEL)
+    assert main(["m.py", "-q", "-o", "out"]) == 0
+    assert Path("out/kernels/a.py").exists()
 
 
 def test_print_ir_does_not_take_the_file_for_a_stage(pipeline):
@@ -165,15 +178,13 @@ def test_progress_is_a_line_per_stage(pipeline, capsys):
     def run(loaded, options, progress):
         progress("trace")
         progress("lift")
+        progress("trace")
         return Outcome()
 
     pipeline(run)
     main(["m.py"])
-    assert [line.split()[0] for line in capsys.readouterr().err.splitlines()] == [
-        "load",
-        "trace",
-        "lift",
-    ]
+    shown = [line.split("  ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert shown == ["load", "trace", "lift", "trace again"]
 
 
 def test_progress_rewrites_its_line_on_a_terminal_only(capsys, monkeypatch):

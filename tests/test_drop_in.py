@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import sys
 
 import pytest
 import torch
@@ -133,12 +135,34 @@ def test_the_op_is_exported_with_free_sizes(unmasked):
     close(exported.module()(tokens(3, 20)), attention()(tokens(3, 20)))
 
 
+def kernel_file(emitted: Emitted):
+    """The imported file of the one kernel of a package."""
+    package = import_package(emitted.folder)
+    package.apply(emitted.program)
+    return sys.modules[f"{package.__name__}.kernels.attend"]
+
+
 def test_the_op_is_as_torch_wants_it(plain):
-    (name,) = [n for n in dir(torch.ops.flashlight) if n.startswith("attend_")]
+    op = getattr(torch.ops.flashlight, kernel_file(plain).OP).default
     q, k, v = tensors(2, 2, 9, 16)
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    op = getattr(torch.ops.flashlight, name).default
-    torch.library.opcheck(op, (q, k.mT, v), test_utils=checks)
+    torch.library.opcheck(op, (q, k.mT, v))  # schema, autograd, fake tensors, tracing with free sizes
+
+
+def test_the_op_never_loses_a_gradient(plain):
+    q, k, v = tensors(2, 2, 9, 16, requires_grad=True)
+    call = kernel_file(plain).attend
+    with pytest.raises(NotImplementedError, match="no backward"):
+        call(q, k.mT, v)
+    with torch.no_grad():
+        close(call(q, k.mT, v), attend(q, k, v))
+
+
+def test_an_edited_kernel_is_another_op(plain, tmp_path):
+    folder = shutil.copytree(plain.folder, tmp_path / "edited")
+    kernel = folder / "kernels" / "attend.py"
+    kernel.write_text(kernel.read_text().replace("acc /", "2 * acc /"))
+    edited, args = import_package(folder).apply(attend), tensors(2, 2, 9, 16)
+    close(edited(*args), 2 * plain.apply(attend)(*args))
 
 
 def test_fake_tensors_become_a_fake_tensor(plain):

@@ -120,6 +120,9 @@ def get_inputs():
     return {"x": torch.randn(2, 33, 32)}
 """
 
+IN_PACKAGE = "from .sizes import DIM\n\n" + MIXED.replace("32", "DIM")
+READS_ARGV = "import sys\n\nsys.argv[1:] and sys.exit('no arguments')\n\n" + MIXED
+
 UNTRACEABLE = NOTHING.replace("torch.relu(x)", "torch.ones(int(x.max()))")
 RAISING = NOTHING.replace("torch.relu(x)", "x.reshape(-1, 7)")
 
@@ -137,6 +140,8 @@ COMMANDS = {
     "cross": with_inputs("cross.py:Cross", CROSS_INPUTS),
     "function": with_inputs("function.py:attend", ATTEND_INPUTS),
     "mixed": ["mixed.py"],
+    "in a package": ["package/model.py"],
+    "reads argv": ["argv.py"],
 }
 PACKAGE = {"__init__.py", "module.py", "test_equivalence.py", "report.md", "report.json"}
 
@@ -151,7 +156,12 @@ def write_models(folder: Path) -> None:
         "untraceable": UNTRACEABLE,
         "raising": RAISING,
         "sizes": "DIM = 32\n",
+        "argv": READS_ARGV,
+        "package/__init__": "",
+        "package/sizes": "DIM = 32\n",
+        "package/model": IN_PACKAGE,
     }
+    (folder / "package").mkdir()
     for name, text in texts.items():
         (folder / f"{name}.py").write_text(text)
 
@@ -195,7 +205,7 @@ def test_out_holds_the_package_and_nothing_else_is_touched(checked):
     kernels = {f"kernels/{path.name}" for path in (checked / "kernels").glob("[!_]*.py")}
     assert kernels and contents(checked).keys() == PACKAGE | kernels | {"kernels/__init__.py"}
     beside = {path.name for path in checked.parent.iterdir()} - {"OUT"}
-    assert beside == {path.name for path in Path().glob("*.py")}
+    assert beside == {path.name for path in Path().iterdir()}
 
 
 def test_report_says_what_was_done(checked):
@@ -230,7 +240,7 @@ def test_no_path_and_no_rewriter_in_what_is_written(checked):
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 def test_the_emitted_test_passes(command, workplace):
     assert main([*command, "-q"]) == 0
-    (out,) = workplace.glob("*_flashlight")
+    (out,) = workplace.rglob("*_flashlight")
     assert "/" + workplace.name not in (out / "test_equivalence.py").read_text()
     done = run_pytest(out)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from library_programs import Emitted, attend, attention, close, said, tensors, tokens
+import torch.nn.functional as F
+from library_programs import Attention, Emitted, attend, attention, close, said, tensors, tokens
+
+from rewriter import rewrite
+from rewriter.errors import RewriteError
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +62,126 @@ def test_keywords_are_taken_as_the_original_takes_them(masked):
     with torch.no_grad(), said(kernels=3):
         for out in (module(x, keep), module(x, keep=keep), module(keep=keep, x=x, scale=0.25)):
             close(out, expected)
+
+
+def gathered(*tensors, **options):
+    """As `attend`, of however many values."""
+    q, k = tensors[:2]
+    values = sum((*tensors[2:], *options.get("values", ()), options.get("value", 0)))
+    return torch.softmax(q @ k.mT, -1) @ values
+
+
+def scaled(q, k, v, scale=float("inf"), *, shift=(0.0, 1.0)):
+    return torch.softmax((q @ k.mT).clamp(max=scale) * shift[1], -1) @ v
+
+
+Q, K, V = tensors(2, 9, 16)
+# A call to rewrite for, calls that run its kernel, and one that does not, with the cause.
+CALLS = {
+    "keywords in another order": (attend, ((), {"v": V, "k": K, "q": Q}), [((Q,), {"k": K, "v": V})], None),
+    "a list": (gathered, ((Q, K), {"values": [V, V]}), [], ((Q, K), {"values": [V]}, "len(options['values'])")),
+    "more positions": (gathered, ((Q, K, V), {}), [], ((Q, K, V, V), {}, "len(tensors) is not 3")),
+    "more keywords": (gathered, ((Q, K, V), {}), [], ((Q, K, V), {"value": K}, "sorted(options) is not []")),
+    "other keywords": (
+        gathered,
+        ((Q, K, V), {"value": K}),
+        [((Q, K, V), {"value": V})],
+        ((Q, K, V), {"values": [K]}, "sorted(options) is not ['value']"),
+    ),
+    "an infinite default": (scaled, ((Q, K, V), {}), [((Q, K, V, torch.inf), {})], ((Q, K, V, 0.5), {}, "scale")),
+    "a tuple for a default": (
+        scaled,
+        ((Q, K, V), {}),
+        [((Q, K, V), {"shift": (0.0, 1.0)})],
+        ((Q, K, V), {"shift": (0.0, 2.0)}, "shift is not (0.0, 1.0)"),
+    ),
+}
+
+
+@pytest.mark.parametrize("function, example, runs, falls_back", CALLS.values(), ids=CALLS)
+def test_calls_are_told_apart_by_all_they_pass(function, example, runs, falls_back):
+    rewritten = rewrite(function, *example).module
+    for args, kwargs in (example, *runs):
+        with said(kernels=1):
+            close(rewritten(*args, **kwargs), function(*args, **kwargs))
+    if falls_back:
+        args, kwargs, cause = falls_back
+        with said(cause):
+            close(rewritten(*args, **kwargs), function(*args, **kwargs))
+
+
+def test_one_tensor_for_several_arguments_is_not_one_input():
+    rewritten = rewrite(attend, (Q, Q, Q)).module
+    with said(kernels=2):
+        close(rewritten(Q, Q, Q), attend(Q, Q, Q))
+        close(rewritten(Q, K, V), attend(Q, K, V))
+
+
+@pytest.mark.parametrize("name", ["apply", "launch", "tl", "torch", "function", "print", "<lambda>", "ünder_"])
+def test_names_of_functions_and_classes_do_not_clash_with_ours(name):
+    function = lambda q, k, v: torch.softmax(q @ k.mT, -1) @ v  # noqa: E731
+    function.__name__ = name
+    kind = type(name.title(), (torch.nn.Module,), {"forward": lambda self, q, k, v: function(q, k, v)})
+    for program in (function, kind().eval()):
+        with said(kernels=1):
+            close(rewrite(program, (Q, K, V)).module(Q, K, V), function(Q, K, V))
+
+
+def test_another_function_is_refused(plain):
+    def attend(q, k, v):
+        return torch.softmax(q @ k.mT / 2, dim=-1) @ v
+
+    with pytest.raises(ValueError, match="attend has other code than the attend that was rewritten"):
+        plain.apply(attend)
+
+
+def test_what_torch_compile_made_is_rewritten_beneath_it():
+    compiled = rewrite(torch.compile(attention()), (tokens(),)).module
+    assert isinstance(compiled, Attention)
+    with torch.no_grad(), said(kernels=2):
+        close(compiled(tokens()), attention()(tokens()))
+        close(rewrite(torch.compile(attend), (Q, K, V)).module(Q, K, V), attend(Q, K, V))
+
+
+BAD_CALLS = {
+    "no program": (("attend", (Q, K, V)), {}, TypeError, "not a str"),
+    "a partial": ((functools.partial(attend, Q), (K, V)), {}, TypeError, "not a partial"),
+    "a built-in": ((F.scaled_dot_product_attention, (Q, K, V)), {}, TypeError, "not a builtin"),
+    "a method": ((attention().forward, (tokens(),)), {}, TypeError, "takes the Attention itself"),
+    "one tensor": ((attend, Q), {}, TypeError, "args is a Tensor"),
+    "too few": ((attend, (Q, K)), {}, RewriteError, "missing a required argument: 'v'"),
+    "too many": ((attend, (Q, K, V, V)), {}, RewriteError, "too many positional arguments"),
+    "an unknown one": ((attend, (Q, K, V), {"w": V}), {}, RewriteError, "unexpected keyword argument 'w'"),
+    "that do not fit": ((attend, (Q, K.mT, V)), {}, RewriteError, "cannot trace this"),
+    "an object": ((scaled, (Q, K, V, object())), {}, RewriteError, "cannot trace this"),
+    "dtype": ((attend, (Q, K, V)), {"dtype": "fp8"}, ValueError, "dtype is 'fp8'"),
+    "integer dtype": ((attend, (Q, K, V)), {"dtype": torch.int8}, ValueError, "not a floating one"),
+    "masked rows": ((attend, (Q, K, V)), {"masked_rows": "nan"}, ValueError, "not one of match, zero"),
+}
+
+
+@pytest.mark.parametrize("args, kwargs, error, says", BAD_CALLS.values(), ids=BAD_CALLS)
+def test_bad_calls_say_what_is_wrong(args, kwargs, error, says):
+    with pytest.raises(error, match=re.escape(says)):
+        rewrite(*args, **kwargs)
+
+
+def test_out_is_not_overwritten_where_it_was_edited(tmp_path):
+    out = tmp_path / "out"
+    rewrite(attend, (Q, K, V), out=out)
+    kernel = out / "kernels" / "attend.py"
+    written = kernel.read_text()
+    kernel.write_text(written.replace("acc /", "2 * acc /"))
+    assert kernel.read_text() != written
+    with pytest.warns(UserWarning, match="attend.py: kept, because it was edited"):
+        edited = rewrite(attend, (Q, K, V), out=out).module
+    close(edited(Q, K, V), 2 * attend(Q, K, V))
+    close(rewrite(attend, (Q, K, V), out=out, force=True).module(Q, K, V), attend(Q, K, V))
+    assert kernel.read_text() == written
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "file").touch()
+    with pytest.raises(RewriteError, match="was not written by flashlight-rewrite"):
+        rewrite(attend, (Q, K, V), out=tmp_path / "theirs")
 
 
 def test_tensors_that_are_not_contiguous(plain):

@@ -6,13 +6,19 @@ import pytest
 import torch
 
 from rewriter.lift import local  # noqa: F401  (fills the registry)
+from rewriter.lift.registry import REFUSED as NEVER
 from rewriter.lift.registry import RULES
-from tests import lift_cases_reductions, lift_cases_shapes  # noqa: F401  (they add to the cases)
-from tests.lift_cases import CASES, aten, b, f, i
+from tests import (  # noqa: F401  (they add to the cases)
+    lift_cases_functions,
+    lift_cases_norms,
+    lift_cases_reductions,
+    lift_cases_shapes,
+)
+from tests.lift_cases import CASES, aten, b, f, i, p
 from tests.lifting import call, check_call, lifted_call
 
 # Rules that say no, and names that are no ATen op (`x.float()` traces as `to`).
-REFUSING = {"as_strided", "diagonal", "unfold", "native_dropout"}
+REFUSING = {*NEVER, "native_dropout"}
 UNSEEN = {"float", "half", "bfloat16", "double", "bool", "long", "int"}
 
 
@@ -40,20 +46,25 @@ def test_a_rule_means_what_the_op_computes(name, dynamic):
 TWO = torch.tensor([True, False, True])
 REFUSED = {
     "a strided view": call(aten.as_strided.default, f(3, 5), [2, 2], [1, 2]),
-    "the diagonal": call(aten.diagonal.default, f(5, 5)),
+    "a diagonal in the first dimensions": call(aten.diag_embed.default, f(3, 5), 0, 0, 1),
+    "the diagonal of a matrix by its other name": call(aten.diag.default, f(5, 5)),
     "overlapping windows": call(aten.unfold.default, f(7), 0, 3, 1),
     "dropout in training": call(aten.dropout.default, f(3, 5), 0.5, True),
-    "bitwise and of integers": call(aten.bitwise_and.Tensor, i(3), i(3)),
-    "bitwise not of integers": call(aten.bitwise_not.default, i(3)),
-    "any of numbers": call(aten.any.dim, f(3, 5), 0),
-    "rsub with alpha": call(aten.rsub.Scalar, f(3, 5), 1.0, 2),
-    "selu": call(aten.elu.default, f(3, 5), 1.0, 1.05),
     "padding by reflection": call(aten.pad.default, f(3, 5), [1, 1], "reflect"),
     "repeat_interleave of everything": call(aten.repeat_interleave.self_int, f(3, 5), 2),
     "indexing by a mask": call(aten.index.Tensor, f(3, 5), [TWO]),
-    "a slice from before the start": call(aten.slice.Tensor, f(3, 5), 1, -9),
     "double precision": call(aten.exp.default, f(3, 5).double()),
     "a sort": call(aten.sort.default, f(3, 5)),
+    "the largest few": call(aten.topk.default, f(3, 5), 2),
+    "a shift by a tensor": call(aten.bitwise_left_shift.Tensor, i(3), i(3, least=0)),
+    "a power of integers": call(aten.pow.Tensor_Tensor, i(3), i(3, least=0)),
+    "an angle": call(aten.atan2.default, f(3), f(3)),
+    "a convolution": call(aten.conv1d.default, f(2, 6, 5), f(4, 6, 3)),
+    "a convolution with steps": call(aten.conv1d.default, f(2, 6, 5), f(4, 6, 1), None, [2]),
+    "a convolution with borders": call(aten.conv1d.default, f(2, 6, 5), f(4, 6, 1), None, [1], [1]),
+    "statistics of the batch": call(
+        aten.batch_norm.default, f(2, 4, 3), p(4), f(4), f(4), p(4), True, 0.1, 1e-5, False
+    ),
     "a running sum": call(aten.cumsum.default, f(3, 5), 1),
     "random numbers": call(aten.rand_like.default, f(3, 5)),
     "attention with dropout": call(
@@ -62,7 +73,7 @@ REFUSED = {
     "assignment that accumulates": call(
         aten.index_put.default, f(3), [TWO], torch.tensor(1.0), True
     ),
-    "assignment of a slice with steps": call(aten.slice_scatter.default, f(6), f(3), 0, 0, 6, 2),
+    "assignment of several values": call(aten.index_put.default, f(9), [i(2, least=0)], f(2)),
 }
 
 

@@ -209,6 +209,28 @@ def test_siblings_are_found_and_do_not_mix(tmp_path):
     assert sys.path == path
 
 
+@pytest.mark.parametrize("inits", [[], ["pkg/models"], ["pkg", "pkg/models"]])
+@pytest.mark.parametrize("climb", [".", ".."])
+def test_relative_imports(inits, climb, tmp_path):
+    folder = tmp_path / "pkg" / "models"
+    folder.mkdir(parents=True)
+    for name in inits:
+        (tmp_path / name / "__init__.py").touch()
+    (folder / climb / "sizes.py").write_text("SIZE = 3\n")
+    text = f"from {climb}sizes import SIZE\n" + MODEL.replace("heads=1", "heads=SIZE") + INPUTS
+    path = list(sys.path)
+    found = loaded(folder, text)
+    assert found.module.heads == 3 and sys.path == path
+    assert f"pkg.{found.package}".endswith("pkg.models")
+
+
+def test_the_command_line_is_that_of_the_file(tmp_path):
+    text = "import sys\nARGV = list(sys.argv)\n"
+    argv = list(sys.argv)
+    found = loaded(tmp_path, text + MODEL + INPUTS)
+    assert sys.modules[found.module_name].ARGV == [str(tmp_path / "m.py")] and sys.argv == argv
+
+
 def test_files_of_one_name_are_two_modules(tmp_path):
     names = []
     for folder in ("a", "b", "a"):

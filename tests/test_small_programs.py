@@ -123,9 +123,10 @@ def divided_late(q, k, v):
 
 @pytest.mark.parametrize("program", [sdpa, divided_early, divided_late], ids=lambda p: p.__name__)
 def test_axes_of_no_elements(program):
-    result = fused(program, qkv(7, 9))
+    module = fused(program, qkv(7, 9)).module
     for b, m, n in ((2, 7, 0), (2, 0, 9), (0, 7, 9), (0, 0, 0)):
-        assert_right(result, program, (r(b, m, 8), r(b, n, 8), r(b, n, 8)))
+        args = r(b, m, 8), r(b, n, 8), r(b, n, 8)
+        torch.testing.assert_close(module(*args), program(*args), equal_nan=True)
 
 
 # Weights masked once more after they are divided: a row that sees nothing is 0, not NaN.

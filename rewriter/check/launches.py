@@ -53,14 +53,13 @@ class Recorder:
         return sum(launch.programs for launch in self.launches.values())
 
 
-def record(package: ModuleType, kernels: Sequence[str]) -> Recorder:
-    """Put a recorder in front of `<name>_kernel` in each `kernels/<name>.py` of an imported package."""
+def record(package: ModuleType, kernels: Sequence[tuple[str, str]]) -> Recorder:
+    """Put a recorder in front of each kernel, given as (name of its file, name of its function), of an imported package."""
     __import__(f"{package.__name__}.module")
     recorder = Recorder()
-    for name in kernels:
+    for name, function in kernels:
         file = sys.modules[f"{package.__name__}.kernels.{name}"]
-        kernel = getattr(file, f"{name}_kernel")
-        setattr(file, f"{name}_kernel", _Recorded(name, kernel, recorder))
+        setattr(file, function, _Recorded(function, getattr(file, function), recorder))
     return recorder
 
 

@@ -14,7 +14,7 @@ class Request:
     """What the process is to do. `device` is "cuda" or "cpu"."""
 
     options: Options
-    kernels: tuple[str, ...]
+    kernels: tuple[tuple[str, str], ...]
     device: str
     numerics: bool = True
 

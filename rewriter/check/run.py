@@ -25,7 +25,7 @@ from rewriter.check.compile import (
 )
 from rewriter.check.launches import ALIGNMENT, Launch
 from rewriter.check.messages import Request, Result
-from rewriter.emit import KernelFile
+from rewriter.emit import Entry, KernelFile
 from rewriter.load import Loaded
 from rewriter.options import Options
 
@@ -102,7 +102,7 @@ def _write(files: Mapping[str, str], folder: Path) -> None:
 
 def _numerics(folder: Path, kernels: Sequence[KernelFile], options: Options) -> Result:
     """On the GPU where there is one and the user's program runs on it, else in the interpreter."""
-    names = tuple(kernel.name for kernel in kernels)
+    names = tuple((kernel.name, entry.function) for kernel in kernels for entry in kernel.entries)
     request = Request(options, names, "cuda" if torch.cuda.is_available() else "cpu")
     notes: tuple[str, ...] = ()
     if request.device == "cuda":
@@ -123,7 +123,7 @@ def _numerics(folder: Path, kernels: Sequence[KernelFile], options: Options) -> 
 
 
 def _has_bfloat16(kernels: Sequence[KernelFile]) -> bool:
-    return any("bf16" in kind for kernel in kernels for kind in kernel.signature.values())
+    return any("bf16" in kind for k in kernels for entry in k.entries for kind in entry.signature.values())
 
 
 def _asked(folder: Path, request: Request) -> Result:
@@ -164,26 +164,27 @@ def _compiled(
     package: Path, kernels: Sequence[KernelFile], launches: Mapping[str, Launch], options: Options
 ) -> tuple[list[CompileRequest], list[CompileResult]]:
     requests = [
-        compile_request(package, kernel, launches.get(kernel.name), target)
+        compile_request(package, kernel, entry, launches.get(entry.function), target)
         for kernel in kernels
+        for entry in kernel.entries
         for target in options.targets
     ]
     return requests, compile_kernels(requests)
 
 
 def compile_request(
-    package: Path, kernel: KernelFile, launch: Launch | None, target: str
+    package: Path, kernel: KernelFile, entry: Entry, launch: Launch | None, target: str
 ) -> CompileRequest:
     """The kernel specialised as `launch` would; where there was none, all is taken to be aligned."""
-    types = dict(kernel.signature)
-    values = launch.values if launch else _config(kernel.text)
+    types = dict(entry.signature)
+    values = launch.values if launch else _config(kernel.text, entry.config)
     sizes = {n: v for n, v in values.items() if n in types and type(v) is int}
     ones = {name: 1 for name, value in sizes.items() if value == 1}
     types |= {name: "i64" for name, value in sizes.items() if not -(2**31) <= value < 2**31}
     multiples = [name for name, value in sizes.items() if value % ALIGNMENT == 0]
     return CompileRequest(
         path=package / "kernels" / f"{kernel.name}.py",
-        kernel=f"{kernel.name}_kernel",
+        kernel=entry.function,
         signature={name: kind for name, kind in types.items() if name not in ones},
         constexprs=ones | {n: v for n, v in values.items() if n not in types and n not in _OPTIONS},
         target=target,
@@ -192,10 +193,10 @@ def compile_request(
     )
 
 
-def _config(text: str) -> dict[str, Any]:
+def _config(text: str, name: str) -> dict[str, Any]:
     """The literal `CONFIG = dict(...)` of an emitted file."""
     for node in ast.parse(text).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CONFIG":
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
             return {k.arg: ast.literal_eval(k.value) for k in node.value.keywords}
     return {}
 

@@ -44,7 +44,7 @@ class _Programs:
 
     original: Callable[..., Any]
     rewritten: Callable[..., Any]
-    kernels: tuple[str, ...]
+    kernels: tuple[tuple[str, str], ...]
     recorder: Recorder
     zero_rows: bool  # `--masked-rows zero`: numbers where the original has NaN
 
@@ -81,7 +81,7 @@ class _Programs:
         fallbacks = [str(w.message) for w in caught if FALLBACK in str(w.message)]
         if fallbacks:
             raise _Failure(fallbacks[0])
-        idle = [name for name in self.kernels if name not in self.recorder.launches]
+        idle = [name for _, name in self.kernels if name not in self.recorder.launches]
         if idle:
             raise _Failure(f"kernels that never ran: {', '.join(idle)}")
         return out

@@ -1,4 +1,4 @@
-"""What deriving gives: a chain of reductions over one stream, each with the form that lets it run in one pass."""
+"""What deriving gives: reductions in sweeps over their streams, each with the form that lets its sweep compute it online."""
 
 from __future__ import annotations
 
@@ -14,28 +14,35 @@ class Shift:
 
     The body is `exp(exponent − phi) · rest`; when the state moves from old to new, what is accumulated is multiplied by
     T(old → new) = exp(phi(old) − phi(new)). T composes, and merging with an empty state is the identity.
+
+    A moment's body has the factor (exponent − phi) too; `mass` is the same sum without it. Its T is affine: where phi moves
+    by δ, the moment loses δ · mass before it is multiplied.
     """
 
     phi: Node
     exponent: Node
     settled: bool = False  # the program itself replaces an infinite phi by 0
+    mass: Ref | None = None
 
     @property
     def state(self) -> Ref:
         """The running reduction that phi reads."""
-        return next(n for n in walk(self.phi) if isinstance(n, Ref))
+        return next(n for n in walk(self.phi) if isinstance(n, Ref) and not n.final)
 
 
 @dataclass(frozen=True)
 class Definition:
     """`name[axes] = ⊕_stream | predicate: weight`, where weight = exp(shift.exponent − shift.phi) · rest or just rest.
 
-    `rest` is a tuple of factors; earlier definitions are read through `Ref`.
+    `rest` is a tuple of factors; earlier definitions are read through `Ref`: those of the same sweep as they run, those of
+    earlier sweeps as they ended (`Ref.final`).
     """
 
     name: str
     op: str
     axes: tuple[Axis, ...]
+    stream: Axis
+    sweep: int
     predicate: Node
     rest: tuple[Node, ...]
     shift: Shift | None
@@ -45,20 +52,31 @@ class Definition:
     def ref(self) -> Ref:
         return Ref(self.name, tuple(index(a) for a in self.axes), self.body.dtype)
 
-    def show(self, stream: Axis, names: dict[Axis, str]) -> str:
+    @property
+    def roots(self) -> tuple[Node, ...]:
+        """Every node it is computed from."""
+        shifted = (self.shift.exponent, self.shift.phi) if self.shift else ()
+        return (self.predicate, self.body, *self.rest, *shifted)
+
+    def show(self, names: dict[Axis, str]) -> str:
         axes = ", ".join(names.get(a, a.name) for a in self.axes)
-        bound = names.get(stream, stream.name)
+        bound = names.get(self.stream, self.stream.name)
         where = "" if self.predicate.free == frozenset() else f" | {show(self.predicate, names)}"
         op = f"{self.op}_{bound}" if not where else f"{self.op}_{{{bound}{where}}}"
-        return f"{self.name}[{axes}] = {op} {show(self.body, names)}"
+        shown = f"{self.name}[{axes}]" if axes else self.name
+        return f"{shown} = {op} {show(self.body, names)}"
 
 
 @dataclass(frozen=True)
 class Chain:
-    """Definitions in the order they depend on each other, and the outputs computed from their final values."""
+    """Definitions in the order they depend on each other, and the outputs computed from their final values.
+
+    `axes` are all that occur, streams too, in one order. An output may have the axis of a stream: it is written position by
+    position, after the sweeps that it reads.
+    """
 
     name: str
-    stream: Axis
+    axes: tuple[Axis, ...]
     definitions: tuple[Definition, ...]
     outputs: tuple[Output, ...]
     derivation: tuple[str, ...]
@@ -67,13 +85,18 @@ class Chain:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Every tensor read, in order of first use."""
-        roots = [n for d in self.definitions for n in (d.predicate, d.body)] + [o.body for o in self.outputs]
-        return tuple(dict.fromkeys(n.tensor for n in walk(*roots) if isinstance(n, Load)))
+        loads = (n for n in walk(*self.roots) if isinstance(n, Load))
+        return tuple(dict.fromkeys(n.tensor for n in loads))
+
+    @property
+    def roots(self) -> list[Node]:
+        """Every node that is computed: of definitions and outputs."""
+        return [n for d in self.definitions for n in d.roots] + [o.body for o in self.outputs]
 
     @property
     def is_dependent(self) -> bool:
         """Whether a reduction reads another: what eager cannot do in one sweep."""
-        return any(d.shift for d in self.definitions)
+        return any(isinstance(n, Ref) for d in self.definitions for n in walk(*d.roots))
 
     def definition(self, name: str) -> Definition:
         return next(d for d in self.definitions if d.name == name)

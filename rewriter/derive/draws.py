@@ -6,6 +6,7 @@ one value at such sizes, more cases draw the sizes it depends on just above the 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import torch
 from rewriter.derive.chain import Chain
 from rewriter.derive.factors import as_terms, without_cast
 from rewriter.derive.sampled import Values, is_comparison
-from rewriter.ir import Apply, Axis, Const, Index, Load, Node, Param, Program, Reduce, walk
+from rewriter.ir import Apply, Axis, Const, Index, Load, Node, Param, Program, Reduce, Ref, index, walk
 from rewriter.ir.build import is_int
 from rewriter.ir.evaluate import Evaluator
 
@@ -56,7 +57,7 @@ class Draws:
 
     def __init__(self, program: Program, chain: Chain, rng: random.Random):
         self.program, self.chain, self.rng = program, chain, rng
-        roots = _roots(chain)
+        roots = chain.roots
         self.extents = _extents(program, chain)
         self.params = _params(*self.extents, *roots)
         self.comparisons = [n for n in walk(*roots) if is_comparison(n)]
@@ -103,18 +104,33 @@ class Draws:
             return self.rng.uniform(0.3, 1.5)
         return self.rng.randint(2, most) + floors.get(param.name, 0)
 
-    def positions(self, rows: tuple[Axis, ...]) -> dict[Axis, torch.Tensor]:
-        """Some positions of every row axis; of those that masks read, the first and the last too."""
+    def positions(self) -> dict[Axis, torch.Tensor]:
+        """Some positions of every axis, in order; of those that masks read, the first and the last too; all where a sweep reads
+        what another computed there."""
         evaluator = Evaluator({}, self.sizes)
-        compared = frozenset().union(*(n.free for n in self.comparisons))
+        whole = self._read_whole()
+        compared = frozenset().union(*(n.free for n in self.comparisons)) - whole
+        others = [a for a in self.chain.axes if a not in whole | compared]
         cost = max(_cost(o.body, evaluator, {}) for o in self.program.outputs)
-        cost *= 3 ** len(compared & set(rows))
-        others = len(set(rows) - compared)
-        few = next((k for k in (4, 3, 2) if cost * k**others <= BUDGET), 1)
+        cost *= 3 ** len(compared & set(self.chain.axes))
+        cost *= math.prod(evaluator.extent(a.extent) for a in whole)
+        few = next((k for k in (4, 3, 2) if cost * k ** len(others) <= BUDGET), 1)
+        chosen = {a: 3 if a in compared else few for a in self.chain.axes}
         return {
-            a: self._chosen(evaluator.extent(a.extent), 3 if a in compared else few, a in compared)
-            for a in rows
+            a: torch.arange(n) if a in whole else self._chosen(n, chosen[a], a in compared)
+            for a in self.chain.axes
+            for n in [evaluator.extent(a.extent)]
         }
+
+    def _read_whole(self) -> frozenset[Axis]:
+        """Axes of definitions that others read at more than the same position: along a stream, or inside a reduction."""
+        by_name = {d.name: d for d in self.chain.definitions}
+        streams = {d.stream for d in self.chain.definitions}
+        refs = {n for n in walk(*self.chain.roots) if isinstance(n, Ref)}
+        moved = {
+            a for r in refs for a, i in zip(by_name[r.name].axes, r.index) if a in streams or i is not index(a)
+        }
+        return frozenset(moved)
 
     def _chosen(self, extent: int, count: int, with_ends: bool) -> torch.Tensor:
         ends = {0, extent - 1} if with_ends else set()
@@ -162,16 +178,10 @@ def _constants(node: Node) -> list[int]:
     ]
 
 
-def _roots(chain: Chain) -> list[Node]:
-    inner = [n for d in chain.definitions for n in (d.predicate, d.body, *d.rest)]
-    shifts = [n for d in chain.definitions if d.shift for n in (d.shift.exponent, d.shift.phi)]
-    return [*inner, *shifts, *(o.body for o in chain.outputs)]
-
-
 def _extents(program: Program, chain: Chain) -> list[Node]:
     """What must be at least 1: the extents of every axis of the program and of the chain, and sizes they divide by."""
-    nodes = list(walk(*(o.body for o in program.outputs), *_roots(chain)))
-    axes = [a for o in (*program.outputs, *chain.outputs) for a in o.axes]
+    nodes = list(walk(*(o.body for o in program.outputs), *chain.roots))
+    axes = [*chain.axes, *(a for o in program.outputs for a in o.axes)]
     axes += [a for n in nodes if isinstance(n, Reduce) for a in n.axes]
     axes += [n.axis for n in nodes if isinstance(n, Index)]
     divisors = [n.args[1] for n in nodes if isinstance(n, Apply) and n.op in _DIVIDING]

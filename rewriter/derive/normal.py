@@ -51,7 +51,7 @@ def _sums(total: Reduce, weight: Node) -> bool:
 def is_bilinear(node: Node) -> bool:
     """A chain of plain matrix products, which eager reassociates better than a fused kernel would compute."""
     reduces = [n for n in walk(node) if isinstance(n, Reduce)]
-    return bool(reduces) and all(_is_product_of_loads(n) for n in reduces) and _is_product_of_loads(node)
+    return bool(reduces) and all(n.op == "sum" and _is_product_of_loads(n) for n in reduces) and _is_product_of_loads(node)
 
 
 def _is_product_of_loads(node: Node) -> bool:

@@ -15,7 +15,7 @@ import torch
 
 from rewriter.derive.chain import Chain
 from rewriter.derive.draws import Draws, Kind, NoSizes
-from rewriter.derive.online import Online, State
+from rewriter.derive.online import Online
 from rewriter.derive.sampled import Sampled, Values
 from rewriter.ir import Axis, Output, Program
 from rewriter.ir.evaluate import TooLarge
@@ -62,7 +62,7 @@ class _Prover:
 
     def __init__(self, program: Program, chain: Chain, rng: random.Random):
         self.program, self.chain, self.rng = program, chain, rng
-        self.rows = max((o.axes for o in chain.outputs), key=len)
+        self.rows = {d.name: d.axes for d in chain.definitions}
         self.draws = Draws(program, chain, rng)
         self.finite = False
         self.opened: dict = {}
@@ -74,10 +74,14 @@ class _Prover:
 
     def failure(self, kind: Kind, values: Values) -> str:
         """Why program and chain differ; empty where they agree."""
-        at = self.draws.positions(self.rows)
+        at = self.draws.positions()
         evaluator = Sampled(values, self.draws.sizes, dict(at), self.rows, self.opened)
         online = Online(self.chain, evaluator)
-        states = self._states(online)
+        cuts = self._cuts(evaluator)
+        states = {
+            "in blocks": online.in_blocks(cuts),
+            "in halves": online.in_halves(cuts, lambda parts: self.rng.randint(0, parts)),
+        }
         self.draws.note(evaluator.seen)
         for meant, output in zip(self.program.outputs, self.chain.outputs):
             positions = {a: at[b] for a, b in zip(meant.axes, output.axes)}
@@ -86,6 +90,17 @@ class _Prover:
                 if not self._agree(want, online.output(output, state), kind):
                     return f"{output.name} differs with the stream {how}"
         return ""
+
+    def _cuts(self, evaluator: Sampled):
+        """Each stream's blocks, the same for every state."""
+        made: dict[Axis, list[torch.Tensor]] = {}
+
+        def cuts(stream: Axis) -> list[torch.Tensor]:
+            if stream not in made:
+                made[stream] = self._blocks(evaluator.extent(stream.extent))
+            return made[stream]
+
+        return cuts
 
     def _wanted(
         self, kind: Kind, output: Output, values: Values, at: dict[Axis, torch.Tensor]
@@ -99,7 +114,7 @@ class _Prover:
         return torch.where(self._meant(output, larger, at).isfinite(), want, math.nan)
 
     def _meant(self, output: Output, values: Values, at: dict[Axis, torch.Tensor]) -> torch.Tensor:
-        evaluator = Sampled(values, self.draws.sizes, at, output.axes, self.opened)
+        evaluator = Sampled(values, self.draws.sizes, at, {}, self.opened)
         return evaluator.output(output).to(torch.float64)
 
     def _agree(self, want: torch.Tensor, got: torch.Tensor, kind: Kind) -> bool:
@@ -110,19 +125,6 @@ class _Prover:
         if kind.extreme:
             want, got = want[finite], got[finite]
         return torch.allclose(got, want, rtol=TOLERANCE, atol=TOLERANCE * scale, equal_nan=True)
-
-    def _states(self, online: Online) -> dict[str, State]:
-        """The state after all blocks, and that of two halves merged; a half may be empty."""
-        blocks = self._blocks(online.evaluator.extent(self.chain.stream.extent))
-        middle = self.rng.randint(0, len(blocks))
-        first, second = online.empty(), online.empty()
-        for block in blocks[:middle]:
-            first = online.advanced(first, block)
-        whole = first
-        for block in blocks[middle:]:
-            whole = online.advanced(whole, block)
-            second = online.advanced(second, block)
-        return {"in blocks": whole, "in halves": online.merged(first, second)}
 
     def _blocks(self, extent: int) -> list[torch.Tensor]:
         """Positions in blocks of random widths; short ones at either end see what is masked throughout there."""

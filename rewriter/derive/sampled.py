@@ -54,8 +54,8 @@ class Values:
 class Sampled(Evaluator):
     """An evaluator that sees only the positions `at` of an axis, and notes the truth values of integer comparisons.
 
-    `refs` hold the state of a chain over `rows`, the axes that every evaluation starts with. Evaluators that share
-    `opened` share the bound axes of reductions.
+    `state` holds values of a chain's definitions: over the axes in `rows[name]`, at the positions that `at` had when the
+    evaluator was made. Evaluators that share `opened` share the bound axes of reductions.
     """
 
     def __init__(
@@ -63,11 +63,12 @@ class Sampled(Evaluator):
         values: Values,
         sizes: dict,
         at: dict[Axis, torch.Tensor],
-        rows: tuple[Axis, ...],
+        rows: dict[str, tuple[Axis, ...]],
         opened: dict,
     ):
         super().__init__({}, sizes)
-        self.values, self.at, self.rows, self.opened = values, at, rows, opened
+        self.values, self.at, self.held_at, self.rows, self.opened = values, at, dict(at), rows, opened
+        self.state: dict[str, torch.Tensor] = {}
         self.seen: dict[Node, set[bool]] = {}
 
     def length(self, axis: Axis) -> int:
@@ -86,13 +87,18 @@ class Sampled(Evaluator):
                 found = self.values.of(node, index, self._held(node.dtype))
                 return found.reshape((1,) * len(axes)) if not index else found
             case Ref():
-                state = self.refs[node.name]
-                return state.reshape(state.shape + (1,) * (len(axes) - len(self.rows)))
+                return self._of_state(node, axes, memo)
             case Param() if node.dtype.is_floating_point:
-                return torch.tensor(self.sizes[node.name], dtype=self.dtype).reshape(
-                    (1,) * len(axes)
-                )
+                return torch.tensor(self.sizes[node.name], dtype=self.dtype).reshape((1,) * len(axes))
         return super()._compute(node, axes, memo)
+
+    def _of_state(self, node: Ref, axes: tuple[Axis, ...], memo: dict) -> torch.Tensor:
+        held = self.state[node.name]
+        if not node.index:
+            return held.reshape((1,) * len(axes))
+        wanted = self._operands(node, axes, memo)
+        found = [torch.searchsorted(self.held_at[a], w) for a, w in zip(self.rows[node.name], wanted)]
+        return held[tuple(torch.broadcast_tensors(*found))]
 
     def _apply(self, node: Apply, args: list[torch.Tensor]) -> torch.Tensor:
         if (

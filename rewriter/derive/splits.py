@@ -5,11 +5,14 @@ max_{i<N+1} where(i < N, s[i], sink)  →  maximum(max_{i<N} s[i], sink)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rewriter.ir import (
     Apply,
     Axis,
     Const,
     Index,
+    Load,
     Node,
     Reduce,
     Where,
@@ -36,16 +39,23 @@ def _split(node: Node) -> Node:
         return node
     axes, predicate, body = open_reduce(node)
     for k, axis in enumerate(axes):
-        at = _boundary(axis, body)
-        if at is not None:
-            others = axes[:k] + axes[k + 1 :]
-            pieces = [_piece(node.op, axis, others, predicate, body, *part) for part in _parts(axis, at)]
-            return apply(MONOIDS[node.op].combine, *map(_split, pieces))
+        others = axes[:k] + axes[k + 1 :]
+        for at in _boundaries(axis, body):
+            parts = _parts(axis, at)
+            pieces = [_piece(node.op, axis, others, predicate, body, *part) for part in parts]
+            lone = [piece for piece, (_, length) in zip(pieces, parts) if length is Const(1)]
+            if not any(_contracts(piece, body) for piece in lone):
+                return apply(MONOIDS[node.op].combine, *map(_split, pieces))
     return node
 
 
-def _boundary(axis: Axis, body: Node) -> Node | None:
-    """A row-independent position strictly inside the axis at which a `where` changes from one piece to the next."""
+def _contracts(piece: Node, body: Node) -> bool:
+    """One element that is a contraction still: better computed with the tile that it is the edge of."""
+    return any(isinstance(n, Reduce) for n in set(walk(piece)) - set(walk(body)))
+
+
+def _boundaries(axis: Axis, body: Node) -> Iterator[Node]:
+    """Row-independent positions strictly inside the axis at which a `where` changes from one piece to the next."""
     for node in walk(body):
         if (
             isinstance(node, Where)
@@ -55,8 +65,7 @@ def _boundary(axis: Axis, body: Node) -> Node | None:
             at = _change(axis, node.predicate)
             if at is not None and proves("lt", Const(0), at) and proves("lt", at, axis.extent):
                 if _is_seam(node, axis, at):
-                    return at
-    return None
+                    yield at
 
 
 def _change(axis: Axis, predicate: Apply) -> Node | None:
@@ -74,10 +83,21 @@ def _change(axis: Axis, predicate: Apply) -> Node | None:
 
 
 def _is_seam(node: Where, axis: Axis, at: Node) -> bool:
-    """Two pieces of a concatenation rather than a mask: a piece of one element, or values on both sides."""
-    one = Const(1)
-    single = at is one or proves("eq", apply("sub", axis.extent, at), one)
-    return single or not (isinstance(node.then, Const) or isinstance(node.other, Const))
+    """Two pieces of a concatenation rather than a mask: values on both sides, or one element that ends what is read."""
+    single = at is Const(1) or proves("eq", apply("sub", axis.extent, at), Const(1))
+    has_values = not (isinstance(node.then, Const) or isinstance(node.other, Const))
+    return has_values or (single and _reads_beyond(node, axis))
+
+
+def _reads_beyond(node: Where, axis: Axis) -> bool:
+    """Whether a tensor is read at positions along the axis that it does not have: the other piece's."""
+    loads = (n for n in walk(node.then, node.other) if isinstance(n, Load) and axis in n.free)
+    return any(
+        axis in entry.free and not (proves("le", Const(0), entry) and proves("lt", entry, extent))
+        for load in loads
+        for entry, extent in zip(load.index, load.tensor.shape)
+        if not any(isinstance(n, Load) for n in walk(entry))
+    )
 
 
 def _parts(axis: Axis, at: Node) -> list[tuple[Node, Node]]:

@@ -32,6 +32,8 @@ INFIX = {
 INFIX |= {"eq": ("==", 2), "ne": ("!=", 2), "lt": ("<", 2), "le": ("<=", 2), "gt": (">", 2), "ge": (">=", 2)}
 COMPARISONS = ("==", "!=", "<", "<=", ">", ">=")
 INFIX |= {"and": ("&", 4), "or": ("|", 3), "xor": ("^", 3)}
+INFIX |= {"bitand": ("&", 4), "bitor": ("|", 3), "bitxor": ("^", 3), "fmod": ("%", 6)}
+IN_FLOATS = ("floordiv", "mod", "fmod")  # which Triton has for integers alone
 CALLS = {
     n: f"tl.{n}"
     for n in "exp exp2 log log2 sqrt rsqrt sin cos sigmoid erf floor ceil abs maximum minimum".split()
@@ -45,14 +47,25 @@ class NotEmittable(Exception):
 
 @dataclass(frozen=True)
 class Text:
-    """An expression over a tile: `axes` are its dimensions in order, `level` how tightly it binds."""
+    """An expression over a tile: `axes` are its dimensions in order, `level` how tightly it binds.
+
+    A `narrow` one is held in 16 bits, as it was loaded: arithmetic on it would round there.
+    """
 
     code: str
     axes: tuple[Axis, ...] = ()
     level: int = ATOM
+    narrow: bool = False
 
     def tight(self, level: int) -> str:
         return self.code if self.level >= level else f"({self.code})"
+
+
+def widened(texts: list[Text], calls: bool) -> list[Text]:
+    """Operands of arithmetic: in fp32 where none of them is, and always those of a function."""
+    if not (calls or all(t.narrow for t in texts)):
+        return texts
+    return [Text(f"{t.tight(ATOM)}.to(tl.float32)", t.axes) if t.narrow else t for t in texts]
 
 
 def spread(text: Text, axes: tuple[Axis, ...]) -> str:
@@ -77,7 +90,7 @@ def apply_text(node: Apply, args: list[Text], axes: tuple[Axis, ...], helpers: s
         return _helper({"floordiv": "floor_div", "mod": "floor_mod"}[node.op], args, axes, helpers)
     if half and node.op == "div" and _reciprocal(node.args[1]):
         return Text(f"{operand(args[0], axes, 6)} * (1.0 / {args[1].code})", axes, 6)
-    if node.op in INFIX and not (node.op in ("floordiv", "mod") and node.dtype.is_floating_point):
+    if node.op in INFIX and not (node.op in IN_FLOATS and node.dtype.is_floating_point):
         symbol, level = INFIX[node.op]
         tighter = level + (symbol in COMPARISONS)  # Python chains them: a <= b == 0 is a <= b and b == 0
         left, right = operand(args[0], axes, tighter), operand(args[1], axes, level + 1)
@@ -112,12 +125,15 @@ def _cast(node: Apply, arg: Text) -> Text:
         return arg
     if isinstance(node.args[0], Const):
         return arg
-    target = "tl.float32" if node.dtype.is_floating_point else TRITON_DTYPES[node.dtype]
-    return (
-        Text(f"{arg.tight(ATOM)}.to({target})", arg.axes)
-        if arg.axes
-        else Text(f"({arg.code}).to({target})", ())
-    )
+    target = _register(node)
+    if arg.axes:
+        return Text(f"{arg.tight(ATOM)}.to({target})", arg.axes)
+    return Text(f"tl.cast({arg.code}, {target})")  # a size may be a number of Python's
+
+
+def _register(node: Node) -> str:
+    """The type a value has in registers."""
+    return "tl.float32" if node.dtype.is_floating_point else TRITON_DTYPES[node.dtype]
 
 
 def _spelled(node: Apply, args: list[Text], axes: tuple[Axis, ...], helpers: set[str], half: bool) -> Text:
@@ -132,21 +148,16 @@ def _spelled(node: Apply, args: list[Text], axes: tuple[Axis, ...], helpers: set
         case "isnan":
             return Text(f"{operand(args[0], axes, 3)} != {operand(args[0], axes, 3)}", axes, 2)
         case "sign":
-            return Text(
-                f"({operand(args[0], axes, 3)} > 0).to(tl.float32) - ({operand(args[0], axes, 3)} < 0)",
-                axes,
-                5,
-            )
+            above, below = (f"({operand(args[0], axes, 3)} {sign} 0).to({_register(node)})" for sign in "><")
+            return Text(f"{above} - {below}", axes, 5)
         case "round16":
             return Text(f"{operand(args[0], axes, ATOM)}.to(tl.float16).to(tl.float32)", axes)
         case "tanh":
             return _helper("fast_tanh" if half else "tanh", args, axes, helpers)
-        case "log1p":
-            return Text(f"tl.log(1.0 + {a})", axes)
-        case "expm1" | "truncdiv" | "pow" | "mod" | "floordiv":
-            return _helper(
-                node.op if node.op not in ("mod", "floordiv") else f"float_{node.op}", args, axes, helpers
-            )
+        case "expm1" | "log1p" | "round" | "truncdiv" | "pow":
+            return _helper(node.op, args, axes, helpers)
+        case "mod" | "fmod" | "floordiv":
+            return _helper(f"float_{node.op}", args, axes, helpers)
     raise NotEmittable(f"{node.op} has no Triton text")
 
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from rewriter.emit.names import Names
 from rewriter.emit.origins import Origins
-from rewriter.emit.reference import Reference, reference_of
+from rewriter.emit.reference import reference_of
 from rewriter.emit.render import render
-from rewriter.emit.writer import Line, Writer
-from rewriter.ir import Axis, Const, Load, Node, Output, Param, Tensor, walk
+from rewriter.emit.scope import Line
+from rewriter.emit.signature import kernel_signature
+from rewriter.emit.writer import Writer
+from rewriter.ir import Axis, Const, Node, Output, Param, Tensor, walk
 from rewriter.ir.printer import show, show_output
 from rewriter.lift import Region
-from rewriter.plan import KernelPlan
+from rewriter.plan import ChainPlan, KernelPlan
+from rewriter.plan.kernel import LONG_BLOCK
+from rewriter.trace.sizes import renamed
 
 NAMESPACE = "flashlight"
 
@@ -34,31 +36,37 @@ class Argument:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """A kernel of a file: its function's name, and its parameters' Triton types, for compiling it without a GPU."""
+
+    function: str
+    config: str
+    signature: dict[str, str]
+
+
+@dataclass(frozen=True)
 class KernelFile:
     """The emitted text and what the patched module needs to call it."""
 
     name: str
     text: str
-    op: str
     tensors: tuple[Tensor, ...]
     sizes: tuple[Param, ...]
-    plan: KernelPlan
-    signature: dict[str, str] = field(default_factory=dict)
+    plan: ChainPlan
+    entries: tuple[Entry, ...]
 
 
-def emit_kernel(region: Region, plan: KernelPlan, source: "Source") -> KernelFile:
-    """Raises NotEmittable where the plan does not fit Triton's tiles."""
+def emit_kernel(region: Region, plan: ChainPlan, source: "Source") -> KernelFile:
+    """The file of a chain's kernels. Raises NotEmittable where a plan does not fit Triton's tiles."""
     names = Names(plan, region.display)
-    writer = Writer(plan, names, Origins(plan.chain.origins))
-    writer.write()
-    view = _View(plan, names, writer, region, source)
+    origins = Origins(plan.chain.origins)
+    several = len(plan.kernels) > 1
+    kernels = [_KernelView(k, names.for_kernel(), origins, n + 1 if several else 0) for n, k in enumerate(plan.kernels)]
+    view = _FileView(plan, names, kernels, region, source)
     text = render("kernel.py.jinja", **view.values())
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    op = f"{plan.name}_{digest}"
-    text = text.replace("@OP@", op)
-    return KernelFile(
-        plan.name, text, op, tuple(names.tensors), tuple(view.passed_sizes), plan, view.signature()
-    )
+    inputs = tuple(t for t in names.tensors if t not in plan.results)
+    entries = tuple(k.entry() for k in kernels)
+    return KernelFile(plan.name, text, inputs, tuple(view.passed_sizes), plan, entries)
 
 
 @dataclass(frozen=True)
@@ -71,18 +79,115 @@ class Source:
     command: str
 
 
-class _View:
-    """Everything the kernel template shows."""
+class _KernelView:
+    """Everything the template shows of one kernel. `number` tells it from others in its file."""
 
-    def __init__(self, plan: KernelPlan, names: Names, writer: Writer, region: Region, source: Source):
-        self.plan, self.names, self.writer, self.region, self.source = plan, names, writer, region, source
+    def __init__(self, plan: KernelPlan, names: Names, origins: Origins, number: int):
+        self.plan, self.names, self.number = plan, names, number
+        self.writer = Writer(plan, names, origins)
+        self.writer.write()
+        loads = dict.fromkeys(t.name for t in plan.chain.tensors)
+        self.tensors = {t: n for t, n in names.tensors.items() if t.name in loads}
+        self.outputs = {o.name: names.outputs[o.name] for o in plan.chain.outputs}
+
+    def values(self) -> dict[str, object]:
+        plan, names, writer = self.plan, self.names, self.writer
+        rows = [self._tile(a) for a in plan.rows]
+        return {
+            "name": plan.name,
+            "config_name": self.config_name,
+            "config": plan.config,
+            "blocks": self._blocks(),
+            "params": self._params(),
+            "rows": rows,
+            "grid": [self.text(a.extent) for a in plan.grid],
+            "grid_decode": [(names.axes[a], self._extent_name(a)) for a in reversed(plan.grid)],
+            "offsets": [names.axes[a] for a in plan.features if a in writer.needs_offsets],
+            "does": self._does(),
+            "prologue": commented(writer.prologue.lines),
+            "sweeps": [self._sweep(k) for k in range(len(plan.sweeps))],
+            "epilogue": commented(writer.epilogue.lines) if plan.sweeps else [],
+            "aligned": [text for stride, text in writer.strides.items() if stride in writer.aligned],
+            "aligns": plan.aligns,
+            "launch": self._launch(),
+        }
+
+    def text(self, node: Node) -> str:
+        return size_text(node, self.names)
+
+    @property
+    def config_name(self) -> str:
+        return f"CONFIG_{self.number}" if self.number else "CONFIG"
+
+    def _tile(self, axis: Axis) -> dict[str, str]:
+        return {"name": self.names.axes[axis], "extent": self.text(axis.extent)}
+
+    def _does(self) -> str:
+        """One program's work, for the docstring."""
+        names, plan = self.names.axes, self.plan
+        rows = " x ".join(f"BLOCK_{names[a].upper()}" for a in plan.rows)
+        what = f"{rows} rows" if len(plan.rows) == 1 else f"{rows} positions" if rows else "everything"
+        sweeps = len(plan.sweeps)
+        along = " and ".join(dict.fromkeys(names[s.stream] for s in plan.sweeps))
+        times = "" if sweeps < 2 else f", {'twice' if sweeps == 2 else f'{sweeps} times'}"
+        return f"One program: {what}" + (f", all of {along}{times}." if sweeps else ".")
+
+    def _sweep(self, k: int) -> dict[str, object]:
+        sweep = self.plan.sweeps[k]
+        return {
+            "stream": self.names.axes[sweep.stream],
+            "extent": self.text(sweep.stream.extent),
+            "steps": self.plan.steps,
+            "is_new": all(s.stream != sweep.stream for s in self.plan.sweeps[:k]),
+            "before": commented(self.writer.before[k].lines) if k else [],
+            "initial": self.writer.initial(sweep),
+            "segments": {name: commented(lines) for name, lines in self.writer.segments[k].items()},
+        }
+
+    def _blocks(self) -> list[tuple[str, int]]:
+        plan, config = self.plan, self.plan.config
+        sizes = {a: config.block_m for a in plan.rows[:1]} | {a: config.block_n for a in plan.rows[1:]}
+        sizes |= {} if plan.steps else {a: config.block_n for a in plan.streams}
+        sizes |= {a: plan.padded(a) for a in plan.features} | {a: LONG_BLOCK for a in plan.long_axes}
+        return [(f"BLOCK_{self.names.axes[a].upper()}", size) for a, size in sizes.items()]
+
+    def _params(self) -> list[str]:
+        params = [f"{n}_ptr" for n in (*self.tensors.values(), *self.outputs.values())]
+        params += [*self.writer.strides, *self.sizes.values()]
+        params += ["ALIGN: tl.constexpr"] if self.plan.aligns else []
+        return params + [f"{name}: tl.constexpr" for name, _ in self._blocks()]
+
+    @property
+    def sizes(self) -> dict[Node, str]:
+        return self.names.sizes
+
+    def _extent_name(self, axis: Axis) -> str:
+        return self.names.axes[axis].upper() if isinstance(axis.extent, Const) else self.text(axis.extent)
+
+    def _launch(self) -> list[str]:
+        units = {s: " // align" if s in self.writer.aligned else "" for s in self.writer.strides}
+        args = [*self.tensors.values(), *self.outputs.values()]
+        args += [f"{text}{units[stride]}" for stride, text in self.writer.strides.items()]
+        return args + list(self.sizes.values()) + (["ALIGN=align"] if self.plan.aligns else [])
+
+    def entry(self) -> Entry:
+        signature = kernel_signature(self.tensors, self.writer.strides, self.plan.chain.outputs, self.outputs, self.sizes)
+        return Entry(f"{self.plan.name}_kernel", self.config_name, signature)
+
+
+class _FileView:
+    """Everything the kernel template shows beside the kernels."""
+
+    def __init__(self, plan: ChainPlan, names: Names, kernels: list[_KernelView], region: Region, source: Source):
+        self.plan, self.names, self.kernels, self.region, self.source = plan, names, kernels, region, source
         self.chain = plan.chain
+        self.inputs = {t: n for t, n in names.tensors.items() if t not in plan.results}
         self.known_sizes, self.passed_sizes = self._size_sources()
 
     def _size_sources(self) -> tuple[dict[Node, str], list[Param]]:
         """Where each named size is read off a tensor's shape, and the sizes the caller must pass."""
         shapes: dict[Node, str] = {}
-        for tensor, name in self.names.tensors.items():
+        for tensor, name in self.inputs.items():
             for k, extent in enumerate(tensor.shape):
                 shapes.setdefault(extent, f"{name}.shape[{k}]")
         known = {n: shapes[n] for n in self.names.sizes if n in shapes}
@@ -91,101 +196,71 @@ class _View:
             if node not in known and node not in passed:
                 parts = [p for p in walk(node) if isinstance(p, Param) and p not in known and p not in passed]
                 passed += [p for p in parts if p not in self.names.sizes]
-                known[node] = _renamed(show(node), self._size_names())
+                known[node] = renamed(show(node), self._size_names())
         return known, passed
 
     def _size_names(self) -> dict[str, str]:
         return {p.name: n for p, n in self.names.sizes.items() if isinstance(p, Param)}
 
     def values(self) -> dict[str, object]:
-        plan, names = self.plan, self.names
+        names = self.names
+        nodes = {o.name: n for o, n in zip(self.region.program.outputs, self.region.outputs)}
+        kernels = [k.values() for k in self.kernels]
         return {
             "source": self.source,
-            "name": plan.name,
+            "name": self.plan.name,
             "namespace": NAMESPACE,
             "math": self._math(),
             "derivation": [self._with_state(line) for line in self.chain.derivation],
+            "sweeps": self.plan.sweeps,
             "fixed": self._fixed(),
             "dynamic": [f"{name} ({self.known_sizes.get(p, 'passed')})" for p, name in names.sizes.items()],
             "constants": self._constants(),
-            "helpers": sorted(self.writer.helpers),
-            "kernel_params": self._kernel_params(),
-            "grid": self._grid(),
-            "grid_decode": self._grid_decode(),
-            "row": names.axes[plan.row],
-            "stream": names.axes[plan.stream],
-            "row_extent": self.text(plan.row.extent),
-            "stream_extent": self.text(plan.stream.extent),
-            "offsets": [names.axes[a] for a in plan.features if a in self.writer.needs_offsets],
-            "initial": self.writer.initial(),
-            "prologue": _commented(self.writer.prologue.lines),
-            "segments": {k: _commented(v) for k, v in self.writer.segments.items()},
-            "epilogue": _commented(self.writer.epilogue.lines),
-            "config": plan.config,
+            "helpers": sorted(set().union(*(k.writer.helpers for k in self.kernels))),
+            "kernels": kernels,
+            "streams": self._dynamic_streams(),
+            "aligned": any(k["aligned"] for k in kernels),
             "arguments": self._arguments(),
             "sizes": [(names.sizes[p], e) for p, e in self.known_sizes.items()],
             "passed_sizes": [names.sizes.get(p, p.name) for p in self.passed_sizes],
-            "outputs": [self._output(*o) for o in zip(self.chain.outputs, names.outputs, self._nodes())],
-            "launch": self._launch(),
-            "aligned": [text for stride, text in self.writer.strides.items() if stride in self.writer.aligned],
-            "blocks": [(f"BLOCK_{names.axes[a].upper()}", plan.padded(a)) for a in plan.features],
-            "reference": self._reference(),
+            "results": [self._result(t) for t in self.plan.results],
+            "outputs": [self._output(o, names.outputs[o.name], nodes[o.name]) for o in self.chain.outputs],
+            "reference": reference_of(self.region, names, self.known_sizes),
         }
 
     def text(self, node: Node) -> str:
-        return self.writer.value(node, self.writer.prologue).code
+        return size_text(node, self.names)
 
-    def _axis_names(self) -> dict[Axis, str]:
-        return self.names.axes
-
-    def _nodes(self) -> list[fx.Node]:
-        """The graph node of each output of the chain."""
-        by_axes = dict(zip((o.name for o in self.region.program.outputs), self.region.outputs))
-        return [by_axes[o.name] for o in self.chain.outputs]
+    def _dynamic_streams(self) -> list[str]:
+        streams = dict.fromkeys(a.extent for k in self.plan.kernels for a in k.streams)
+        return [self.text(e) for e in streams if not isinstance(e, Const)]
 
     def _math(self) -> list[str]:
-        tensors = self.names
-        lines = [d.show(self.plan.stream, tensors.axes) for d in self.chain.definitions]
-        lines += [show_output(o, tensors.axes) for o in self.chain.outputs]
-        table = {t.name: n for t, n in tensors.tensors.items()} | tensors.state | self._size_names()
-        table |= {f"r{k}_0": tensors.axes[a] for k, a in enumerate(d.axis for d in self.plan.dots[:1])}
-        return [_renamed(line, table) for line in lines]
+        """Index notation with the names of this file."""
+        lines = [d.show(self.names.axes) for d in self.chain.definitions]
+        lines += [show_output(o, self.names.axes) for o in self.chain.outputs]
+        table = {t.name: n for t, n in self.inputs.items()} | self.names.state | self._size_names()
+        contracted = [d.axis for k in self.plan.kernels for d in k.dots[:1]]
+        table |= {"r0_0": self.names.axes[a] for a in contracted[:1]}
+        return [renamed(line, table) for line in lines]
 
     def _with_state(self, line: str) -> str:
         """Prose, with the running state called as in this file."""
-        return _renamed(line, self.names.state)
+        return renamed(line, self.names.state)
 
     def _fixed(self) -> list[str]:
-        axes = [*self.plan.grid, self.plan.row, self.plan.stream, *self.plan.features]
-        return [
-            f"{self.names.axes[a].upper()} = {a.extent.value}" for a in axes if isinstance(a.extent, Const)
-        ]
+        axes = dict.fromkeys(a for a in self.names.axes if isinstance(a.extent, Const))
+        return [f"{self.names.axes[a].upper()} = {a.extent.value}" for a in axes]
 
     def _constants(self) -> list[tuple[str, str]]:
+        lines = [line.code for k in self.kernels for line in k.writer.every_line()]
         out = [("NEG_INF", 'float("-inf")')]
-        if any("LOG2E" in line.code for lines in self.writer.segments.values() for line in lines):
+        if any("POS_INF" in code for code in lines):
+            out.append(("POS_INF", 'float("inf")'))
+        if any("LOG2E" in code for code in lines):
             out.append(("LOG2E", repr(math.log2(math.e))))
-        for axis in self.plan.grid:
-            if isinstance(axis.extent, Const):
-                out.append((self.names.axes[axis].upper(), str(axis.extent.value)))
-        return out
-
-    def _kernel_params(self) -> list[str]:
-        params = [f"{n}_ptr" for n in (*self.names.tensors.values(), *self.names.outputs)]
-        params += [*self.writer.strides, *self.names.sizes.values()]
-        blocks = [self.plan.row, self.plan.stream, *self.plan.features]
-        params += ["ALIGN: tl.constexpr"] if self.plan.aligns else []
-        return params + [f"BLOCK_{self.names.axes[a].upper()}: tl.constexpr" for a in blocks]
-
-    def _grid(self) -> list[str]:
-        return [self.text(a.extent) for a in self.plan.grid]
-
-    def _grid_decode(self) -> list[tuple[str, str]]:
-        """(axis, extent) from the fastest to the slowest."""
-        return [(self.names.axes[a], self._extent_name(a)) for a in reversed(self.plan.grid)]
-
-    def _extent_name(self, axis: Axis) -> str:
-        return self.names.axes[axis].upper() if isinstance(axis.extent, Const) else self.text(axis.extent)
+        grid = dict.fromkeys(a for k in self.plan.kernels for a in k.grid if isinstance(a.extent, Const))
+        return out + [(self.names.axes[a].upper(), str(a.extent.value)) for a in grid]
 
     def _arguments(self) -> list[Argument]:
         return [
@@ -195,8 +270,13 @@ class _View:
                 str(t.dtype),
                 _axes_doc(t),
             )
-            for t, n in self.names.tensors.items()
+            for t, n in self.inputs.items()
         ]
+
+    def _result(self, tensor: Tensor) -> dict[str, str]:
+        shape = _tuple([self.text(e) for e in tensor.shape])
+        made = f"torch.empty({shape}, device={self._first()}.device, dtype={tensor.dtype})"
+        return {"name": self.names.tensors[tensor], "made": made}
 
     def _output(self, output: Output, name: str, node: fx.Node) -> dict[str, str]:
         """Shape and allocation; dimensions lie in memory as eager lays them out, so that a `.view` after it still works."""
@@ -208,27 +288,14 @@ class _View:
         return {"name": name, "shape": _tuple(extents), "dtype": str(output.dtype), "made": made}
 
     def _first(self) -> str:
-        return next(iter(self.names.tensors.values()))
-
-    def _launch(self) -> list[str]:
-        units = {s: " // align" if s in self.writer.aligned else "" for s in self.writer.strides}
-        args = [*self.names.tensors.values(), *self.names.outputs]
-        args += [f"{text}{units[stride]}" for stride, text in self.writer.strides.items()]
-        return args + list(self.names.sizes.values()) + (["ALIGN=align"] if self.plan.aligns else [])
-
-    def _reference(self) -> Reference:
-        return reference_of(self.region, self.names, self.known_sizes)
-
-    def signature(self) -> dict[str, str]:
-        """Triton types of the kernel's parameters, for compiling it without a GPU."""
-        from rewriter.emit.signature import kernel_signature
-
-        return kernel_signature(self.names, self.writer.strides, self.chain.outputs)
+        return next(iter(self.inputs.values()))
 
 
-def _renamed(text: str, names: dict[str, str]) -> str:
-    """Prose or index notation with some words replaced by the names of this file."""
-    return re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m[0], m[0]), text)
+def size_text(node: Node, names: Names) -> str:
+    """An extent as Python, of the sizes that have names."""
+    if node in names.sizes:
+        return names.sizes[node]
+    return renamed(show(node), {p.name: n for p, n in names.sizes.items() if isinstance(p, Param)})
 
 
 def _tuple(items: list[str]) -> str:
@@ -257,13 +324,10 @@ def _axes_doc(tensor: Tensor) -> str:
     return ", ".join(show(s) for s in tensor.shape)
 
 
-def _commented(lines: list[Line]) -> list[Line]:
+def commented(lines: list[Line]) -> list[Line]:
     """Drops a user's line that is the same as the one before."""
     out, last = [], ""
     for line in lines:
         out.append(Line(line.code, line.shape, line.source if line.source != last else ""))
         last = line.source or last
     return out
-
-
-__all__ = ["KernelFile", "Load", "Source", "emit_kernel", "torch", "walk"]

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import keyword
 import re
 
-from rewriter.derive import Chain, Definition
+from rewriter.derive import Definition
 from rewriter.ir import Axis, Const, Node, Param, Tensor, walk
-from rewriter.plan import KernelPlan
+from rewriter.plan import ChainPlan
 
-_RESERVED = set("tl triton torch pid offs_m offs_n start_n m_new M N LOG2E full NEG_INF range".split())
+_RESERVED = set("tl triton torch pid offs_m offs_n start_n m_new M N LOG2E full NEG_INF POS_INF range".split())
 
 
 class Names:
-    """Assigns every axis, size, tensor and running value of a plan a name, once."""
+    """Assigns every axis, size, tensor and running value of a plan a name, once for all its kernels."""
 
-    def __init__(self, plan: KernelPlan, display: dict[str, str]):
+    def __init__(self, plan: ChainPlan, display: dict[str, str]):
         self.taken: set[str] = set(_RESERVED)
         self.axes = self._axes(plan)
         self.sizes = self._sizes(plan)
-        self.tensors = {t: self.unique(_identifier(display.get(t.name, t.name))) for t in plan.chain.tensors}
-        self.outputs = [
-            self.unique("out" if len(plan.chain.outputs) == 1 else f"out_{o.name}")
-            for o in plan.chain.outputs
-        ]
-        self.state = self._state(plan.chain, plan)
+        results = {t.name for t in plan.results}
+        inputs = [t for t in plan.chain.tensors if t.name not in results]
+        self.tensors = {t: self.unique(_identifier(display.get(t.name, t.name))) for t in inputs}
+        single = len(plan.chain.outputs) == 1
+        self.outputs = {o.name: self.unique("out" if single else f"out_{o.name}") for o in plan.chain.outputs}
+        self.state = self._state(plan)
+        for result in plan.results:
+            self.tensors[result] = self.outputs[result.name] = self.unique(_stored(plan.chain.definition(result.name)))
+
+    def for_kernel(self) -> Names:
+        """The same names, with room of its own for the variables of one kernel."""
+        own = copy.copy(self)
+        own.taken = set(self.taken)
+        return own
 
     def unique(self, wanted: str) -> str:
         name, k = wanted, 2
@@ -33,22 +42,29 @@ class Names:
         self.taken.add(name)
         return name
 
-    def _axes(self, plan: KernelPlan) -> dict[Axis, str]:
-        out = {plan.row: "m", plan.stream: "n"}
-        grid = ["h", "b", "g", "i", "j", "k", "x", "y", "z"]
-        for axis, name in zip(reversed(plan.grid), grid):
-            out[axis] = name
-        if len(plan.grid) == 1 and not isinstance(plan.grid[0].extent, Const):
-            out[plan.grid[0]] = "b"
-        for k, axis in enumerate(plan.features):
-            out[axis] = ["d", "e", "f", "c"][k] if k < 4 else f"d{k}"
+    def _axes(self, plan: ChainPlan) -> dict[Axis, str]:
+        """The last kernel, which gives the results, has rows m and stream n; the others share its letters."""
+        out: dict[Axis, str] = {}
+        kernels = plan.kernels[::-1]
+        for letters, axes in (
+            ("mn", [a for k in kernels for a in k.rows]),
+            ("nmjtuvw", [a for k in kernels for a in k.streams if not k.steps]),
+            ("hbgijkxyz", [a for k in kernels for a in k.grid[::-1]]),
+            ("defc", [a for k in kernels for a in (*k.features, *k.long_axes)]),
+            ("ghr", [a for k in kernels for a in k.streams]),
+            ("drgux", [r.axis for k in kernels for r in k.loops]),
+        ):
+            for axis in axes:
+                if axis not in out:
+                    free = (c for c in (*letters, *(f"{letters[0]}{k}" for k in range(1, 99))) if c not in out.values())
+                    out[axis] = next(free)
         self.taken |= set(out.values())
         return out
 
-    def _sizes(self, plan: KernelPlan) -> dict[Node, str]:
+    def _sizes(self, plan: ChainPlan) -> dict[Node, str]:
         """Names of the extents known only at the call, and of the sizes other expressions mention."""
         out: dict[Node, str] = {}
-        for axis in (plan.row, plan.stream, *plan.grid):
+        for axis in self.axes:
             if not isinstance(axis.extent, Const):
                 out.setdefault(axis.extent, self.axes[axis].upper())
         for param in dict.fromkeys(n for n in walk(*_all_nodes(plan)) if isinstance(n, Param)):
@@ -57,31 +73,36 @@ class Names:
         self.taken |= set(out.values())
         return out
 
-    def _state(self, chain: Chain, plan: KernelPlan) -> dict[str, str]:
+    def _state(self, plan: ChainPlan) -> dict[str, str]:
         """m_i for maxima, l_i for sums over a row, acc for sums with features; numbered where there are several."""
         out: dict[str, str] = {}
-        for definition in chain.definitions:
-            base = _base(definition, plan)
+        features = {a for k in plan.kernels for a in k.features}
+        for definition in plan.chain.definitions:
+            base = _base(definition, features)
             count = sum(v.startswith(base) for v in out.values())
             out[definition.name] = base if not count else f"{base}{count + 1}"
         self.taken |= set(out.values())
         return out
 
 
-def _base(definition: Definition, plan: KernelPlan) -> str:
-    if any(a in plan.features for a in definition.axes):
+def _base(definition: Definition, features: set[Axis]) -> str:
+    if any(a in features for a in definition.axes):
         return "acc"
     return {"max": "m_i", "sum": "l_i"}.get(definition.op, f"{definition.op}_i")
 
 
-def _all_nodes(plan: KernelPlan) -> list[Node]:
+def _stored(definition: Definition) -> str:
+    """What one kernel writes for the next: a value per row of its own."""
+    return f"row_{definition.op}"
+
+
+def _all_nodes(plan: ChainPlan) -> list[Node]:
     chain = plan.chain
-    roots = [n for d in chain.definitions for n in (d.predicate, d.body)] + [o.body for o in chain.outputs]
     shapes = [s for t in chain.tensors for s in t.shape] + [a.extent for o in chain.outputs for a in o.axes]
-    return roots + shapes
+    return chain.roots + shapes
 
 
-def _is_mentioned(param: Param, plan: KernelPlan, named: dict[Node, str]) -> bool:
+def _is_mentioned(param: Param, plan: ChainPlan, named: dict[Node, str]) -> bool:
     """Whether a size occurs other than inside an extent that has a name."""
     return any(_mentions(root, param, named) for root in _all_nodes(plan))
 

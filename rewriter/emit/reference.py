@@ -24,9 +24,11 @@ class Reference:
 
 def reference_of(region: Region, names: Names, known_sizes: dict[Node, str]) -> Reference:
     variables = Variables({*names.tensors.values(), *names.sizes.values(), "torch"})
-    for tensor, name in names.tensors.items():
-        variables.adopt(_node(region, tensor.name), name)
-    first = next(iter(names.tensors.values()))
+    inputs = {n.name: n for n in region.inputs}
+    given = {inputs[t.name]: name for t, name in names.tensors.items() if t.name in inputs}
+    for node, name in given.items():
+        variables.adopt(node, name)
+    first = next(iter(given.values()))
     printer = TorchPrinter(variables.of, lambda p: _size(names, known_sizes, p), f"{first}.device")
     lines = [_line(node, printer, variables, region) for node in ordered(region)]
     return Reference(tuple(lines), tuple(variables.of(o) for o in region.outputs))
@@ -34,10 +36,6 @@ def reference_of(region: Region, names: Names, known_sizes: dict[Node, str]) -> 
 
 def _size(names: Names, known: dict[Node, str], param: Param) -> str:
     return names.sizes.get(param) or known.get(param, param.name)
-
-
-def _node(region: Region, name: str) -> fx.Node:
-    return next(n for n in region.inputs if n.name == name)
 
 
 def ordered(region: Region) -> list[fx.Node]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rewriter.emit.names import Names
-from rewriter.ir import Output
+from rewriter.ir import Node, Output, Tensor
 
 POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
 POINTER |= {
@@ -17,8 +16,15 @@ POINTER |= {
 }
 
 
-def kernel_signature(names: Names, strides: dict[str, str], outputs: tuple[Output, ...]) -> dict[str, str]:
-    out = {f"{name}_ptr": POINTER[tensor.dtype] for tensor, name in names.tensors.items()}
-    out |= {f"{name}_ptr": POINTER[o.dtype] for o, name in zip(outputs, names.outputs)}
+def kernel_signature(
+    tensors: dict[Tensor, str],
+    strides: dict[str, str],
+    outputs: tuple[Output, ...],
+    names: dict[str, str],
+    sizes: dict[Node, str],
+) -> dict[str, str]:
+    """Tensors read, outputs by their `names`, strides and sizes, as the kernel's parameters stand."""
+    out = {f"{name}_ptr": POINTER[tensor.dtype] for tensor, name in tensors.items()}
+    out |= {f"{names[o.name]}_ptr": POINTER[o.dtype] for o in outputs}
     out |= {stride: "i32" for stride in strides}
-    return out | {size: "i32" for size in names.sizes.values()}
+    return out | {size: "i32" for size in sizes.values()}

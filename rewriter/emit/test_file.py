@@ -40,6 +40,7 @@ def equivalence_test(loaded: Loaded, options: Options) -> str:
         "test_equivalence.py.jinja",
         file=loaded.file.name,
         path=_relative(loaded, options),
+        package=loaded.package,
         target=loaded.class_name,
         is_module=isinstance(loaded.module, nn.Module),
         init_call=_INIT_CALL if loaded.init_form == PAIR else "",

@@ -15,7 +15,7 @@ from rewriter.errors import RewriteError
 from rewriter.ir import Node, Param, walk
 from rewriter.ir.printer import show
 from rewriter.trace.calls import FILLS, call_name, reads_shape_only
-from rewriter.trace.sizes import size_node
+from rewriter.trace.sizes import number_text, size_node, sizes_in
 
 _INFIX = {
     "add": "+",
@@ -175,6 +175,10 @@ class TorchPrinter:
         entries = [":" if i is None else self.value(i) for i in node.args[1]]
         return f"{self.value(node.args[0])}[{', '.join(entries)}]"
 
+    def _index_put(self, node: fx.Node) -> str:
+        """torch.index_put takes no None among the indices, the op itself does."""
+        return f"torch.ops.aten.index_put.default({self._arguments(node.args, node.kwargs)})"
+
     def _arguments(self, args: tuple, kwargs: dict[str, Any]) -> str:
         return ", ".join([*map(self.value, args), *(f"{k}={self.value(v)}" for k, v in kwargs.items())])
 
@@ -184,13 +188,11 @@ class TorchPrinter:
             held = value.meta.get("val")
             if "constant" in value.meta:
                 return self.constant(value.meta["constant"])
-            return (
-                self.size(held)
-                if isinstance(held, (torch.SymInt, int)) and not torch.is_tensor(held)
-                else self.name_of(value)
-            )
+            return self.name_of(value) if torch.is_tensor(held) or isinstance(held, (tuple, list)) else self.value(held)
         if isinstance(value, torch.SymInt):
             return self.size(value)
+        if isinstance(value, torch.SymFloat):
+            return self.number(value)
         if isinstance(value, (tuple, list)):
             inner = ", ".join(map(self.value, value))
             return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
@@ -213,6 +215,10 @@ class TorchPrinter:
         if isinstance(value, int):
             return str(value)
         return self.size_node(size_node(value))
+
+    def number(self, value: torch.SymFloat) -> str:
+        """A number made from sizes: `length**0.5`"""
+        return f"({number_text(value, {p.name: self.size_name(p) for p in sizes_in(value)})})"
 
     def size_node(self, node: Node) -> str:
         """An integer node as Python, sizes by their variables."""

@@ -1,367 +1,101 @@
-"""Writes the statements of one kernel: what is loaded, computed and accumulated, in the scope where it belongs."""
+"""Writes the statements of one kernel: its sweeps over streams, what each accumulates, and what is stored."""
 
 from __future__ import annotations
-
-from collections import Counter
-from dataclasses import dataclass, field
 
 import torch
 
 from rewriter.derive import Definition
 from rewriter.derive.factors import multiply, without_cast
-from rewriter.emit.expr import (
-    ATOM,
-    TRITON_DTYPES,
-    NotEmittable,
-    Text,
-    apply_text,
-    constant,
-    operand,
-    spread,
-    spread_argument,
-)
-from rewriter.emit.names import Names, stride_name
+from rewriter.emit.expr import ATOM, NotEmittable, TRITON_DTYPES, Text, operand, spread, spread_argument
+from rewriter.emit.inner import INTO, Inner, as_held, held_dtype, neutral_text, precision
+from rewriter.emit.names import Names
 from rewriter.emit.origins import Origins
-from rewriter.ir import (
-    TRUE,
-    Apply,
-    Axis,
-    Const,
-    Index,
-    Load,
-    Node,
-    Output,
-    Reduce,
-    Ref,
-    Where,
-    walk,
-)
-from rewriter.ir.integer import proves
+from rewriter.emit.scope import Line, Scope
+from rewriter.ir import TRUE, Apply, Axis, Const, Index, Load, Node, Output, Param, Where, const
 from rewriter.lift.rounding import has_fill
-from rewriter.plan import Dot, KernelPlan
+from rewriter.plan import KernelPlan, Sweep
+
+FOLD = {"max": "tl.max", "min": "tl.min", "sum": "tl.sum"}
 
 
-@dataclass(frozen=True)
-class Line:
-    """One statement with the shape of what it assigns and the user's line above it (both may be empty)."""
+class Writer(Inner):
+    """Fills `prologue`, the segments of every sweep, what stands between them and the epilogue; templates only lay them out.
 
-    code: str
-    shape: str = ""
-    source: str = ""
-
-
-@dataclass
-class Scope:
-    """Statements in order, and the values that are known in this scope or an outer one."""
-
-    lines: list[Line] = field(default_factory=list)
-    known: dict[Node, Text] = field(default_factory=dict)
-
-
-class Writer:
-    """Fills `prologue`, the `segments` of the loop and `epilogue`; the templates only lay them out.
-
-    Full tiles of the stream need no bounds; only the last one, where the stream does not fill it, has them.
+    Full tiles of a stream need no bounds; only the last one, where the stream does not fill it, has them.
     """
 
     def __init__(self, plan: KernelPlan, names: Names, origins: Origins):
-        self.plan, self.names, self.origins = plan, names, origins
-        names.taken -= set(names.tensors.values())  # inside the kernel a tensor's name is its tile's
-        self.prologue, self.loop, self.epilogue = Scope(), Scope(), Scope()
-        self.segments: dict[str, list[Line]] = {}
-        self.in_tail = False
-        self.helpers: set[str] = set()
-        self.strides: dict[str, str] = {}
-        self.aligned: set[str] = set()
-        self.half = plan.dtype is not torch.float32
-        self.uses = self._use_counts()
-        self.dots = {d.node: d for d in plan.dots}
-        self.needs_offsets: set[Axis] = set()
-        self.holders: dict[str, tuple[Node, Scope]] = {}
+        super().__init__(plan, names, origins)
+        self.loop = Scope()
+        self.sweep: Sweep | None = None
+        self.segments: list[dict[str, list[Line]]] = []
+        self.before: list[Scope] = []  # straight-line code before each sweep
+        self.epilogue = self.prologue
 
     def write(self) -> None:
-        for name in self.plan.segments:
-            self._write_segment(name)
-        for output, name in zip(self.plan.chain.outputs, self.names.outputs):
-            self._store(output, name)
+        straight = self.prologue
+        for sweep in self.plan.sweeps:
+            self.sweep = sweep
+            self.before.append(straight)
+            self.segments.append({})
+            for name in self.plan.segments(sweep):
+                self._write_segment(name, straight)
+            straight = Scope(straight)
+        self.epilogue = straight
+        for output in self.plan.outputs:
+            self._store(output, self.epilogue)
 
-    def _write_segment(self, name: str) -> None:
-        """One form of the loop's body. Both use the same names, so that a reader sees what differs."""
-        taken, holders = set(self.names.taken), dict(self.holders)
-        known = set(self.prologue.known)
-        self.loop, self.in_tail = Scope(), name == "tail"
-        for definition in self.plan.chain.definitions:
-            self._accumulate(definition)
-        for definition in self.plan.chain.definitions:
-            self._advance(definition)
-        self.segments[name] = self.loop.lines
-        hoisted = {t.code for n, t in self.prologue.known.items() if n not in known}
-        self.names.taken = taken | {c for c in hoisted if c.isidentifier()}
-        self.holders = holders | {k: v for k, v in self.holders.items() if v[1] is self.prologue}
+    def every_line(self) -> list[Line]:
+        """All that was written."""
+        loops = [line for segments in self.segments for lines in segments.values() for line in lines]
+        empty = [line for sweep in self.plan.sweeps for line in self.initial(sweep)]
+        straight = [line for scope in (*self.before, self.epilogue) for line in scope.lines]
+        return [*straight, *empty, *loops]
 
-    # -- values ---------------------------------------------------------------------------------------------------
-
-    def value(self, node: Node, scope: Scope) -> Text:
-        """The text of a node; statements it needs are written into the scope where they vary."""
-        simple = self._simple(node)
-        if simple:
-            return simple
-        home = self._home(node, scope)
-        known = home.known.get(node) or self.prologue.known.get(node)
-        if known:
-            return known
-        text = self._compute(node, home)
-        if self._deserves_name(node, text, home, scope):
-            text = self._named(node, text, home)
-        home.known[node] = text
-        return text
-
-    def _simple(self, node: Node) -> Text | None:
-        if node in self.names.sizes:
-            return Text(self.names.sizes[node])
-        match node:
-            case Const():
-                return Text(constant(node), (), 7 if str(node.value).startswith("-") else ATOM)
-            case Index():
-                return self._position(node.axis)
-        return None
-
-    def _position(self, axis: Axis) -> Text:
-        if axis in self.plan.tile_axes:
-            self.needs_offsets.add(axis)
-            return Text(f"offs_{self.names.axes[axis]}", (axis,))
-        return Text(self.names.axes[axis])
-
-    def _home(self, node: Node, scope: Scope) -> Scope:
-        """Where a node is computed: before the loop if nothing in it moves along the stream."""
-        if (
-            scope is self.loop
-            and self.plan.stream not in node.free
-            and not any(isinstance(n, Ref) for n in walk(node))
-        ):
-            return self.prologue
-        return scope
-
-    def _compute(self, node: Node, scope: Scope) -> Text:
-        match node:
-            case Load():
-                return self._load(node, scope)
-            case Reduce():
-                return self._dot(self.dots[node], scope)
-            case Ref():
-                return self._reference(node)
-            case Where():
-                return self._where(node, scope)
-        args = [self.value(a, scope) for a in node.args]
-        axes = self._joined(args)
-        return apply_text(node, args, axes, self.helpers, self.half)
-
-    def _joined(self, texts: list[Text]) -> tuple[Axis, ...]:
-        found = {a for t in texts for a in t.axes}
-        axes = tuple(a for a in self.plan.tile_axes if a in found)
-        if len(axes) > 2:
-            raise NotEmittable(f"a tile over {len(axes)} axes")
-        return axes
-
-    def _where(self, node: Where, scope: Scope) -> Text:
-        args = [self.value(c, scope) for c in node.children]
-        axes = self._joined(args)
-        return Text(f"tl.where({', '.join(spread_argument(a, axes) for a in args)})", axes)
-
-    def _reference(self, node: Ref) -> Text:
-        definition = self.plan.chain.definition(node.name)
-        return Text(self.names.state[node.name], self.tile(definition.axes))
-
-    def tile(self, axes) -> tuple[Axis, ...]:
-        return tuple(a for a in self.plan.tile_axes if a in axes)
-
-    # -- names ----------------------------------------------------------------------------------------------------
-
-    def _use_counts(self) -> Counter:
-        chain = self.plan.chain
-        roots: list[Node] = []
-        for d in chain.definitions:
-            roots += [d.predicate, *d.rest] + ([d.shift.exponent, d.shift.phi] if d.shift else [])
-        distinct = list(dict.fromkeys([*roots, *(o.body for o in chain.outputs)]))
-        counts = Counter(c for n in walk(*distinct) for c in n.children)
-        counts.update(roots)
-        return counts
-
-    def _deserves_name(self, node: Node, text: Text, home: Scope, scope: Scope) -> bool:
-        if text.code.isidentifier():
-            return False
-        if isinstance(node, (Load, Reduce)):
-            return True
-        origin = self.origins.of(node)
-        return self.uses[node] > 1 or home is not scope or bool(origin and origin.name) or len(text.code) > 90
-
-    def _named(self, node: Node, text: Text, home: Scope) -> Text:
-        name = self._name_for(node, home)
-        origin = self.origins.of(node)
-        home.lines.append(
-            Line(f"{name} = {text.code}", self.shape(text.axes), origin.source if origin else "")
-        )
-        self.holders[name] = (node, home)
-        return Text(name, text.axes)
-
-    def _name_for(self, node: Node, home: Scope) -> str:
-        """The user's variable where there is one; it is assigned again where its last value has no other reader."""
-        origin = self.origins.of(node)
-        wanted = origin.name if origin and origin.name else self._default_name(node)
-        holder, scope = self.holders.get(wanted, (None, None))
-        if scope is home and self.uses[holder] == 1 and holder is not node and holder in set(walk(node)):
-            return wanted
-        return self.names.unique(wanted) if wanted in self.names.taken else self._take(wanted)
-
-    def _take(self, name: str) -> str:
-        self.names.taken.add(name)
-        return name
-
-    def _default_name(self, node: Node) -> str:
-        if isinstance(node, Load):
-            return self.names.tensors[node.tensor]
-        if node.dtype is torch.bool:
-            return "mask"
-        if isinstance(node, Reduce):
-            return "qk"
-        return "x" if node.dtype.is_floating_point else "i"
-
-    def shape(self, axes: tuple[Axis, ...]) -> str:
-        return f"[{', '.join(self.block(a) for a in axes)}]" if axes else ""
-
-    def block(self, axis: Axis) -> str:
-        return f"BLOCK_{self.names.axes[axis].upper()}"
-
-    # -- memory ---------------------------------------------------------------------------------------------------
-
-    def _load(self, node: Load, scope: Scope) -> Text:
-        name = self.names.tensors[node.tensor]
-        axes = self._joined([self.value(i, scope) for i in node.index])
-        checks = self._unproved(node, axes, scope)
-        pointer = self._pointer(f"{name}_ptr", name, node.index, axes, scope)
-        mask = " & ".join(filter(None, [self._bounds(node.free, axes), *checks]))
-        extra = f", mask={mask}, other=0" if mask else ""
-        code = f"tl.load({pointer}{extra})"
-        if node.tensor.dtype is torch.bool:
-            code = f"{code} != 0"
-        return Text(code, axes, 2 if node.tensor.dtype is torch.bool else ATOM)
-
-    def _unproved(self, node: Load, axes: tuple[Axis, ...], scope: Scope) -> list[str]:
-        """Bounds of index entries that are not proved to be inside: gathers, and branches of a choice not taken."""
+    def initial(self, sweep: Sweep) -> list[Line]:
+        """The empty state: the neutral element of every reduction."""
         out = []
-        for entry, extent in zip(node.index, node.tensor.shape):
-            low, high = proves("le", Const(0), entry), proves("lt", entry, extent)
-            if low and high:
-                continue
-            position = spread_argument(self._indexed(entry, scope), axes)
-            limit = self.value(extent, self.prologue)
-            out += [] if low else [f"({position} >= 0)"]
-            out += [] if high else [f"({position} < {limit.tight(5)})"]
+        for definition in sweep.definitions:
+            axes = self.tile(definition.axes)
+            shape = ", ".join(self.block(a) for a in axes)
+            neutral, dtype = self._neutral(definition), self._held(definition)
+            code = f"{self.names.state[definition.name]} = tl.full([{shape}], {neutral}, {dtype})"
+            out.append(Line(code, self.shape(axes)))
         return out
 
-    def _indexed(self, entry: Node, scope: Scope) -> Text:
-        """A computed position, as a variable."""
-        text = self.value(entry, scope)
-        if text.code.isidentifier() or isinstance(entry, Const):
-            return text
-        home = self._home(entry, scope)
-        name = self.names.unique("index")
-        home.lines.append(Line(f"{name} = {text.code}", self.shape(text.axes)))
-        home.known[entry] = Text(name, text.axes)
-        return home.known[entry]
+    def _neutral(self, definition: Definition) -> str:
+        return neutral_text(definition.op, held_dtype(definition.body))
 
-    def _pointer(
-        self, base: str, name: str, index: tuple[Node, ...], axes: tuple[Axis, ...], scope: Scope
-    ) -> str:
-        letters = self._letters(index)
-        fixed, moving = [base], []
-        for k, entry in enumerate(index):
-            if entry is Const(0):
-                continue
-            stride = stride_name(name, k, letters)
-            self.strides[stride] = f"{name}.stride({k})"
-            text = self.value(entry, scope)
-            part = self._wide(entry, text, axes)
-            lanes = text.axes and set(text.axes) <= set(self.plan.features)
-            unit = "" if lanes or not self.plan.aligns else " * ALIGN"
-            if unit:
-                self.aligned.add(stride)
-            (moving if text.axes else fixed).append(f"{part} * {stride}{unit}")
-        return " + ".join(fixed + moving)
+    def _held(self, definition: Definition) -> str:
+        return TRITON_DTYPES[held_dtype(definition.body)]
 
-    def _wide(self, entry: Node, text: Text, axes: tuple[Axis, ...]) -> str:
-        """Positions that a stride may carry past 2³¹ are 64-bit; lanes of a feature are not."""
-        narrow = not text.axes and isinstance(entry, Const)
-        if narrow or (text.axes and set(text.axes) <= set(self.plan.features)):
-            return operand(text, axes, 7)
-        cast = f"{text.tight(ATOM)}.to(tl.int64)"
-        return spread(Text(cast, text.axes), axes) if text.axes else cast
-
-    def _letters(self, index: tuple[Node, ...]) -> tuple[str, ...]:
-        letters: list[str] = []
-        for k, entry in enumerate(index):
-            own = [
-                self.names.axes[n.axis]
-                for n in walk(entry)
-                if isinstance(n, Index) and n.axis in self.names.axes
-            ]
-            letter = own[0] if own else str(k)
-            letters.append(letter if letter not in letters else f"{letter}{k}")
-        return tuple(letters)
-
-    def _bounds(self, free: frozenset[Axis], axes: tuple[Axis, ...]) -> str:
-        """The mask of a load or store: which lanes are inside the tensor."""
-        parts = []
-        for axis in self.plan.tile_axes:
-            if axis in free and not self._fills(axis):
-                limit = self.value(axis.extent, self.prologue)
-                inside = spread(self._position(axis), axes)
-                parts.append(f"({inside} < {limit.tight(5)})")
-        return " & ".join(parts)
-
-    def _fills(self, axis: Axis) -> bool:
-        """True where a padded feature axis has no padding."""
-        if axis is self.plan.stream:
-            return not self.in_tail
-        return axis in self.plan.features and self.plan.padded(axis) == axis.extent.value
-
-    # -- arithmetic that is not pointwise -------------------------------------------------------------------------
-
-    def _dot(self, dot: Dot, scope: Scope) -> Text:
-        stored = self._operand_dtype(dot.left, dot.right)
-        left = self._tile_operand(dot.left, (self.plan.row, dot.axis), scope, stored)
-        right = self._tile_operand(dot.right, (self.plan.stream, dot.axis), scope, stored)
-        code = f"tl.dot({left}, tl.trans({right}){_precision(stored)})"
-        if not dot.scale:
-            return Text(code, (self.plan.row, self.plan.stream))
-        factors = " * ".join(operand(self.value(f, scope), (), 6) for f in dot.scale)
-        return Text(f"{code} * {factors}", (self.plan.row, self.plan.stream), 6)
-
-    def _tile_operand(self, node: Node, axes: tuple[Axis, ...], scope: Scope, stored: torch.dtype) -> str:
-        """A two-dimensional operand of `tl.dot`, in the type the tensors are stored in."""
-        text = self.value(node, scope)
-        if text.axes != axes:
-            raise NotEmittable("a contraction whose operand is no tile of two dimensions")
-        if isinstance(node, Load) and node.dtype is stored:
-            return text.code
-        return f"{text.tight(ATOM)}.to({TRITON_DTYPES[stored]})"
-
-    def _operand_dtype(self, *operands: Node) -> torch.dtype:
-        """The widest floating type that the operands of one product are stored in."""
-        floats = [n.dtype for n in walk(*operands) if isinstance(n, Load) and n.dtype.is_floating_point]
-        return max(floats, key=lambda d: d.itemsize, default=self.plan.dtype)
-
-    # -- the chain ------------------------------------------------------------------------------------------------
+    def _write_segment(self, name: str, straight: Scope) -> None:
+        """One form of a loop's body. Both use the same names, so that a reader sees what differs."""
+        taken, holders = set(self.names.taken), dict(self.holders)
+        known = set(straight.known)
+        self.loop = Scope(straight, self.sweep.stream, tail=name == "tail", is_sweep=True)
+        for definition in _moments_first(self.sweep.definitions):
+            self._accumulate(definition)
+        for output in self.sweep.outputs:
+            self._store(output, self.loop)
+        for definition in self.sweep.definitions:
+            self._advance(definition)
+        self.segments[-1][name] = self.loop.lines
+        hoisted = {t.code for n, t in straight.known.items() if n not in known}
+        self.names.taken = taken | {c for c in hoisted if c.isidentifier()}
+        self.holders = holders | {k: v for k, v in self.holders.items() if v[1] is straight}
 
     def _keep(self, definition: Definition, axes: tuple[Axis, ...]) -> str:
         """Which positions of a tile take part: the stream's tail and the definition's predicate."""
-        stream = self.plan.stream
+        stream = self.sweep.stream
+        if self.plan.steps:
+            return spread_argument(self.value(definition.predicate, self.loop), axes)
         position, limit = self._position(stream), self.value(stream.extent, self.prologue)
         inside = f"{spread(position, axes)} < {limit.tight(5)}"
         if definition.predicate is TRUE:
             return inside
         predicate = self.value(definition.predicate, self.loop)
-        if not self.in_tail:
+        if not self.loop.tail:
             return spread_argument(predicate, axes)
         return f"({inside}) & {operand(predicate, axes, 5)}"
 
@@ -371,56 +105,66 @@ class Writer:
         key = Where(
             Apply("eq", (definition.predicate, TRUE), torch.bool),
             node,
-            Const(neutral == "NEG_INF", torch.bool),
+            Param(neutral),
         )
-        if definition.predicate is TRUE and not self.in_tail:
-            self.loop.known.setdefault(key, self._whole(node))
+        if key not in self.loop.known and definition.predicate is TRUE and not self.loop.tail:
+            self.loop.known[key] = self._whole(node, definition)
         if key not in self.loop.known:
             value = self.value(node, self.loop)
             predicate = (
                 self.value(definition.predicate, self.loop) if definition.predicate is not TRUE else Text("")
             )
-            axes = self._joined([value, predicate, Text("", (self.plan.stream,))])
+            axes = self._joined([value, predicate, Text("", self._lanes)])
             keep = self._keep(definition, axes)
             name = self._name_for(node, self.loop) if not isinstance(node, Const) else self.names.unique("w")
             origin = self.origins.of(node)
-            full = spread_argument(value, axes)
+            full = spread_argument(as_held(value, node), axes)
             code = f"{name} = tl.where({keep}, {full}, {neutral})"
             self.loop.lines.append(Line(code, self.shape(axes), origin.source if origin else ""))
             self.holders[name] = (node, self.loop)
             self.loop.known[key] = Text(name, axes)
         return self.loop.known[key]
 
-    def _whole(self, node: Node) -> Text:
+    @property
+    def _lanes(self) -> tuple[Axis, ...]:
+        """The stream as a tile's dimension; none where it goes one position at a time."""
+        return () if self.plan.steps else (self.sweep.stream,)
+
+    def _whole(self, node: Node, definition: Definition) -> Text:
         """A value that moves along the stream, as a variable or over the whole tile."""
         text = self.value(node, self.loop)
-        if self.plan.stream in text.axes:
+        if set(self._lanes) <= set(text.axes):
             return text if text.code.isidentifier() else self._named(node, text, self.loop)
-        axes = self._joined([text, Text("", (self.plan.row,)), Text("", (self.plan.stream,))])
+        axes = self._joined([text, Text("", self.tile(definition.axes)), Text("", self._lanes)])
         shape = self.shape(axes)
-        return Text(
-            (
-                f"tl.broadcast_to({spread_argument(text, axes)}, {shape})"
-                if text.axes
-                else f"tl.full({shape}, {text.code}, tl.float32)"
-            ),
-            axes,
-        )
+        if text.axes:
+            return Text(f"tl.broadcast_to({spread(text, axes)}, {shape})", axes)
+        return Text(f"tl.full({shape}, {text.code}, {self._held(definition)})", axes)
+
+    # -- running reductions -----------------------------------------------------------------------------------------
 
     def _accumulate(self, definition: Definition) -> None:
-        if definition.op == "max":
-            self._running_max(definition)
+        if definition.op in ("max", "min"):
+            self._running_extremum(definition)
         elif definition.op == "sum":
             self._running_sum(definition)
         else:
             raise NotEmittable(f"a running {definition.op}")
 
-    def _running_max(self, definition: Definition) -> None:
-        score = self._masked(definition.body, definition, "NEG_INF")
+    def _folded(self, function: str, text: Text) -> Text:
+        """⊕ over the tile's part of the stream."""
+        if self.plan.steps:
+            return text
+        at = text.axes.index(self.sweep.stream)
+        return Text(f"{function}({text.code}, {at})", text.axes[:at] + text.axes[at + 1 :])
+
+    def _running_extremum(self, definition: Definition) -> None:
+        score = self._masked(definition.body, definition, self._neutral(definition))
         state, new = self.names.state[definition.name], self._new(definition)
+        folded = self._folded(FOLD[definition.op], score)
         axes = self.tile(definition.axes)
-        reduced = f"tl.max({score.code}, {score.axes.index(self.plan.stream)})"
-        self.loop.lines.append(Line(f"{new} = tl.maximum({state}, {reduced})", self.shape(axes)))
+        code = INTO[definition.op].format(state, spread(folded, axes))
+        self.loop.lines.append(Line(f"{new} = {code}", self.shape(axes)))
 
     def _new(self, definition: Definition) -> str:
         return self.names.state[definition.name].replace("_i", "_new", 1)
@@ -428,58 +172,69 @@ class Writer:
     def _running_sum(self, definition: Definition) -> None:
         state = self.names.state[definition.name]
         rescale = self._rescaled(definition)
-        operands = [f for f in definition.rest if self._is_operand(f)]
-        weights = [f for f in definition.rest if f not in operands]
-        weight = self._weight(definition, weights)
-        if operands:
-            self._matrix_sum(definition, state, rescale, weight, operands)
-            return
+        values = [f for f in definition.rest if any(a in self.plan.features for a in f.free)]
+        weights = [f for f in definition.rest if f not in values]
+        if len(values) == 1 and self._is_product(definition, values[0]):
+            weight = self._weight(definition, weights)
+            if len(weight.axes) == 2:
+                self._matrix_sum(definition, state, rescale, weight, values[0])
+                return
+        weight = self._weight(definition, list(definition.rest))
         axes = self.tile(definition.axes)
-        total = f"tl.sum({weight.code}, {weight.axes.index(self.plan.stream)})"
-        self.loop.lines.append(Line(f"{state} = {rescale} + {total}", self.shape(axes)))
+        folded = self._folded("tl.sum", weight)
+        self.loop.lines.append(Line(f"{state} = {rescale} + {operand(folded, axes, 6)}", self.shape(axes)))
 
-    def _is_operand(self, factor: Node) -> bool:
-        return any(a in self.plan.features for a in factor.free)
+    def _is_product(self, definition: Definition, values: Node) -> bool:
+        """Whether the weights' tile times the values' is a matrix product: the values do not depend on the row."""
+        lanes = self.tile(values.free)
+        features = [a for a in lanes if a in self.plan.features]
+        return not self.plan.steps and len(features) == 1 and lanes == (self.sweep.stream, *features)
 
-    def _matrix_sum(
-        self, definition: Definition, state: str, rescale: str, weight: Text, operands: list[Node]
-    ) -> None:
-        if len(operands) != 1 or len(weight.axes) != 2:
-            raise NotEmittable("a weighted sum that is no product of a score tile and a value tile")
+    def _matrix_sum(self, definition: Definition, state: str, rescale: str, weight: Text, values: Node) -> None:
         axes = self.tile(definition.axes)
-        (value_axes,) = [tuple(a for a in self.plan.tile_axes if a in operands[0].free)]
-        stored = self._operand_dtype(operands[0])
-        value = self._tile_operand(operands[0], value_axes, self.loop, stored)
-        if value_axes[0] is not self.plan.stream or len(value_axes) != 2:
-            raise NotEmittable("values that depend on the row as well as the stream")
-        code = f"{state} = tl.dot({weight.code}.to({TRITON_DTYPES[stored]}), {value}, {rescale}{_precision(stored)})"
+        stored = self._operand_dtype(values)
+        value = self._tile_operand(values, self.tile(values.free), self.loop, stored)
+        left, mode = f"{weight.code}.to({TRITON_DTYPES[stored]})", precision(stored)
+        if stored is torch.float16 and not _is_at_most_one(definition):
+            # fp16 overflows at 65504; tf32 rounds as fp16 does, and has the range of fp32.
+            left, value, mode = weight.code, f"{value}.to(tl.float32)", ', input_precision="tf32"'
+        code = f"{state} = tl.dot({left}, {value}, {rescale}{mode})"
         self.loop.lines.append(Line(code, self.shape(axes)))
 
     def _weight(self, definition: Definition, factors: list[Node]) -> Text:
         """The tile that is summed, zero where the predicate fails."""
         if definition.shift is None:
-            return self._masked(multiply(factors) or Const(1.0, torch.float32), definition, "0.0")
+            return self._masked(multiply(factors) or const(1, definition.body.dtype), definition, self._neutral(definition))
         return self._shifted(definition, factors)
 
     def _shifted(self, definition: Definition, factors: list[Node]) -> Text:
         """p = exp(exponent − phi), with 0 for what is masked (its exponent is −inf) and for rows still all −inf."""
         shift = definition.shift
         key = Apply("exp", (shift.exponent, shift.phi, definition.predicate), torch.float32)
+        score = self._masked(shift.exponent, definition, "NEG_INF")
         if key not in self.loop.known:
-            score = self._masked(shift.exponent, definition, "NEG_INF")
             name = self.names.unique("p")
             code = f"{name} = {self._exp(definition, score)}"
             self.loop.lines.append(Line(code, self.shape(score.axes)))
             self.loop.known[key] = Text(name, score.axes)
-        weight = self.loop.known[key]
-        if not factors:
-            return weight
-        texts = [self.value(f, self.loop) for f in factors]
-        axes = self._joined([weight, *texts])
-        code = " * ".join([spread(weight, axes), *(operand(t, axes, 6) for t in texts)])
+        texts = [self.loop.known[key], *(self.value(f, self.loop) for f in factors)]
+        if shift.mass:
+            texts.insert(1, self._lever(definition, score))
+        if len(texts) == 1:
+            return texts[0]
+        axes = self._joined(texts)
+        code = " * ".join([spread(texts[0], axes), *(operand(t, axes, 6) for t in texts[1:])])
         name = self.names.unique("w")
         self.loop.lines.append(Line(f"{name} = {code}", self.shape(axes)))
         return Text(name, axes)
+
+    def _lever(self, definition: Definition, score: Text) -> Text:
+        """exponent − phi, 0 where that is masked"""
+        name = self.names.unique("x")
+        shift = spread(Text(self._settled(definition), self._phi_axes(definition)), score.axes)
+        code = f"{name} = tl.where({score.code} == NEG_INF, 0.0, {score.code} - {shift})"
+        self.loop.lines.append(Line(code, self.shape(score.axes)))
+        return Text(name, score.axes)
 
     def _exp(self, definition: Definition, exponent: Text) -> str:
         """exp(exponent − shift); in base 2 the difference is one fused multiply-add an element."""
@@ -499,16 +254,10 @@ class Writer:
     def _phi_text(self, definition: Definition, new: bool) -> Text:
         """phi over the running state, before or after this tile."""
         state = self.plan.chain.definition(definition.shift.state.name)
-        scope = Scope(
-            known={
-                state.ref: Text(
-                    self._new(state) if new else self.names.state[state.name], self.tile(state.axes)
-                )
-            }
-        )
+        name = self._new(state) if new else self.names.state[state.name]
+        scope = Scope(self.loop, self.sweep.stream, self.loop.tail, is_sweep=True)
+        scope.known[state.ref] = Text(name, self.tile(state.axes))
         text = self.value(definition.shift.phi, scope)
-        if not scope.lines:
-            return text
         self.loop.lines += scope.lines
         return text
 
@@ -538,41 +287,77 @@ class Writer:
                 Line(f"{name} = tl.exp({old.tight(5)} - {settled})", self.shape(old.axes))
             )
             self.loop.known[key] = Text(name, old.axes)
-        alpha = self.loop.known[key]
-        return f"{state} * {spread(alpha, self.tile(definition.axes))}"
+        alpha = spread(self.loop.known[key], self.tile(definition.axes))
+        if definition.shift.mass is None:
+            return f"{state} * {alpha}"
+        mass, moved = self.names.state[definition.shift.mass.name], self._moved(definition)
+        return f"({state} + {spread(moved, self.tile(definition.axes))} * {mass}) * {alpha}"
+
+    def _moved(self, definition: Definition) -> Text:
+        """How far phi has moved: old − new, each 0 while still −inf"""
+        new, old = self._settled(definition), self._phi_text(definition, new=False)
+        name = self.names.unique("delta")
+        code = f"{name} = tl.where({old.code} == NEG_INF, 0.0, {old.code}) - {new}"
+        self.loop.lines.append(Line(code, self.shape(old.axes)))
+        return Text(name, old.axes)
 
     def _advance(self, definition: Definition) -> None:
-        if definition.op == "max":
+        if definition.op in ("max", "min"):
             self.loop.lines.append(Line(f"{self.names.state[definition.name]} = {self._new(definition)}"))
 
-    def initial(self) -> list[Line]:
-        """The empty state: the neutral element of every reduction."""
-        out = []
-        for definition in self.plan.chain.definitions:
-            axes = self.tile(definition.axes)
-            shape = ", ".join(self.block(a) for a in axes)
-            neutral = "NEG_INF" if definition.op == "max" else "0.0"
-            code = f"{self.names.state[definition.name]} = tl.full([{shape}], {neutral}, tl.float32)"
-            out.append(Line(code, self.shape(axes)))
-        return out
+    # -- results ----------------------------------------------------------------------------------------------------
 
-    # -- results --------------------------------------------------------------------------------------------------
-
-    def _store(self, output: Output, name: str) -> None:
-        text = self.value(output.body, self.epilogue)
+    def _store(self, output: Output, scope: Scope) -> None:
+        name = self.names.outputs[output.name]
+        text = self.value(output.body, scope)
         axes = self.tile(output.axes)
         index = tuple(Const(0) if a.extent is Const(1) else Index(a) for a in output.axes)
-        pointer = self._pointer(f"{name}_ptr", name, index, axes, self.epilogue)
-        mask = self._bounds(frozenset(output.axes), axes)
-        value = (
-            text.code if text.axes == axes else f"tl.broadcast_to({spread(text, axes)}, {self.shape(axes)})"
-        )
+        pointer = self._pointer(f"{name}_ptr", name, index, axes, scope)
+        mask = self._bounds(frozenset(output.axes), axes, scope)
+        value = text.code if text.axes == axes else f"tl.broadcast_to({spread(text, axes)}, {self.shape(axes)})"
+        if not axes:
+            value = text.code
         if text.axes == axes and text.level < ATOM:
             value = f"({value})"
         cast = f"{value}.to({name}_ptr.dtype.element_ty)"
-        self.epilogue.lines.append(Line(f"tl.store({pointer}, {cast}{f', mask={mask}' if mask else ''})"))
+        scope.lines.append(Line(f"tl.store({pointer}, {cast}{f', mask={mask}' if mask else ''})"))
 
 
-def _precision(stored: torch.dtype) -> str:
-    """fp32 products are never rounded to tf32."""
-    return ', input_precision="ieee"' if stored is torch.float32 else ""
+def _is_at_most_one(definition: Definition) -> bool:
+    """Whether weights are bounded: exponentials below a running maximum, or values of a bounded function."""
+    weights = [f for f in definition.rest if not any(isinstance(n, Load) for n in _factors(f))]
+    if definition.shift and definition.shift.mass:
+        return False
+    return bool(definition.shift or weights) and all(_is_bounded(f) for f in weights)
+
+
+def _factors(node: Node) -> list[Node]:
+    """What is multiplied in a value read from memory; nothing of what is computed otherwise."""
+    if isinstance(node, Apply) and node.op in ("mul", "cast"):
+        return [n for a in node.args for n in _factors(a)]
+    return [node]
+
+
+def _is_bounded(node: Node) -> bool:
+    """Whether |x| ≤ 1 is plain from the last operation."""
+    match node:
+        case Const():
+            return abs(node.value) <= 1
+        case Apply(op="sigmoid" | "tanh" | "erf" | "sin" | "cos" | "sign"):
+            return True
+        case Apply(op="cast"):
+            return node.args[0].dtype is torch.bool or _is_bounded(node.args[0])
+        case Apply(op="mul"):
+            return all(map(_is_bounded, node.args))
+        case Where():
+            return _is_bounded(node.then) and _is_bounded(node.other)
+    return False
+
+
+def _moments_first(definitions: tuple[Definition, ...]) -> list[Definition]:
+    """A moment moves with the mass as it was: it is updated before its mass."""
+    out = list(definitions)
+    for moment in [d for d in definitions if d.shift and d.shift.mass]:
+        out.remove(moment)
+        out.insert(next(k for k, d in enumerate(out) if d.name == moment.shift.mass.name), moment)
+    return out

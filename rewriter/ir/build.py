@@ -71,6 +71,8 @@ def _integer(op: str, args: tuple[Node, ...], dtype: torch.dtype) -> Node:
             return integer.floordiv(*args)
         case "mod":
             return integer.mod(*args)
+        case "minimum" | "maximum":
+            return integer.extremum(op, *args)
         case "cast":
             return args[0]
     return Apply(op, args, dtype)

@@ -22,7 +22,7 @@ from rewriter.ir.nodes import (
     Where,
     open_reduce,
 )
-from rewriter.ir.ops import MONOIDS, OPS
+from rewriter.ir.ops import MONOIDS, OPS, neutral_of
 
 LIMIT = 10_000_000
 
@@ -121,7 +121,7 @@ class Evaluator:
         shape = list(value.shape[: len(axes)]) + [self.extent(a.extent) for a in bound]
         (value,) = self._fitting(node, [value.expand(shape)])
         if predicate is not TRUE:
-            neutral = torch.tensor(monoid.neutral, dtype=value.dtype)
+            neutral = torch.tensor(neutral_of(node.op, value.dtype), dtype=value.dtype)
             value = torch.where(self._value(predicate, inner, memo), value, neutral)
         for _ in bound:
             value = monoid.torch(value, -1)

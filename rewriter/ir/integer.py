@@ -5,14 +5,14 @@ sympy keeps `floor(j / h)` although 0 ≤ j < h, so the rules that need ranges a
     (a·D + r) // D  →  a + r // D          r // D  →  0   where 0 ≤ r < D
     (a·D + r) %  D  →  r % D               r %  D  →  r   where 0 ≤ r < D
     (x // A) // B   →  x // (A·B)          (x % (A·B)) // A  stays
-    x // D · D + x % D  →  x
+    x // D · D + x % D  →  x               min(x, y)  →  x     where x ≤ y
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from functools import lru_cache
-from typing import Iterable
+from typing import Callable, Iterable
 
 import torch
 
@@ -101,28 +101,52 @@ def _bound(node: Node) -> tuple[Node | None, Node | None]:
         return Const(1), None
     if isinstance(node, Apply) and node.op == "mod" and nonnegative(to_poly(node.args[1])):
         return Const(0), from_poly(plus(to_poly(node.args[1]), {(): 1}, -1))
-    if isinstance(node, Apply) and node.op == "floordiv" and nonnegative(to_poly(node.args[0])):
+    if isinstance(node, Apply) and node.op == "floordiv" and _is_plain(node):
         return Const(0), _greatest_quotient(node)
+    if is_extremum(node) and nonnegative({(node,): 1}):
+        return Const(0), None
     return None, None
 
 
+def is_extremum(node: Node) -> bool:
+    """min(a, b) or max(a, b): its value is that of one of its arguments."""
+    return isinstance(node, Apply) and node.op in ("minimum", "maximum")
+
+
+def _is_plain(node: Apply) -> bool:
+    """A quotient of nothing negative by something positive."""
+    top, under = map(to_poly, node.args)
+    return nonnegative(top) and nonnegative(plus(under, {(): 1}, -1))
+
+
 def _greatest_quotient(node: Apply) -> Node | None:
+    """The quotient of the greatest dividend; that dividend itself where the quotient tells no more."""
     top = extreme(to_poly(node.args[0]), greatest=True)
-    return None if top is None else floordiv(from_poly(top), node.args[1])
+    if top is None:
+        return None
+    quotient = floordiv(from_poly(top), node.args[1])
+    return from_poly(top) if any(not isinstance(a, Param) for m in to_poly(quotient) for a in m) else quotient
 
 
 def extreme(poly: Poly, greatest: bool) -> Poly | None:
     """A polynomial in the sizes alone that bounds `poly` from above (or below); None where no bound is known."""
+    return _replaced(poly, greatest, lambda atom: True)
+
+
+def _replaced(poly: Poly, greatest: bool, wanted: Callable[[Node], bool]) -> Poly | None:
+    """`poly` with every wanted atom at its bound, where no atom is negative."""
     out: Poly = {}
     for monomial, coefficient in poly.items():
         term: Poly = {(): coefficient}
         for atom in monomial:
-            low, high = _bound(atom)
             if isinstance(atom, Param):
                 term = times(term, {(atom,): 1})
                 continue
-            pick = high if (coefficient > 0) == greatest else low
-            if low is None or pick is None or not nonnegative(to_poly(low)):
+            low, high = _bound(atom)
+            if low is None or not nonnegative(to_poly(low)):
+                return None
+            pick = (high if (coefficient > 0) == greatest else low) if wanted(atom) else atom
+            if pick is None:
                 return None
             term = times(term, to_poly(pick))
         out = plus(out, term)
@@ -131,9 +155,16 @@ def extreme(poly: Poly, greatest: bool) -> Poly | None:
 
 @lru_cache(maxsize=None)
 def _nonnegative(items: frozenset) -> bool:
-    bottom = extreme(dict(items), greatest=False)
-    if bottom is None:
-        return False
+    poly = dict(items)
+    choice = next((a for m in poly for a in m if is_extremum(a)), None)
+    if choice is not None:
+        return _in_its_cases(poly, choice)
+    placed = _replaced(poly, False, lambda atom: isinstance(atom, Index))
+    if placed is None or placed != poly:
+        return placed is not None and nonnegative(placed)
+    bottom = extreme(poly, greatest=False)
+    if bottom is None or bottom != poly:
+        return bottom is not None and nonnegative(bottom)
     shifted: Poly = {}
     for monomial, coefficient in bottom.items():
         term: Poly = {(): coefficient}
@@ -141,6 +172,25 @@ def _nonnegative(items: frozenset) -> bool:
             term = times(term, {(atom,): 1, (): 1})
         shifted = plus(shifted, term)
     return all(c >= 0 for c in shifted.values())
+
+
+def _in_its_cases(poly: Poly, choice: Apply) -> bool:
+    """Whether 0 ≤ poly for every argument that min or max may be; for one, where the others only add to it."""
+    signs = {c > 0 for m, c in poly.items() if choice in m}
+    alone = all(m.count(choice) == len(m) == 1 for m in poly if choice in m)
+    helps = alone and signs == {choice.op == "maximum"}
+    cases = (nonnegative(_with(poly, choice, to_poly(a))) for a in choice.args)
+    return any(cases) if helps else all(cases)
+
+
+def _with(poly: Poly, old: Node, new: Poly) -> Poly:
+    out: Poly = {}
+    for monomial, coefficient in poly.items():
+        term: Poly = {(): coefficient}
+        for atom in monomial:
+            term = times(term, new if atom is old else {(atom,): 1})
+        out = plus(out, term)
+    return out
 
 
 def nonnegative(poly: Poly) -> bool:
@@ -209,6 +259,14 @@ def mod(a: Node, b: Node) -> Node:
     if isinstance(rest_node, Apply) and rest_node.op == "mod" and rest_node.args[1] is from_poly(pb):
         return rest_node
     return Apply("mod", (rest_node, from_poly(pb)), torch.int64)
+
+
+def extremum(op: str, a: Node, b: Node) -> Node:
+    """min or max of two integer nodes ('minimum', 'maximum'): the one proved to be it, else both, a number last."""
+    for first, second in ((a, b), (b, a)):
+        if proves("le", first, second):
+            return first if op == "minimum" else second
+    return Apply(op, tuple(sorted((a, b), key=lambda n: (isinstance(n, Const), _order(n)))), torch.int64)
 
 
 def product(nodes: Iterable[Node]) -> Node:

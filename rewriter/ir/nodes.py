@@ -185,11 +185,12 @@ class Reduce(Node):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Ref(Node):
-    """The value of a chain's definition `name` at `index`."""
+    """The value of a chain's definition `name` at `index`: as it runs, or, where `final`, as its sweep ended."""
 
     name: str
     index: tuple[Node, ...]
     dtype: torch.dtype
+    final: bool = False
 
     @property
     def children(self) -> tuple[Node, ...]:
@@ -295,7 +296,7 @@ def rebuild(node: Node, children: tuple[Node, ...]) -> Node:
         case Reduce():
             return Reduce(node.op, node.axes, *children)
         case Ref():
-            return Ref(node.name, children, node.dtype)
+            return Ref(node.name, children, node.dtype, node.final)
     raise TypeError(f"{type(node).__name__} has no children")
 
 

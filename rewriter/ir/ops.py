@@ -29,6 +29,7 @@ OPS: dict[str, Op] = {
     "floordiv": Op(lambda a, b: torch.div(a, b, rounding_mode="floor"), infix="//"),
     "truncdiv": Op(lambda a, b: torch.div(a, b, rounding_mode="trunc")),
     "mod": Op(torch.remainder, infix="%"),
+    "fmod": Op(torch.fmod),
     "pow": Op(torch.pow, infix="**"),
     "neg": Op(torch.neg),
     "abs": Op(torch.abs),
@@ -50,6 +51,7 @@ OPS: dict[str, Op] = {
     "erf": Op(torch.erf, "float"),
     "floor": Op(torch.floor),
     "ceil": Op(torch.ceil),
+    "round": Op(torch.round),
     "isinf": Op(torch.isinf, "bool"),
     "isnan": Op(torch.isnan, "bool"),
     "eq": Op(torch.eq, "bool", "=="),
@@ -61,6 +63,9 @@ OPS: dict[str, Op] = {
     "and": Op(torch.logical_and, "bool", "&"),
     "or": Op(torch.logical_or, "bool", "|"),
     "xor": Op(torch.logical_xor, "bool", "^"),
+    "bitand": Op(torch.bitwise_and, infix="&"),
+    "bitor": Op(torch.bitwise_or, infix="|"),
+    "bitxor": Op(torch.bitwise_xor, infix="^"),
     "not": Op(torch.logical_not, "bool"),
     "cast": Op(lambda a: a),
     "round16": Op(lambda a: a.to(torch.float16).to(a.dtype)),
@@ -84,3 +89,12 @@ MONOIDS: dict[str, Monoid] = {
     "any": Monoid("or", False, lambda x, dim: x.any(dim)),
     "all": Monoid("and", True, lambda x, dim: x.all(dim)),
 }
+
+
+def neutral_of(op: str, dtype: torch.dtype) -> int | float | bool:
+    """The neutral element of ⊕ in a type: integers have no infinity."""
+    neutral = MONOIDS[op].neutral
+    if op not in ("max", "min") or dtype.is_floating_point:
+        return neutral
+    limits = torch.iinfo(dtype)
+    return limits.min if op == "max" else limits.max

@@ -32,8 +32,10 @@ _LEVEL = {
     "add": 5,
     "sub": 5,
 }
+_LEVEL |= {"bitor": 1, "bitxor": 2, "bitand": 3}
 _LEVEL |= {"mul": 6, "div": 6, "floordiv": 6, "mod": 6, "pow": 8}
 _ATOM = 9
+_PYTHON = {"maximum": "max", "minimum": "min"}  # of sizes, which are printed as Python too
 
 
 def show(node: Node, names: dict[Axis, str] | None = None) -> str:
@@ -80,7 +82,8 @@ def _show_apply(node: Apply, names: dict[Axis, str]) -> tuple[str, int]:
         return (f"-{text}" if level > 6 else f"-({text})"), 7
     infix = OPS[node.op].infix
     if not infix:
-        return f"{node.op}({', '.join(show(a, names) for a in node.args)})", _ATOM
+        name = node.op if node.dtype.is_floating_point else _PYTHON.get(node.op, node.op)
+        return f"{name}({', '.join(show(a, names) for a in node.args)})", _ATOM
     level = _LEVEL[node.op]
     (left, left_level), (right, right_level) = (_show(a, names) for a in node.args)
     left = left if left_level >= level + (level == _LEVEL["eq"]) else f"({left})"

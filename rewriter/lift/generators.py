@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rewriter.ir import Const, Node, apply, cast, const, where
 from rewriter.lift.registry import Context, lifts, scalar
-from rewriter.lift.values import Lifted, fresh_axes, positions
+from rewriter.lift.values import Lifted, NotLiftable, fresh_axes, positions
 
 
 @lifts("arange", "arange.start", "arange.start_step")
@@ -57,6 +57,18 @@ def eye(ctx: Context, *args, **kwargs) -> Lifted:
     axes = fresh_axes(ctx.shape)
     i, j = positions(axes)
     return Lifted(axes, where(apply("eq", i, j), const(1, ctx.dtype), const(0, ctx.dtype)))
+
+
+@lifts("diag", "diag_embed")
+def diag_embed(ctx: Context, x: Lifted, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Lifted:
+    """A matrix of zeros with `x` on a diagonal: where(j - i == offset, x[min(i, j)], 0)"""
+    if len(ctx.shape) != len(x.axes) + 1 or (dim1, dim2) != (-2, -1) or not isinstance(offset, int):
+        raise NotLiftable("a diagonal of this form")
+    axes = fresh_axes(ctx.shape)
+    *lead, i, j = positions(axes)
+    body = x.at((*lead, i if offset >= 0 else j))
+    on = apply("eq", apply("sub", j, i), scalar(offset))
+    return Lifted(axes, where(on, body, const(0, body.dtype)))
 
 
 def _triangle(ctx: Context, x: Lifted, keep) -> Lifted:

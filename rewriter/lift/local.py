@@ -7,14 +7,29 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from rewriter.ir import Load, Tensor, const, transform
-from rewriter.lift import generators, pointwise, reductions, views  # noqa: F401  (they fill the registry)
+from rewriter.lift import (  # noqa: F401  (they fill the registry)
+    activations,
+    contractions,
+    generators,
+    losses,
+    norms,
+    pointwise,
+    reductions,
+    scatters,
+    views,
+)
 from rewriter.lift.registry import Context, rule_for
 from rewriter.lift.short import unroll_short
 from rewriter.lift.values import Lifted, NotLiftable, fresh_axes, positions
 from rewriter.trace.sizes import UnknownSize, shape_of
 from rewriter.trace.source import origin_of
+
+
+_TYPES = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_TYPES |= {torch.float16, torch.bfloat16, torch.float32}
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,9 @@ def _holds_tensors(node: fx.Node) -> bool:
     return torch.is_tensor(value) or (isinstance(value, (tuple, list)) and all(map(torch.is_tensor, value)))
 
 
+MISFITS = (TypeError, AttributeError, LookupError, ValueError, ArithmeticError)  # arguments that a rule does not foresee
+
+
 def _lift(node: fx.Node) -> LocalLift:
     try:
         if node.target.__name__ == "getitem":
@@ -52,10 +70,10 @@ def _lift(node: fx.Node) -> LocalLift:
         rule = rule_for(node)
         if rule is None:
             return LocalLift(None, f"{node.target} is not expressed in index notation")
-        _refuse_wide_types(node)
+        _refuse_other_types(node)
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), _argument)
         return LocalLift(_unrolled(rule(Context(node), *args, **kwargs)))
-    except (NotLiftable, UnknownSize, TypeError, AttributeError, KeyError) as error:
+    except (NotLiftable, UnknownSize, *MISFITS) as error:
         return LocalLift(None, f"{node.target}: {error}")
 
 
@@ -65,10 +83,11 @@ def _unrolled(value: Lifted | tuple | None) -> Lifted | tuple | None:
     return value and Lifted(value.axes, transform(value.body, unroll_short))
 
 
-def _refuse_wide_types(node: fx.Node) -> None:
-    values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
-    for value in values:
-        if value.dtype in (torch.float64, torch.complex64, torch.complex128):
+def _refuse_other_types(node: fx.Node) -> None:
+    """Kernels read and compute numbers of the types below; float64 is for eager, and so is the cast from it."""
+    values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
+    for value in pytree.tree_leaves(values):
+        if torch.is_tensor(value) and value.dtype not in _TYPES:
             raise NotLiftable(f"{value.dtype} arithmetic")
 
 
@@ -77,7 +96,7 @@ def _item(node: fx.Node) -> LocalLift:
     if source.value is None:
         return source
     value = source.value[node.args[1]]
-    return LocalLift(value, "" if value else "the positions of a maximum stay eager")
+    return LocalLift(value)
 
 
 def _argument(value: Any) -> Any:

@@ -6,37 +6,54 @@ import math
 
 import torch
 
-from rewriter.ir import Node, apply, cast, const, where
+from rewriter.ir import Const, Node, apply, cast, const, where
+from rewriter.ir.ops import OPS
 from rewriter.lift.registry import Context, lifts, operand, scalar
-from rewriter.lift.values import Lifted, NotLiftable, broadcast_at, fresh_axes, from_end, positions
+from rewriter.lift.values import Lifted, NotLiftable, broadcast_at, fresh_axes, positions
 
-SAME_NAME = (
-    "neg abs sign exp exp2 log log2 log1p expm1 sqrt rsqrt sin cos tanh sigmoid erf floor ceil isinf isnan"
-)
+SAME_NAME = "neg abs sign exp exp2 log log2 log1p expm1 sqrt rsqrt sin cos tanh sigmoid erf floor ceil round isinf isnan"
+ALIASES = {
+    "negative": "neg",
+    "absolute": "abs",
+    "sgn": "sign",
+    "special_exp2": "exp2",
+    "special_log1p": "log1p",
+    "special_expm1": "expm1",
+    "special_expit": "sigmoid",
+    "special_erf": "erf",
+    "special_round": "round",
+}
 BINARY = {
     "mul": "mul",
+    "multiply": "mul",
     "maximum": "maximum",
     "minimum": "minimum",
     "max.other": "maximum",
     "min.other": "minimum",
     "pow": "pow",
     "remainder": "mod",
+    "fmod": "fmod",
     "floor_divide": "floordiv",
     "eq": "eq",
     "ne": "ne",
+    "not_equal": "ne",
     "lt": "lt",
+    "less": "lt",
     "le": "le",
+    "less_equal": "le",
     "gt": "gt",
+    "greater": "gt",
     "ge": "ge",
+    "greater_equal": "ge",
     "logical_and": "and",
     "logical_or": "or",
     "logical_xor": "xor",
-    "__and__": "and",
-    "__or__": "or",
-    "__xor__": "xor",
-    "bitwise_and": "and",
-    "bitwise_or": "or",
-    "bitwise_xor": "xor",
+    "__and__": "bitand",
+    "__or__": "bitor",
+    "__xor__": "bitxor",
+    "bitwise_and": "bitand",
+    "bitwise_or": "bitor",
+    "bitwise_xor": "bitxor",
 }
 
 
@@ -55,8 +72,6 @@ def _unary(name: str):
 
 def _floating(name: str, a: Node) -> Node:
     """Transcendental functions of integers are those of their float."""
-    from rewriter.ir.ops import OPS
-
     return cast(a, torch.float32) if OPS[name].kind == "float" and not a.dtype.is_floating_point else a
 
 
@@ -68,17 +83,57 @@ def _binary(name: str):
 
 
 def _apply_binary(ctx: Context, name: str, x: Node, y: Node) -> Node:
-    if name in ("and", "or", "xor") and x.dtype is not torch.bool:
-        raise NotLiftable("bitwise arithmetic on integers")
-    if name == "pow" and y in (const(2, y.dtype), const(2.0)):
-        return apply("mul", x, x)
+    if name in ("and", "or", "xor"):
+        return apply(name, truth(x), truth(y))
+    if name in _OF_BITS and ctx.dtype is torch.bool:
+        return apply(name.removeprefix("bit"), x, y)
     if ctx.dtype.is_floating_point:
         x, y = (n if n.dtype.is_floating_point else cast(n, ctx.dtype) for n in (x, y))
-    return apply(name, x, y)
+    if name == "pow":
+        return power(x, y)
+    return _rounded_towards_zero(x, y) if name == "truncdiv" and ctx.dtype.is_floating_point else apply(name, x, y)
+
+
+_OF_BITS = ("bitand", "bitor", "bitxor")
+
+
+def power(x: Node, y: Node) -> Node:
+    """x³ → x·x·x, √x, 1 / x, 2^y ..."""
+    exponent = y.value if isinstance(y, Const) else None
+    if isinstance(x, Const) and x.value == 2 and y.dtype.is_floating_point:
+        return apply("exp2", y)
+    if exponent == 0.5:
+        return apply("sqrt", x)
+    if exponent == -0.5:
+        return apply("rsqrt", x)
+    if exponent is None or abs(exponent) > MOST_FACTORS or exponent != int(exponent):
+        if not (x.dtype.is_floating_point or y.dtype.is_floating_point):
+            raise NotLiftable("a power of integers")
+        return apply("pow", x, y)
+    if exponent < 0:
+        return apply("div", const(1.0, x.dtype), power(x, const(-exponent, y.dtype)))
+    if exponent < 2:
+        return x if exponent else const(1, x.dtype)
+    half = power(x, const(exponent // 2, y.dtype))
+    return apply("mul", apply("mul", half, half), x) if exponent % 2 else apply("mul", half, half)
+
+
+MOST_FACTORS = 8  # of a power that is written out
+
+
+def _rounded_towards_zero(x: Node, y: Node) -> Node:
+    return truncated(apply("div", x, y))
+
+
+def truncated(a: Node) -> Node:
+    """where(a < 0, ceil(a), floor(a))"""
+    return where(apply("lt", a, const(0, a.dtype)), apply("ceil", a), apply("floor", a))
 
 
 for _name in SAME_NAME.split():
     lifts(_name)(_unary(_name))
+for _alias, _name in ALIASES.items():
+    lifts(_alias)(_unary(_name))
 for _aten, _ours in BINARY.items():
     lifts(_aten)(_binary(_ours))
 
@@ -96,80 +151,18 @@ def add(ctx: Context, a, b, *, alpha=1) -> Lifted:
 
 @lifts("rsub")
 def rsub(ctx: Context, a, b, alpha=1) -> Lifted:
-    if alpha != 1:
-        raise NotLiftable("rsub with alpha")
-    return pointwise(ctx, lambda x, y: _apply_binary(ctx, "sub", y, x), a, b)
+    """b - alpha · a"""
+
+    def go(x: Node, y: Node) -> Node:
+        return _apply_binary(ctx, "sub", y, x if alpha == 1 else apply("mul", x, const(alpha, x.dtype)))
+
+    return pointwise(ctx, go, a, b)
 
 
 @lifts("div", "true_divide", "divide")
 def div(ctx: Context, a, b, *, rounding_mode=None) -> Lifted:
     name = {None: "div", "floor": "floordiv", "trunc": "truncdiv"}[rounding_mode]
     return pointwise(ctx, lambda x, y: _apply_binary(ctx, name, x, y), a, b)
-
-
-@lifts("square")
-def square(ctx: Context, x) -> Lifted:
-    return pointwise(ctx, lambda a: apply("mul", a, a), x)
-
-
-@lifts("reciprocal")
-def reciprocal(ctx: Context, x) -> Lifted:
-    return pointwise(ctx, lambda a: apply("div", const(1.0, a.dtype), a), x)
-
-
-@lifts("relu")
-def relu(ctx: Context, x) -> Lifted:
-    return pointwise(ctx, lambda a: apply("maximum", a, const(0, a.dtype)), x)
-
-
-@lifts("silu")
-def silu(ctx: Context, x) -> Lifted:
-    return pointwise(ctx, lambda a: apply("mul", a, apply("sigmoid", a)), x)
-
-
-@lifts("gelu")
-def gelu(ctx: Context, x, *, approximate="none") -> Lifted:
-    def exact(a: Node) -> Node:
-        inner = apply("erf", apply("mul", a, const(math.sqrt(0.5), a.dtype)))
-        return apply("mul", apply("mul", a, const(0.5, a.dtype)), apply("add", inner, const(1.0, a.dtype)))
-
-    def by_tanh(a: Node) -> Node:
-        cube = apply("mul", apply("mul", a, a), a)
-        inner = apply("add", a, apply("mul", cube, const(0.044715, a.dtype)))
-        inner = apply("tanh", apply("mul", inner, const(math.sqrt(2 / math.pi), a.dtype)))
-        return apply("mul", apply("mul", a, const(0.5, a.dtype)), apply("add", inner, const(1.0, a.dtype)))
-
-    return pointwise(ctx, by_tanh if approximate == "tanh" else exact, x)
-
-
-@lifts("leaky_relu")
-def leaky_relu(ctx: Context, x, negative_slope=0.01) -> Lifted:
-    def go(a: Node) -> Node:
-        return where(apply("gt", a, const(0, a.dtype)), a, apply("mul", a, const(negative_slope, a.dtype)))
-
-    return pointwise(ctx, go, x)
-
-
-@lifts("softplus")
-def softplus(ctx: Context, x, beta=1, threshold=20) -> Lifted:
-    def go(a: Node) -> Node:
-        scaled = apply("mul", a, const(float(beta), a.dtype))
-        soft = apply("div", apply("log1p", apply("exp", scaled)), const(float(beta), a.dtype))
-        return where(apply("gt", scaled, const(float(threshold), a.dtype)), a, soft)
-
-    return pointwise(ctx, go, x)
-
-
-@lifts("elu")
-def elu(ctx: Context, x, alpha=1, scale=1, input_scale=1) -> Lifted:
-    if scale != 1 or input_scale != 1:
-        raise NotLiftable("elu with scales")
-
-    def go(a: Node) -> Node:
-        low = apply("mul", apply("expm1", a), const(float(alpha), a.dtype))
-        return where(apply("gt", a, const(0, a.dtype)), a, low)
-
-    return pointwise(ctx, go, x)
 
 
 @lifts("clamp", "clip", "clamp_min", "clamp_max", "hardtanh")
@@ -189,37 +182,51 @@ def clamp(ctx: Context, x, *bounds, min=None, max=None) -> Lifted:
 
 @lifts("logical_not", "bitwise_not")
 def logical_not(ctx: Context, x) -> Lifted:
-    if x.body.dtype is not torch.bool:
-        if "bitwise" in ctx.node.target._schema.name:
-            raise NotLiftable("bitwise arithmetic on integers")
-        return pointwise(ctx, lambda a: apply("eq", a, const(0, a.dtype)), x)
-    return pointwise(ctx, lambda a: apply("not", a), x)
+    """not x; of the bits of an integer: -1 - x"""
+    if x.body.dtype is torch.bool or "bitwise" not in ctx.node.target._schema.name:
+        return pointwise(ctx, lambda a: apply("not", truth(a)), x)
+    return pointwise(ctx, lambda a: apply("sub", const(-1), a), x)
 
 
-def _truth(predicate: Node) -> Node:
+@lifts("bitwise_left_shift", "__lshift__")
+def left_shift(ctx: Context, x, by) -> Lifted:
+    """x · 2^by for a number `by`"""
+    return pointwise(ctx, lambda a: apply("mul", a, const(_power_of_two(by))), x)
+
+
+@lifts("bitwise_right_shift", "__rshift__")
+def right_shift(ctx: Context, x, by) -> Lifted:
+    """floor(x / 2^by) for a number `by`"""
+    return pointwise(ctx, lambda a: apply("floordiv", a, const(_power_of_two(by))), x)
+
+
+def _power_of_two(by) -> int:
+    by = by.body.value if isinstance(by, Lifted) and isinstance(by.body, Const) else by
+    if not (isinstance(by, int) and 0 <= by < 31):
+        raise NotLiftable("a shift by what is no number from 0 to 30")
+    return 1 << by
+
+
+def truth(predicate: Node) -> Node:
     return predicate if predicate.dtype is torch.bool else apply("ne", predicate, const(0, predicate.dtype))
-
-
-def _as(node: Node, dtype: torch.dtype) -> Node:
-    return cast(node, dtype)
 
 
 @lifts("where")
 def where_(ctx: Context, condition, a, b) -> Lifted:
     return pointwise(
-        ctx, lambda p, x, y: where(_truth(p), _as(x, ctx.dtype), _as(y, ctx.dtype)), condition, a, b
+        ctx, lambda p, x, y: where(truth(p), cast(x, ctx.dtype), cast(y, ctx.dtype)), condition, a, b
     )
 
 
 @lifts("masked_fill")
 def masked_fill(ctx: Context, x, mask, value) -> Lifted:
-    return pointwise(ctx, lambda a, p, v: where(_truth(p), _as(v, a.dtype), a), x, mask, value)
+    return pointwise(ctx, lambda a, p, v: where(truth(p), cast(v, a.dtype), a), x, mask, value)
 
 
 @lifts("to", "_to_copy", "type_as", "float", "half", "bfloat16", "double", "bool", "long", "int")
 def to(ctx: Context, x, *args, **kwargs) -> Lifted:
     if ctx.dtype is torch.bool:
-        return pointwise(ctx, _truth, x)
+        return pointwise(ctx, truth, x)
     return pointwise(ctx, lambda a: cast(a, ctx.dtype), x)
 
 
@@ -237,55 +244,6 @@ def identity(ctx: Context, x, *args, **kwargs) -> Lifted:
     if "dropout" in ctx.node.target._schema.name and len(args) >= 2 and args[0] and args[1]:
         raise NotLiftable("dropout in training: random draws stay eager")
     return pointwise(ctx, lambda a: a, x)
-
-
-@lifts("nan_to_num")
-def nan_to_num(ctx: Context, x, nan=None, posinf=None, neginf=None) -> Lifted:
-    """where(isnan(x), nan, x); infinities, which torch makes finite too, only where the program names their values."""
-    limits = torch.finfo(ctx.dtype)
-
-    def go(a: Node) -> Node:
-        out = where(apply("isnan", a), const(0.0 if nan is None else nan, a.dtype), a)
-        high = const(limits.max if posinf is None else posinf, a.dtype)
-        low = const(limits.min if neginf is None else neginf, a.dtype)
-        return where(apply("isinf", a), where(apply("gt", a, const(0.0, a.dtype)), high, low), out)
-
-    return pointwise(ctx, go, x)
-
-
-@lifts("slice_scatter")
-def slice_scatter(ctx: Context, x, src, dim=0, start=None, end=None, step=1) -> Lifted:
-    """`x` with a slice replaced: where(start ≤ i < end, src[i - start], x[i])"""
-    axes = fresh_axes(ctx.shape)
-    at = positions(axes)
-    dim = dim % len(axes)
-    if step != 1:
-        raise NotLiftable("slice_scatter with a step")
-    first = from_end(scalar(0 if start is None else start), x.axes[dim].extent)
-    moved = apply("sub", at[dim], first)
-    inside = apply("and", apply("ge", moved, const(0)), apply("lt", moved, src.axes[dim].extent))
-    return Lifted(axes, where(inside, src.at((*at[:dim], moved, *at[dim + 1 :])), x.at(at)))
-
-
-@lifts("select_scatter")
-def select_scatter(ctx: Context, x, src, dim: int, index: int) -> Lifted:
-    axes = fresh_axes(ctx.shape)
-    at = positions(axes)
-    dim = dim % len(axes)
-    place = scalar(index) if index >= 0 else apply("add", x.axes[dim].extent, const(index))
-    chosen = apply("eq", at[dim], place)
-    return Lifted(axes, where(chosen, src.at((*at[:dim], *at[dim + 1 :])), x.at(at)))
-
-
-@lifts("index_put")
-def index_put(ctx: Context, x, indices, values, accumulate=False) -> Lifted:
-    """`x[mask] = value` for one boolean mask and one value: where(mask, value, x)"""
-    if accumulate or len(indices) != 1 or indices[0].body.dtype is not torch.bool or values.axes:
-        raise NotLiftable("assignment by index")
-    mask = indices[0]
-    axes = fresh_axes(ctx.shape)
-    at = positions(axes)
-    return Lifted(axes, where(mask.at(at[: len(mask.axes)]), cast(values.body, ctx.dtype), x.at(at)))
 
 
 @lifts("copy")

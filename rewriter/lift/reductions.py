@@ -1,4 +1,4 @@
-"""Contractions and reductions: matmul and einsum, sums and maxima, softmax and what is made of it."""
+"""Reductions: sums and maxima, where the maximum stands, softmax and what is made of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from rewriter.ir import (
     Axis,
     Const,
     Node,
-    Param,
     apply,
     cast,
     const,
@@ -20,89 +19,14 @@ from rewriter.ir import (
     reduce,
     where,
 )
-from rewriter.lift.registry import Context, lifts
+from rewriter.ir.integer import product
+from rewriter.lift.pointwise import truth
+from rewriter.lift.registry import Context, lifts, refuses
 from rewriter.lift.values import Lifted, NotLiftable, broadcast_at, fresh_axes, positions
 
 
-def _mul(a: Node, b: Node) -> Node:
-    return apply("mul", a, b)
-
-
-def contraction(a: Lifted, b: Lifted, shape: tuple[Node, ...]) -> Lifted:
-    """sum_k a[..., m, k] * b[..., k, n] over fresh axes of `shape`; leading dimensions broadcast."""
-    axes = fresh_axes(shape)
-    at = positions(axes)
-    k = fresh_axis(a.axes[-1].extent)
-    left = at[: len(at) - (len(b.axes) > 1)]
-    right = at if len(a.axes) > 1 else at
-    x = broadcast_at(a, (*left, index(k)))
-    if len(b.axes) == 1:
-        y = b.at((index(k),))
-    else:
-        lead = right[:-2] if len(a.axes) > 1 else right[:-1]
-        y = broadcast_at(b, (*lead, index(k), right[-1]))
-    return Lifted(axes, reduce("sum", (k,), _mul(x, y)))
-
-
-@lifts("matmul", "bmm", "mm", "mv", "dot")
-def matmul(ctx: Context, a: Lifted, b: Lifted) -> Lifted:
-    return contraction(a, b, ctx.shape)
-
-
-@lifts("baddbmm", "addmm")
-def addmm(ctx: Context, bias: Lifted, a: Lifted, b: Lifted, *, beta=1, alpha=1) -> Lifted:
-    """beta·bias + alpha·a@b; torch ignores the bias (NaN and all) where beta is 0."""
-    product = contraction(a, b, ctx.shape)
-    body = _scaled(product.body, alpha)
-    if beta != 0:
-        body = apply("add", _scaled(broadcast_at(bias, positions(product.axes)), beta), body)
-    return Lifted(product.axes, body)
-
-
-def _scaled(x: Node, factor) -> Node:
-    return x if factor == 1 else _mul(x, const(factor, x.dtype))
-
-
-@lifts("einsum")
-def einsum(ctx: Context, equation: str, operands, **kwargs) -> Lifted:
-    """Each letter an axis; letters missing in the result are summed."""
-    inputs, result = _letters(equation.replace(" ", ""), [len(o.axes) for o in operands])
-    extents: dict[str, Node] = {}
-    for letters, value in zip(inputs, operands):
-        for letter, axis in zip(letters, value.axes):
-            if extents.get(letter, Const(1)) is Const(1):
-                extents[letter] = axis.extent
-    axes = {letter: fresh_axis(extent) for letter, extent in extents.items()}
-    at = {letter: index(axis) for letter, axis in axes.items()}
-    factors = [broadcast_at(v, tuple(at[x] for x in letters)) for letters, v in zip(inputs, operands)]
-    body = factors[0]
-    for factor in factors[1:]:
-        body = _mul(body, factor)
-    summed = tuple(axes[x] for x in extents if x not in result)
-    return Lifted(tuple(axes[x] for x in result), reduce("sum", summed, body) if summed else body)
-
-
-def _letters(equation: str, ranks: list[int]) -> tuple[list[list[str]], list[str]]:
-    """Letters per operand and of the result; '...' becomes the letters '0', '1', ... counted from the right."""
-    left, arrow, right = equation.partition("->")
-    terms = left.split(",")
-    dots = max((r - len(t.replace("...", "")) for t, r in zip(terms, ranks) if "..." in t), default=0)
-
-    def spell(term: str, rank: int | None) -> list[str]:
-        head, ellipsis, tail = term.partition("...")
-        if not ellipsis:
-            return list(term)
-        count = dots if rank is None else rank - len(head) - len(tail)
-        return [*head, *(str(count - 1 - k) for k in range(count)), *tail]
-
-    inputs = [spell(t, r) for t, r in zip(terms, ranks)]
-    if arrow:
-        return inputs, spell(right, None)
-    once = sorted({x for t in inputs for x in t if sum(x in u for u in inputs) == 1 and not x.isdigit()})
-    return inputs, [*(str(dots - 1 - k) for k in range(dots)), *once]
-
-
-def _dims(dim, rank: int) -> tuple[int, ...]:
+def dims_of(dim, rank: int) -> tuple[int, ...]:
+    """The dimensions an op reduces: all where it names none."""
     if dim is None or dim == []:
         return tuple(range(rank))
     return tuple(sorted(d % rank for d in ([dim] if isinstance(dim, int) else dim)))
@@ -126,13 +50,20 @@ def fold(
 
 def _reduction(op: str) -> Callable:
     def rule(ctx: Context, x: Lifted, dim=None, keepdim=False, *, dtype=None) -> Lifted:
-        if op in ("any", "all") and x.body.dtype is not torch.bool:
-            raise NotLiftable(f"{op} of numbers")
         value = ctx.value[0] if isinstance(ctx.value, (tuple, list)) else ctx.value
-        dims = _dims(dim, len(x.axes))
-        return fold(x, dims, keepdim, lambda axes, body: reduce(op, axes, cast(body, value.dtype)))
+        return fold(x, dims_of(dim, len(x.axes)), keepdim, lambda axes, body: _reduce(op, axes, body, value.dtype))
 
     return rule
+
+
+_OF_TRUTH = {"max": "any", "min": "all"}
+
+
+def _reduce(op: str, axes: tuple[Axis, ...], body: Node, dtype: torch.dtype) -> Node:
+    """⊕ in the type of the result; the largest truth value is any, the least all."""
+    if op in ("any", "all"):
+        return cast(reduce(op, axes, truth(body)), dtype)
+    return reduce(_OF_TRUTH.get(op, op) if dtype is torch.bool else op, axes, cast(body, dtype))
 
 
 for _aten, _op in {
@@ -151,24 +82,57 @@ def whole_max(ctx: Context, x: Lifted) -> Lifted:
     return _reduction(ctx.node.target._schema.name.split("::")[1])(ctx, x)
 
 
-@lifts("max.dim", "min.dim")
-def max_dim(ctx: Context, x: Lifted, dim: int, keepdim: bool = False) -> tuple[Lifted | None, ...]:
-    """Values only: where the positions are used too, they stay eager."""
-    op = ctx.node.target._schema.name.split("::")[1]
-    return (_reduction(op)(ctx, x, dim, keepdim), None)
+@lifts("count_nonzero")
+def count_nonzero(ctx: Context, x: Lifted, dim=None) -> Lifted:
+    """sum of x != 0"""
+    return fold(x, dims_of(dim, len(x.axes)), False, lambda axes, body: reduce("sum", axes, cast(truth(body), ctx.dtype)))
 
 
-@lifts("mean")
-def mean(ctx: Context, x: Lifted, dim=None, keepdim=False, *, dtype=None) -> Lifted:
-    dims = _dims(dim, len(x.axes))
+@lifts("nansum")
+def nansum(ctx: Context, x: Lifted, dim=None, keepdim=False, *, dtype=None) -> Lifted:
+    """sum of where(isnan(x), 0, x)"""
 
     def make(axes: tuple[Axis, ...], body: Node) -> Node:
-        count: Node = Const(1)
-        for axis in axes:
-            count = apply("mul", count, axis.extent)
-        return apply("div", reduce("sum", axes, cast(body, ctx.dtype)), cast(count, ctx.dtype))
+        body = cast(body, ctx.dtype)
+        return reduce("sum", axes, where(apply("isnan", body), const(0.0, body.dtype), body))
 
-    return fold(x, dims, keepdim, make)
+    return fold(x, dims_of(dim, len(x.axes)), keepdim, make)
+
+
+@lifts("aminmax")
+def aminmax(ctx: Context, x: Lifted, *, dim=None, keepdim=False) -> tuple[Lifted, Lifted]:
+    return tuple(_reduction(op)(ctx, x, dim, keepdim) for op in ("min", "max"))
+
+
+def first_position(op: str, axes: tuple[Axis, ...], body: Node) -> Node:
+    """The first position of the maximum (or minimum): min of i over those with x[i] == max x.
+
+    Positions are counted row-major over `axes`. Nothing equals a maximum that is NaN: torch then says 0, as here."""
+    at: Node = Const(0)
+    for axis in axes:
+        at = apply("add", apply("mul", at, axis.extent), index(axis))
+    first = reduce("min", axes, at, apply("eq", body, reduce(op, axes, body)))
+    return where(apply("lt", first, count_of(axes)), first, Const(0))
+
+
+def count_of(axes: tuple[Axis, ...]) -> Node:
+    """How many positions axes have."""
+    return product(a.extent for a in axes)
+
+
+@lifts("max.dim", "min.dim")
+def max_dim(ctx: Context, x: Lifted, dim: int, keepdim: bool = False) -> tuple[Lifted, Lifted]:
+    """max x, and the first position that has it"""
+    op = ctx.node.target._schema.name.split("::")[1]
+    positions = fold(x, dims_of(dim, len(x.axes)), keepdim, lambda axes, body: first_position(op, axes, body))
+    return _reduction(op)(ctx, x, dim, keepdim), positions
+
+
+@lifts("argmax", "argmin")
+def argmax(ctx: Context, x: Lifted, dim=None, keepdim: bool = False) -> Lifted:
+    """The first position of the maximum"""
+    op = ctx.node.target._schema.name.split("::")[1].removeprefix("arg")
+    return fold(x, dims_of(dim, len(x.axes)), keepdim, lambda axes, body: first_position(op, axes, body))
 
 
 def _stable(body: Node, axes: tuple[Axis, ...]) -> tuple[Node, Node]:
@@ -188,7 +152,7 @@ def _promoted(ctx: Context, x: Lifted) -> Lifted:
     return Lifted(x.axes, cast(x.body, ctx.dtype))
 
 
-@lifts("softmax", "_softmax")
+@lifts("softmax", "special_softmax", "_softmax")
 def softmax(ctx: Context, x: Lifted, dim: int, *args, **kwargs) -> Lifted:
     """exp(x - max x) / sum exp(x - max x)"""
 
@@ -211,7 +175,7 @@ def safe_softmax(ctx: Context, x: Lifted, dim: int, dtype=None) -> Lifted:
     return _over(_promoted(ctx, x), dim % len(x.axes), make)
 
 
-@lifts("log_softmax", "_log_softmax")
+@lifts("log_softmax", "special_log_softmax", "_log_softmax")
 def log_softmax(ctx: Context, x: Lifted, dim: int, *args, **kwargs) -> Lifted:
     """x - max x - log sum exp(x - max x)"""
 
@@ -222,7 +186,7 @@ def log_softmax(ctx: Context, x: Lifted, dim: int, *args, **kwargs) -> Lifted:
     return _over(_promoted(ctx, x), dim % len(x.axes), make)
 
 
-@lifts("logsumexp")
+@lifts("logsumexp", "special_logsumexp")
 def logsumexp(ctx: Context, x: Lifted, dim, keepdim: bool = False) -> Lifted:
     """max x + log sum exp(x - max x), torch's -inf for an empty or all -inf line included."""
 
@@ -232,7 +196,7 @@ def logsumexp(ctx: Context, x: Lifted, dim, keepdim: bool = False) -> Lifted:
         total = reduce("sum", axes, apply("exp", apply("sub", body, shift)))
         return apply("add", shift, apply("log", total))
 
-    return fold(x, _dims(dim, len(x.axes)), keepdim, make)
+    return fold(x, dims_of(dim, len(x.axes)), keepdim, make)
 
 
 @lifts("scaled_dot_product_attention")
@@ -249,22 +213,13 @@ def scaled_dot_product_attention(
     kv_lead = [*lead[:-1], apply("floordiv", lead[-1], group)] if enable_gqa else lead
     query = broadcast_at(q, (*lead, m, index(d)))
     key = broadcast_at(k, (*kv_lead, index(n), index(d)))
-    if scale is None:
-        extent = q.axes[-1].extent
-        fixed = isinstance(extent, Const)
-        scale = (
-            const(1 / math.sqrt(extent.value), query.dtype)
-            if fixed
-            else Param(f"<{extent!r}**-0.5>", query.dtype)
-        )
-    else:
-        scale = const(float(scale), query.dtype)
-    s = _mul(reduce("sum", (d,), _mul(query, key)), scale)
+    factor = apply("rsqrt", cast(d.extent, torch.float32)) if scale is None else const(float(scale))
+    s = apply("mul", reduce("sum", (d,), apply("mul", query, key)), cast(factor, query.dtype))
     s = _masked(cast(s, torch.float32), attn_mask, is_causal, (*lead, m, index(n)))
     top, weight = _stable(s, (n,))
     value = broadcast_at(v, (*kv_lead, index(n), e))
     total = reduce("sum", (n,), weight)
-    out = cast(reduce("sum", (n,), _mul(apply("div", weight, total), value)), ctx.dtype)
+    out = cast(reduce("sum", (n,), apply("mul", apply("div", weight, total), value)), ctx.dtype)
     empty = apply("eq", top, const(-math.inf, top.dtype))
     never_empty = attn_mask is None  # causal rows always see column 0
     return Lifted(axes, out if never_empty else where(empty, const(0, out.dtype), out))
@@ -279,3 +234,10 @@ def _masked(s: Node, mask: Lifted | None, is_causal: bool, at: tuple[Node, ...])
     if value.dtype is torch.bool:
         return where(value, s, const(-math.inf, s.dtype))
     return apply("add", s, cast(value, s.dtype))
+
+
+refuses("a scan: each element reads all before it", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp")
+refuses(
+    "an order of the elements, which is no reduction",
+    *("sort", "argsort", "topk", "kthvalue", "median", "nanmedian", "mode", "searchsorted"),
+)

@@ -9,13 +9,16 @@ from torch import fx
 
 from rewriter.errors import Reason, Site
 from rewriter.ir import Load, Node, Origin, Output, Program, Reduce, index, transform, walk
+from rewriter.lift.broadcast import broadcast_dimensions
 from rewriter.lift.local import LocalLift, lift_locally, load_of
 from rewriter.lift.rounding import with_absorption
 from rewriter.lift.tags import Tags, covers, sources, tag
 from rewriter.lift.values import Lifted
-from rewriter.trace import TracedModule
+from rewriter.trace import Dimension, TracedModule
 from rewriter.trace.calls import VIEWS, call_name, value_inputs
 from rewriter.trace.source import origin_of, user_names
+
+LONGEST = 256  # nodes of a generated value that are computed again rather than loaded: more is a mask filled row by row
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,10 +38,11 @@ class Region:
 
 @dataclass(frozen=True)
 class LiftResult:
-    """The regions found, and what was wide but stays eager, with the reason."""
+    """The regions found, and what was wide but stays eager, with the reason. `broadcast`: input dimensions that may be 1."""
 
     regions: tuple[Region, ...]
     unfused: tuple[Reason, ...]
+    broadcast: frozenset[Dimension]
 
 
 def lift(traced: TracedModule) -> LiftResult:
@@ -54,14 +58,17 @@ def lift(traced: TracedModule) -> LiftResult:
     more = _cut_all(traced, local, others, names, len(regions), tentative=True)
     fused = set().union(*({*r.inside, *r.outputs} for r in (*regions, *more)))
     unfused = tuple(Reason(r, site_of(n)) for n, r in tags.reasons.items() if n not in fused)
-    return LiftResult((*regions, *more), unfused)
+    return LiftResult((*regions, *more), unfused, broadcast_dimensions(traced, local))
 
 
 def _cut_all(traced, local, tags: Tags, names, first: int = 0, tentative: bool = False) -> list[Region]:
     cutter = _Cutter(traced, local, tags, names)
-    groups = _components(tags, cutter.reads_of)
+    stages = [s for roots in _components(tags, cutter.reads_of) for s in _stages(traced.graph, roots, local)]
+    groups = [g for g in stages if cutter.saves(g)]
+    if tentative:  # a dense layer that is written anyway, normalised, is better computed once
+        groups = [g for g in groups if set(g) - set(tags.written)]
     cut = [cutter.cut(roots, f"chain_{first + k}", tentative) for k, roots in enumerate(groups)]
-    return [region for region in cut if region]
+    return [region for region in cut if region.outputs]  # else nothing reads what it computes
 
 
 def site_of(node: fx.Node) -> Site | None:
@@ -92,11 +99,24 @@ def _components(tags: Tags, reads_of) -> list[list[fx.Node]]:
     wide = set(tags.wide)
     for node in [*tags.wide, *tags.roots]:
         for source in reads_of(node):
-            if source in wide:
+            if source in wide and source not in tags.stored:
                 parent[find(node)] = find(source)
     groups: dict[fx.Node, list[fx.Node]] = {}
-    for root in tags.roots:
+    for root in [*tags.roots, *tags.written]:
         groups.setdefault(find(root), []).append(root)
+    return list(groups.values())
+
+
+def _stages(graph: fx.Graph, roots: list[fx.Node], local: dict[fx.Node, LocalLift]) -> list[list[fx.Node]]:
+    """Roots in groups of which no one waits for an op that stays eager on another: each is a kernel of its own."""
+    stage: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        before = [stage[s] for s in node.all_input_nodes if s in stage]
+        if node in local and (before or node in roots):
+            stage[node] = max(before, default=0) + (bool(before) and local[node].value is None)
+    groups: dict[int, list[fx.Node]] = {}
+    for root in roots:
+        groups.setdefault(stage[root], []).append(root)
     return list(groups.values())
 
 
@@ -114,18 +134,38 @@ class _Cutter:
         self.origins: dict[Node, Origin] = {}
         self.memo: dict[fx.Node, Lifted] = {}
         self.generated: dict[fx.Node, bool] = {}
+        self.unstored: dict[fx.Node, Lifted] = {}
 
     def reads_of(self, node: fx.Node) -> list[fx.Node]:
         """The values a lifted node is computed from."""
         return [source for source, _ in sources(self.local[node].value, self.by_name)]
 
-    def cut(self, roots: list[fx.Node], name: str, tentative: bool) -> Region | None:
-        """None where nothing outside reads what the roots lead to, save what is written anyway."""
+    def saves(self, roots: list[fx.Node]) -> bool:
+        """Whether one kernel for the roots keeps something wide from being written: what they are computed from, or what an op
+        like `scaled_dot_product_attention` writes inside."""
+        held = [self.local[n].value.body for n in roots]
+        return any(n in self.tags.wide and n not in self.tags.written for r in roots for n in self._wide_below(r)) or any(
+            isinstance(n, Reduce) and n.depth > 1 for body in held for n in walk(body)
+        )
+
+    def _wide_below(self, root: fx.Node) -> set[fx.Node]:
+        """The values of the region that a root is computed from."""
+        found: set[fx.Node] = set()
+        todo = [root]
+        while todo:
+            for source in self.reads_of(todo.pop()):
+                if source not in found and source not in self.tags.stored and self.tags.has_both_sides(source):
+                    found.add(source)
+                    todo.append(source)
+        return found
+
+    def cut(self, roots: list[fx.Node], name: str, tentative: bool) -> Region:
         self.origins, self.memo = {}, {}
         self.roots = set(roots)
-        outputs = _live_outputs(self._grown(roots), self.tags)
-        if not outputs:
-            return None
+        written = [n for n in roots if n in self.tags.written]
+        grown = self._grown([n for n in roots if n not in self.tags.written])
+        wide = set().union(*(self._wide_below(r) for r in roots))
+        outputs = [*_live_outputs(grown, wide), *written]
         self.claimed = self._between(roots, outputs) | self.roots
         lifted = [(node, self._inlined(node)) for node in outputs]
         program = Program(name, tuple(self._output(n, v) for n, v in lifted), self.origins)
@@ -141,7 +181,7 @@ class _Cutter:
             node = node.args[0]
         path = self.attributes.get(node.name)
         own = self.names.get(node) or self.parameters.get(node.name)
-        return own or (path.path.split(".")[-1] if path else node.name)
+        return own or (path.name if path else node.name)
 
     def _output(self, node: fx.Node, value: Lifted) -> Output:
         return Output(
@@ -219,6 +259,8 @@ class _Cutter:
         """Whether a value read by the region is computed in it rather than loaded."""
         if source in self.claimed or self.tags.is_wide(source):
             return True
+        if source in self.tags.stored:
+            return False
         local = self.local[source].value if source in self.local else None
         if not isinstance(local, Lifted) or _reduces(local.body):
             return False
@@ -236,7 +278,14 @@ class _Cutter:
         return self.generated[source]
 
     def _unstored(self, source: fx.Node) -> Lifted:
-        """The value with every operand that is cheaper than stored written out."""
+        """The value with every operand that is cheaper than stored written out, unless that is long."""
+        if source not in self.unstored:
+            value = self._written_out(source)
+            is_long = sum(1 for _ in walk(value.body)) > LONGEST
+            self.unstored[source] = load_of(source) if is_long else value
+        return self.unstored[source]
+
+    def _written_out(self, source: fx.Node) -> Lifted:
         local = self.local[source].value if source in self.local else None
         if not isinstance(local, Lifted) or _reduces(local.body):
             return load_of(source)
@@ -259,10 +308,9 @@ def _has_both(load: Load, sides) -> bool:
     return any((o, "rows") in tags and (o, "stream") in tags for o, _ in tags)
 
 
-def _live_outputs(nodes: list[fx.Node], tags: Tags) -> list[fx.Node]:
-    """Those that something outside the others reads."""
+def _live_outputs(nodes: list[fx.Node], wide: set[fx.Node]) -> list[fx.Node]:
+    """Those that something outside the others, and outside the region's wide values, reads."""
     known = set(nodes)
-    wide = set(tags.wide)
 
     def is_live(node: fx.Node) -> bool:
         return any(not _leads_only_to(u, known, wide) for u in node.users)

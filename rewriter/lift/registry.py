@@ -8,11 +8,12 @@ from typing import Any, Callable
 import torch
 from torch import fx
 
-from rewriter.ir import Node, Param, const
+from rewriter.ir import Node, const
 from rewriter.lift.values import Lifted, NotLiftable
-from rewriter.trace.sizes import shape_of, size_node
+from rewriter.trace.sizes import number_node, shape_of, size_node
 
 RULES: dict[str, Callable] = {}
+REFUSED: dict[str, str] = {}
 
 
 def lifts(*names: str) -> Callable[[Callable], Callable]:
@@ -24,6 +25,16 @@ def lifts(*names: str) -> Callable[[Callable], Callable]:
         return rule
 
     return register
+
+
+def refuses(reason: str, *names: str) -> None:
+    """Registers what index notation does not express, with the reason."""
+
+    def rule(ctx: Context, *args: Any, **kwargs: Any) -> Lifted:
+        raise NotLiftable(reason)
+
+    REFUSED.update(dict.fromkeys(names, reason))
+    lifts(*names)(rule)
 
 
 def rule_for(node: fx.Node) -> Callable | None:
@@ -59,7 +70,7 @@ def scalar(value: Any, like: torch.dtype | None = None) -> Node:
     if isinstance(value, torch.SymInt):
         return size_node(value)
     if isinstance(value, torch.SymFloat):
-        return Param(f"<{value.node.expr}>", torch.float32)
+        return number_node(value)
     if isinstance(value, Node):
         return value
     if isinstance(value, float) and (like is None or not like.is_floating_point):

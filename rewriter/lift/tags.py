@@ -9,30 +9,47 @@ is a *root*: it is stored, so that its tags end there.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field
 
 from torch import fx
 
-from rewriter.ir import Axis, Load, Node, Reduce, open_reduce, walk
+from rewriter.ir import Axis, Const, Load, Node, Reduce, open_reduce, walk
 from rewriter.ir.integer import product, proves
 from rewriter.lift.local import LocalLift
 from rewriter.lift.values import Lifted
 
+SHORTEST = 4  # positions that are no long side
 Tag = tuple[int, str]
 Sides = tuple[frozenset[Axis], frozenset[Axis]]
 
 
 @dataclass
 class Tags:
-    """`dims[node]` holds a set of tags per dimension; `roots` and `wide` in graph order."""
+    """`dims[node]` holds a set of tags per dimension; `roots`, `wide` and `written` in graph order.
+
+    `written` are wide values that a chain gives as they are, because something outside reads them; `stored` those that are
+    read from memory by what follows. `derived[node]` are the origins that a value has been reduced over, or follows from one
+    that has.
+    """
 
     dims: dict[fx.Node, tuple[frozenset[Tag], ...]] = field(default_factory=dict)
     wide: list[fx.Node] = field(default_factory=list)
     roots: list[fx.Node] = field(default_factory=list)
+    written: list[fx.Node] = field(default_factory=list)
+    stored: set[fx.Node] = field(default_factory=set)
+    derived: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
     reasons: dict[fx.Node, str] = field(default_factory=dict)
 
-    def is_wide(self, node: fx.Node) -> bool:
+    def has_both_sides(self, node: fx.Node) -> bool:
         return bool(_origins(self.dims.get(node, ())))
+
+    def is_derived(self, node: fx.Node) -> bool:
+        """Whether a wide value follows from a reduction of its own rows × stream."""
+        return bool(self.derived.get(node, frozenset()) & _origins(self.dims.get(node, ())))
+
+    def is_wide(self, node: fx.Node) -> bool:
+        return node not in self.stored and self.has_both_sides(node)
 
 
 def _origins(dims: tuple[frozenset[Tag], ...]) -> set[int]:
@@ -79,27 +96,50 @@ def tag(
             continue
         reads = sources(lifted, by_name)
         dims = _inherited(lifted, reads, tags.dims)
+        before = frozenset().union(*(tags.derived.get(y, ()) for y, _ in reads))
         if _has_lost_a_side(dims, reads, tags) or (not _origins(dims) and _is_chain(lifted, reads, moving)):
             tags.roots.append(node)
+            tags.derived[node] = before.union(*(_origins(tags.dims.get(y, ())) for y, _ in reads))
             continue
         alive = {n for n, _ in reads} if one_sided and _is_half_fixed(lifted, reads, moving) else moving
-        narrow = {n for n in alive if not tags.is_wide(n)}
+        narrow = {n for n in alive if not tags.has_both_sides(n)}
         sides = _sides(lifted, reads, narrow)
-        dims = _with_origin(order, lifted, dims, weighed.narrowed(order, sides)) if sides else dims
-        if _origins(dims):
-            reason = _escape(node, local)
-            if reason:
-                if any(tags.is_wide(y) for y, _ in reads):
-                    tags.reasons[node] = reason
-                continue
-            tags.wide.append(node)
-        tags.dims[node] = dims
+        tags.dims[node] = _with_origin(order, lifted, dims, weighed.narrowed(order, sides)) if sides else dims
+        tags.derived[node] = before | _reduced_origins(lifted, reads, tags)
+        if tags.has_both_sides(node):
+            _place_wide(node, local, tags)
     return tags
+
+
+def _place_wide(node: fx.Node, local: dict[fx.Node, LocalLift], tags: Tags) -> None:
+    """A wide value is inside a chain, unless something outside reads it: then it is written, by the chain if it follows from a
+    reduction, else by the program itself."""
+    reader = _reader_outside(node, local)
+    derived = tags.is_derived(node)
+    if reader is None or derived:
+        tags.wide.append(node)
+    if reader is None:
+        return
+    returned = reader == ""
+    if derived:
+        tags.written.append(node)
+    if not (derived and returned):
+        tags.stored.add(node)
+    if not derived or not returned:
+        tags.reasons[node] = f"written, because it is {'returned' if returned else f'read by an op that stays eager ({reader})'}"
+
+
+def _reduced_origins(lifted: Lifted, reads, tags: Tags) -> set[int]:
+    """The origins of wide values that a value is made of reductions of: softmax."""
+    inside = (n for r in walk(lifted.body) if isinstance(r, Reduce) for n in walk(r.body))
+    reduced = {n.tensor.name for n in inside if isinstance(n, Load)}
+    return set().union(*(_origins(tags.dims.get(y, ())) for y, load in reads if load.tensor.name in reduced))
 
 
 def _is_half_fixed(lifted: Lifted, reads, moving: set[fx.Node]) -> bool:
     """A contraction of something that moves with something that does not."""
-    return isinstance(lifted.body, Reduce) and len({n in moving for n, _ in reads}) == 2
+    contracts = any(isinstance(n, Reduce) for n in walk(lifted.body))
+    return contracts and len({n in moving for n, _ in reads}) == 2
 
 
 def _inherited(lifted: Lifted, reads, dims: dict[fx.Node, tuple[frozenset, ...]]) -> tuple[frozenset, ...]:
@@ -140,9 +180,15 @@ def _outer_pair(axes: tuple[Axis, ...], reads, moving: set[fx.Node]) -> Sides | 
     live = [load for node, load in reads if node in moving]
     for first, second in itertools.combinations(live, 2):
         rows, stream = (first.free - second.free) & used, (second.free - first.free) & used
-        if rows and stream:
+        if rows and stream and not _is_short(rows) and not _is_short(stream):
             return rows, stream
     return None
+
+
+def _is_short(side: frozenset[Axis]) -> bool:
+    """A few fixed positions, like the coordinates of a point: nothing is wide by them."""
+    extents = [a.extent for a in side]
+    return all(isinstance(e, Const) for e in extents) and math.prod(e.value for e in extents) <= SHORTEST
 
 
 class _Weighed:
@@ -203,11 +249,9 @@ def _has_inner_reduce(body: Node) -> bool:
     return any(isinstance(n, Reduce) for n in walk(body))
 
 
-def _escape(node: fx.Node, local: dict[fx.Node, LocalLift]) -> str:
-    """Why a wide value must be written anyway: something outside index notation reads it."""
-    for user in node.users:
-        if user.op == "output":
-            return "it is returned, so it is written anyway"
-        if user in local and local[user].value is None:
-            return f"it is read by an op that stays eager ({local[user].reason})"
-    return ""
+def _reader_outside(node: fx.Node, local: dict[fx.Node, LocalLift]) -> str | None:
+    """Why a wide value must be written: "" where it is returned, else what of index notation is missing in its reader."""
+    readers = [u for u in node.users if u in local and local[u].value is None]
+    if readers:
+        return local[readers[0]].reason
+    return "" if any(u.op == "output" for u in node.users) else None

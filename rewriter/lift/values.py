@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rewriter.ir import Axis, Const, Index, Node, apply, fresh_axis, index, substitute
+from rewriter.ir import Axis, Const, Index, Node, apply, fresh_axis, index, substitute, where
 from rewriter.ir.integer import proves
 
 
@@ -50,12 +50,39 @@ def remap(value: Lifted, shape: tuple[Node, ...], mapping) -> Lifted:
     return Lifted(axes, value.at(tuple(mapping(positions(axes)))))
 
 
-def from_end(start: Node, extent: Node) -> Node:
-    """A start counted from the end; a start past either end is clamped by torch, which we do not follow."""
-    first = apply("add", start, extent) if isinstance(start, Const) and start.value < 0 else start
-    if not proves("le", Const(0), first):
+def first_of(start: Node, extent: Node) -> Node:
+    """Where a slice begins: a start counted from the end is clamped to the first element."""
+    if isinstance(start, Const) and start.value < 0:
+        return apply("maximum", Const(0), apply("add", start, extent))
+    if not proves("le", Const(0), start):
         raise NotLiftable("a slice that may start before the first element")
-    return first
+    return start
 
 
-__all__ = ["Index", "Lifted", "NotLiftable", "broadcast_at", "fresh_axes", "from_end", "positions", "remap"]
+def position_of(at: Node, extent: Node) -> Node:
+    """One position, counted from the end where it is a negative number."""
+    place = apply("add", at, extent) if isinstance(at, Const) and at.value < 0 else at
+    if not proves("le", Const(0), place):
+        raise NotLiftable("a position that may be before the first element")
+    return place
+
+
+def wrapped(i: Node, extent: Node) -> Node:
+    """An index from a tensor: torch counts negative ones from the end."""
+    if proves("le", Const(0), i):
+        return i
+    return where(apply("lt", i, Const(0)), apply("add", i, extent), i)
+
+
+__all__ = [
+    "Index",
+    "Lifted",
+    "NotLiftable",
+    "broadcast_at",
+    "first_of",
+    "fresh_axes",
+    "position_of",
+    "positions",
+    "remap",
+    "wrapped",
+]

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from rewriter.ir import Const, Node, apply, const, where
 from rewriter.ir.integer import product, proves
-from rewriter.lift.registry import Context, lifts, scalar
-from rewriter.lift.values import Lifted, NotLiftable, broadcast_at, fresh_axes, from_end, positions, remap
+from rewriter.lift.registry import Context, lifts, refuses, scalar
+from rewriter.lift.values import (
+    Lifted,
+    NotLiftable,
+    broadcast_at,
+    first_of,
+    fresh_axes,
+    position_of,
+    positions,
+    remap,
+    wrapped,
+)
 from rewriter.trace.sizes import shape_of
 
 
@@ -21,17 +31,27 @@ def view(ctx: Context, x: Lifted, *args, **kwargs) -> Lifted:
 def reshaped(old: tuple[Node, ...], new: tuple[Node, ...], indices: tuple[Node, ...]) -> list[Node]:
     """Indices into `old` for `indices` into `new`, both row-major: [b*H + h] -> [b, h] and back.
 
-    Dimensions are matched in the smallest groups of equal size, so most merges and splits stay exact."""
+    Dimensions are matched in the smallest groups of equal size, so most merges and splits stay exact. A view has as many
+    elements as it had before: what is left between groups from both ends is a group, too."""
+    head, i, j = _from_left(old, new, indices)
+    tail, p, q = _from_left(old[i:][::-1], new[j:][::-1], indices[j:][::-1], single=True)
+    middle = _regroup(old[i : len(old) - p], new[j : len(new) - q], indices[j : len(new) - q])
+    return [*head, *middle, *tail[::-1]]
+
+
+def _from_left(old, new, indices, single: bool = False) -> tuple[list[Node], int, int]:
+    """Indices into `old` for the groups found from the left, or for `single` dimensions, and how many dimensions of each
+    these are."""
     out: list[Node] = []
     i = j = 0
     while i < len(old) or j < len(new):
         left, right = [i], [j]
         while not proves("eq", product(old[i : left[-1] + 1]), product(new[j : right[-1] + 1])):
-            if not _grow(old, new, left, right):
-                raise NotLiftable("a view whose dimensions do not match in groups")
+            if single or not _grow(old, new, left, right):
+                return out, i, j
         out += _regroup(old[i : left[-1] + 1], new[j : right[-1] + 1], indices[j : right[-1] + 1])
-        i, j = left[-1] + 1, right[-1] + 1
-    return out
+        i, j = min(left[-1] + 1, len(old)), min(right[-1] + 1, len(new))
+    return out, i, j
 
 
 def _grow(old, new, left: list[int], right: list[int]) -> bool:
@@ -144,14 +164,14 @@ def repeat_interleave(ctx: Context, x: Lifted, repeats, dim=None, *, output_size
 @lifts("slice")
 def slice_(ctx: Context, x: Lifted, dim=0, start=None, end=None, step=1) -> Lifted:
     dim = _dim(dim, len(x.axes))
-    first = from_end(scalar(0 if start is None else start), x.axes[dim].extent)
+    first = first_of(scalar(0 if start is None else start), x.axes[dim].extent)
     return _strided(ctx, x, dim, first, scalar(step))
 
 
 @lifts("narrow")
 def narrow(ctx: Context, x: Lifted, dim: int, start, length) -> Lifted:
     dim = _dim(dim, len(x.axes))
-    return _strided(ctx, x, dim, from_end(scalar(start), x.axes[dim].extent), Const(1))
+    return _strided(ctx, x, dim, position_of(scalar(start), x.axes[dim].extent), Const(1))
 
 
 def _strided(ctx: Context, x: Lifted, dim: int, first: Node, step: Node) -> Lifted:
@@ -165,7 +185,7 @@ def _strided(ctx: Context, x: Lifted, dim: int, first: Node, step: Node) -> Lift
 @lifts("select")
 def select(ctx: Context, x: Lifted, dim: int, at) -> Lifted:
     dim = _dim(dim, len(x.axes))
-    chosen = from_end(scalar(at), x.axes[dim].extent)
+    chosen = position_of(scalar(at), x.axes[dim].extent)
     return remap(x, ctx.shape, lambda i: [*i[:dim], chosen, *i[dim:]])
 
 
@@ -254,16 +274,25 @@ def flip(ctx: Context, x: Lifted, dims) -> Lifted:
     return remap(x, ctx.shape, mapping)
 
 
-@lifts("diagonal", "unfold", "as_strided")
-def unsupported_view(ctx: Context, x: Lifted, *args, **kwargs) -> Lifted:
-    raise NotLiftable("a strided view")
+@lifts("diagonal")
+def diagonal(ctx: Context, x: Lifted, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Lifted:
+    """x[..., i, i + offset]; the diagonal is the last dimension"""
+    dim1, dim2 = _dim(dim1, len(x.axes)), _dim(dim2, len(x.axes))
+    if not isinstance(offset, int):
+        raise NotLiftable("a diagonal that sizes decide")
+
+    def mapping(i: tuple[Node, ...]) -> list[Node]:
+        place = {
+            dim1: apply("add", i[-1], Const(max(-offset, 0))),
+            dim2: apply("add", i[-1], Const(max(offset, 0))),
+        }
+        rest = iter(i[:-1])
+        return [place[d] if d in place else next(rest) for d in range(len(x.axes))]
+
+    return remap(x, ctx.shape, mapping)
 
 
-def _wrapped(i: Node, extent: Node) -> Node:
-    """torch counts negative indices from the end."""
-    if proves("le", Const(0), i):
-        return i
-    return where(apply("lt", i, Const(0)), apply("add", i, extent), i)
+refuses("a strided view", "unfold", "as_strided")
 
 
 @lifts("embedding")
@@ -304,7 +333,7 @@ def index_tensor(ctx: Context, x: Lifted, indices) -> Lifted:
     index = []
     for k, axis in enumerate(x.axes):
         if k in used:
-            index.append(_wrapped(broadcast_at(indices[k], chosen), axis.extent))
+            index.append(wrapped(broadcast_at(indices[k], chosen), axis.extent))
         else:
             index.append(next(rest))
     return Lifted(axes, x.at(tuple(index)))

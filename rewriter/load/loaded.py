@@ -22,7 +22,8 @@ class Loaded:
 
     `file` is absolute, as frames and `inspect` have it; `shown` is as the user wrote it. `line` is
     where the class or function is defined, 0 where that is another file. `init_form` and `inputs_form`
-    say how `get_init_inputs` and `get_inputs` give arguments, "" where they were not asked.
+    say how `get_init_inputs` and `get_inputs` give arguments, "" where they were not asked. `package`
+    is what its relative imports start from, "" where it has none.
     """
 
     module: nn.Module | Callable[..., Any]
@@ -36,6 +37,7 @@ class Loaded:
     line: int = 0
     init_form: str = ""
     inputs_form: str = ""
+    package: str = ""
     notes: tuple[Reason, ...] = ()
 
     def site(self, line: int = 0) -> Site:

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_map
 
 from rewriter.errors import Reason, RewriteError
 from rewriter.load.build import Call
-from rewriter.load.inputs import TORCH_DTYPES
 from rewriter.load.running import blaming, said
 from rewriter.load.source import Source
 
@@ -50,11 +49,10 @@ def _reads_training(tree: ast.Module) -> bool:
     )
 
 
-def cast(model: Model, call: Call, name: str | None) -> Call:
+def cast(model: Model, call: Call, dtype: torch.dtype | None) -> Call:
     """Cast floating parameters and buffers in place, and return the inputs cast."""
-    if name is None:
+    if dtype is None:
         return call
-    dtype = TORCH_DTYPES[name]
     if isinstance(model, nn.Module):
         # Not Module.to: that drops the imaginary part of complex buffers (rotary tables).
         model._apply(lambda tensor: _cast_tensor(tensor, dtype))  # type: ignore[no-untyped-call]

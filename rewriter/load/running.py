@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -22,20 +23,26 @@ _siblings: dict[str, Path] = {}
 
 @contextlib.contextmanager
 def beside(source: Source) -> Iterator[None]:
-    """Let the user's code import what lies beside it, as `python FILE` does; write no `.pyc`."""
-    folder = source.path.parent
-    _forget_siblings_elsewhere(folder)
-    before, writes_nothing = set(sys.modules), sys.dont_write_bytecode
-    sys.path.insert(0, str(folder))
+    """Let the user's code import what lies beside it, as `python FILE` does; write no `.pyc`.
+
+    It sees the command line of `python FILE` too, and may change folders: we come back.
+    """
+    folders = [str(source.path.parent), *(str(folder.parent) for folder in source.folders[-1:])]
+    _forget_siblings_elsewhere(source.path.parent)
+    before, argv, writes_nothing = set(sys.modules), sys.argv, sys.dont_write_bytecode
+    sys.path[:0] = folders
+    sys.argv = [source.shown]
     sys.dont_write_bytecode = True  # we write nowhere but in OUT
     try:
-        yield
+        with contextlib.chdir(os.getcwd()):
+            yield
     finally:
-        sys.dont_write_bytecode = writes_nothing
-        with contextlib.suppress(ValueError):  # the user's code may have changed sys.path too
-            sys.path.remove(str(folder))
+        sys.argv, sys.dont_write_bytecode = argv, writes_nothing
+        for folder in folders:
+            with contextlib.suppress(ValueError):  # the user's code may have changed sys.path too
+                sys.path.remove(folder)
         new = set(sys.modules) - before
-        _siblings.update({name: folder for name in new if _lies_in(folder, name)})
+        _siblings.update({name: source.path.parent for name in new if _lies_in(source, name)})
 
 
 def _forget_siblings_elsewhere(folder: Path) -> None:
@@ -46,9 +53,12 @@ def _forget_siblings_elsewhere(folder: Path) -> None:
             del sys.modules[name]
 
 
-def _lies_in(folder: Path, name: str) -> bool:
+def _lies_in(source: Source, name: str) -> bool:
+    """Whether a module of that name was imported from beside the file, or is the package it is in."""
+    folder = source.path.parent
     file = getattr(sys.modules.get(name), "__file__", None)
-    return file in (str(folder / f"{name}.py"), str(folder / name / "__init__.py"))
+    is_package = name == source.package.split(".")[0]
+    return is_package or file in (str(folder / f"{name}.py"), str(folder / name / "__init__.py"))
 
 
 @contextlib.contextmanager
@@ -76,7 +86,10 @@ def _blame(error: BaseException, source: Source, line: int) -> Site:
 
 def said(error: BaseException) -> str:
     """An exception as one line, its type first."""
-    text = " ".join(str(error).split("Exception raised from")[0].split())
+    try:
+        text = " ".join(str(error).split("Exception raised from")[0].split())
+    except Exception:  # the user's own __str__
+        text = ""
     if len(text) > _LONGEST:
         text = text[:_LONGEST].rstrip() + " ..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -92,6 +105,8 @@ def import_source(source: Source) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, source.path)
     assert spec is not None, "a .py file always has a loader"
     module = importlib.util.module_from_spec(spec)
+    if source.package:
+        module.__package__, module.__spec__ = source.package, None
     sys.modules[name] = module
     try:
         with blaming(source, "importing it"):

@@ -25,6 +25,24 @@ class Source:
     tree: ast.Module
     code: CodeType
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders, innermost first, that make up the package of a file with relative imports.
+
+        As many as they climb, and more while those have an `__init__.py`.
+        """
+        imports = (node for node in ast.walk(self.tree) if isinstance(node, ast.ImportFrom))
+        parents = self.path.parents
+        depth = min(max((node.level for node in imports), default=0), len(parents) - 1)
+        while depth and (parents[depth] / "__init__.py").exists():
+            depth += 1
+        return tuple(parents[:depth])
+
+    @property
+    def package(self) -> str:
+        """The package that the file's relative imports start from, "" where it has none."""
+        return ".".join(folder.name for folder in reversed(self.folders))
+
     def site(self, line: int = 0) -> Site:
         """A place in the file, as messages show it."""
         return Site(self.shown, line)

@@ -11,7 +11,7 @@ from torch import nn
 
 from rewriter.errors import RewriteError
 from rewriter.load.build import Given, construct, definition_line, given_inputs, init_inputs, seed
-from rewriter.load.inputs import random_inputs
+from rewriter.load.inputs import TORCH_DTYPES, random_inputs
 from rewriter.load.loaded import FROM_FILE, FROM_OPTIONS, Loaded
 from rewriter.load.prepare import Model, cast, for_inference, prove
 from rewriter.load.running import beside, import_source
@@ -37,7 +37,7 @@ def load_source(source: Source, options: Options) -> Loaded:
         model = construct(source, target, init)
         given = _inputs(source, module, model, options, line)
         notes = for_inference(source, model, source.line_of(target.__name__))
-        call = cast(model, given.call, options.dtype)
+        call = cast(model, given.call, TORCH_DTYPES.get(options.dtype))
         notes += prove(source, model, call, line, was_cast=options.dtype is not None)
     args, kwargs = call
     return Loaded(
@@ -52,6 +52,7 @@ def load_source(source: Source, options: Options) -> Loaded:
         line=source.line_of(target.__name__),
         init_form=init.form,
         inputs_form=given.form,
+        package=source.package,
         notes=tuple(notes),
     )
 

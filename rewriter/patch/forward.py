@@ -12,62 +12,78 @@ from rewriter.emit import KernelFile
 from rewriter.emit.torch_text import TorchPrinter, Variables
 from rewriter.errors import RewriteError
 from rewriter.ir import Param
+from rewriter.patch.sizes import Sizes
+from rewriter.patch.literal import Text
 from rewriter.patch.units import Unit, units_of
 from rewriter.trace import TracedModule
-from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import statement_key, user_names
 
 
 @dataclass(frozen=True)
 class Forward:
-    """`parameters` as in the user's signature; `lines` end in the return statement."""
+    """`lines` end in the return statement; `called` are the submodules, by path, that they call as they are."""
 
     lines: tuple[str, ...]
+    called: frozenset[str]
 
 
 class ForwardPrinter:
     """Prints a traced module with its chains replaced by kernel calls."""
 
-    def __init__(self, traced: TracedModule, kernels: list[KernelFile], regions, leaf_text: dict[str, str]):
+    def __init__(
+        self,
+        traced: TracedModule,
+        kernels: list[KernelFile],
+        regions,
+        leaf_text: dict[str, str],
+        sizes: Sizes,
+    ):
         self.traced = traced
         self.units = units_of(traced, regions)
         self.kernels = dict(zip((r.program.name for r in regions), kernels))
         self.user_names = user_names(traced.graph)
         self.variables = Variables({"self", "torch", *(k.name for k in kernels), *_roots(leaf_text)})
         self.sizes: dict[Param, str] = {}
-        self.sources = self._size_sources(leaf_text)
+        self.sources = sizes.sources
         self.lines: list[str] = []
+        self.called: set[str] = set()
         self.done: set[Unit] = set()
         self.busy: set[Unit] = set()
         first = next((t for t in leaf_text.values()), "self")
         self.printer = TorchPrinter(self._name, self._size, f"{first}.device")
         for name, text in leaf_text.items():
             self.variables.adopt(traced.placeholders[name], text)
+        self.expanded = [line for name, text in leaf_text.items() for line in self._expanded(name, text, sizes)]
         for name, attribute in traced.attributes.items():
-            if attribute.path not in traced.constants:
-                self.variables.adopt(traced.placeholders[name], attribute_path(attribute.path))
+            self.variables.adopt(traced.placeholders[name], attribute_path(attribute.path))
 
     def print(self) -> Forward:
         output = next(n for n in self.traced.graph.nodes if n.op == "output")
         for node in output.all_input_nodes:
             self._need(node)
-        result = self._result(output)
+        result, assigned = self._results(output)
+        paths = map(attribute_path, self.traced.assigned)
+        self.lines += [f"{path} = {value!r}" for path, value in zip(paths, assigned)]
         sizes = [f"{name} = {self.sources[p]}" for p, name in self.sizes.items()]
-        return Forward((*sizes, *self.lines, f"return {result}"))
+        lines = (*sizes, *self.expanded, *self.lines, f"return {result!r}")
+        return Forward(lines, frozenset(self.called))
 
-    def _size_sources(self, leaf_text: dict[str, str]) -> dict[Param, str]:
-        out: dict[Param, str] = {}
-        for name, text in leaf_text.items():
-            for k, extent in enumerate(shape_of(self.traced.placeholders[name].meta["val"])):
-                if isinstance(extent, Param):
-                    out.setdefault(extent, f"{text}.shape[{k}]")
-        return out
+    def _expanded(self, name: str, text: str, sizes: Sizes) -> list[str]:
+        """An argument with dimensions that may be 1, expanded to what the kernels take."""
+        places = [p for p in sizes.places if p.leaf == text]
+        node = self.traced.placeholders[name]
+        if not node.users or not any(p.broadcasts for p in places):
+            return []
+        shape = [self.printer.size_node(p.extent) if p.broadcasts else "-1" for p in places]
+        variable = text if text.isidentifier() else self.variables.assign(node, name)
+        self.variables.adopt(node, variable)
+        return [f"{variable} = {text}.expand({', '.join(shape)})"]
 
     def _size(self, param: Param) -> str:
         if param not in self.sizes:
             if param not in self.sources:
                 raise RewriteError(f"a size ({param.name}) that no input has")
-            wanted = "batch" if self.sources[param].endswith("[0]") else "length"
+            wanted = "batch" if ".shape[0]" in self.sources[param] else "length"
             name, k = wanted, 2
             while name in self.variables.taken:
                 name, k = f"{wanted}_{k}", k + 1
@@ -91,7 +107,7 @@ class ForwardPrinter:
 
     def _need(self, node: fx.Node) -> None:
         """Writes what a value needs, then the value, unless it is part of its only reader's statement."""
-        if node.op != "call_function" or isinstance(node.meta.get("val"), (torch.SymInt, int, bool)):
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
             return
         unit = self.units[node]
         if unit in self.done:
@@ -135,19 +151,14 @@ class ForwardPrinter:
             ]
             return f"{kernel.name}({', '.join(arguments)})"
         if unit.module:
+            self.called.add(unit.module)
             return f"{attribute_path(unit.module)}({self._name(unit.inputs[0])})"
         return self.printer.call(unit.outputs[0])
 
-    def _result(self, output: fx.Node) -> str:
-        leaves = [_Text(self.printer.value(v)) for v in pytree.tree_leaves(output.args[0])]
-        return repr(pytree.tree_unflatten(leaves, self.traced.out_spec))
-
-
-class _Text(str):
-    """A string that shows without quotes inside tuples and dicts."""
-
-    def __repr__(self) -> str:
-        return str(self)
+    def _results(self, output: fx.Node) -> tuple:
+        """(what forward returns, [what it assigned]) with source text for leaves."""
+        leaves = [Text(self.printer.value(v)) for v in pytree.tree_leaves(output.args[0])]
+        return pytree.tree_unflatten(leaves, self.traced.out_spec)
 
 
 def _roots(leaf_text: dict[str, str]) -> set[str]:

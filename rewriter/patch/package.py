@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from dataclasses import dataclass
 
 from torch import nn
 
 from rewriter.emit import KernelFile, render
+from rewriter.errors import RewriteError
 from rewriter.lift import Region
-from rewriter.patch.forward import ForwardPrinter, attribute_path
+from rewriter.patch import digest
+from rewriter.patch.digest import code_digest
+from rewriter.patch.forward import ForwardPrinter
 from rewriter.patch.guards import guards_of
 from rewriter.patch.signature import signature_of
-from rewriter.trace import TracedModule
+from rewriter.patch.sizes import sizes_of
+from rewriter.patch.state import own_tensors, parts_of, ties
+from rewriter.trace import Dimension, TracedModule
+from rewriter.trace.sizes import UnknownSize
 
 
 @dataclass(frozen=True)
@@ -23,26 +31,38 @@ class Patched:
 
 
 def patch(
-    traced: TracedModule, regions: tuple[Region, ...], kernels: list[KernelFile], title: str
+    traced: TracedModule,
+    regions: tuple[Region, ...],
+    kernels: list[KernelFile],
+    title: str,
+    broadcast: frozenset[Dimension],
 ) -> Patched:
     """The text of `module.py`. Raises RewriteError where the forward cannot be written down."""
     signature = signature_of(traced)
-    printer = ForwardPrinter(traced, kernels, regions, signature.leaves)
-    forward = printer.print()
+    try:
+        sizes = sizes_of(traced, signature.leaves, broadcast)
+        printer = ForwardPrinter(traced, kernels, regions, signature.leaves, sizes)
+        forward, guards = printer.print(), guards_of(traced, signature, sizes, regions)
+    except UnknownSize as size:
+        raise RewriteError(f"forward depends on {size}, which can't be written down") from size
     is_module = isinstance(traced.module, nn.Module)
     name = type(traced.module).__name__ if is_module else traced.module.__name__
+    program = type(traced.module) if is_module else traced.module
     text = render(
         "module.py.jinja",
         title=title,
         name=name,
+        class_name=re.sub(r"\W", "", name),
         is_module=is_module,
         signature=signature,
-        parameters=[
-            attribute_path(a.path) for a in traced.attributes.values() if a.path not in traced.constants
-        ],
-        guards=guards_of(traced, signature),
+        parts=parts_of(traced, forward.called),
+        tensors=own_tensors(traced),
+        ties=ties(traced),
+        guards=guards,
         lines=forward.lines,
         kernels=[k.name for k in {k.name: k for k in kernels}.values()],
-        qualified=f"{type(traced.module).__qualname__}" if is_module else name,
+        qualified=program.__qualname__,
+        digest=code_digest(program),
+        digest_code=inspect.getsource(digest).split("import inspect\n", 1)[1].strip(),
     )
     return Patched(name, text)

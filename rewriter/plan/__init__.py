@@ -1,6 +1,17 @@
 """Stage plan: a chain → the kernels that compute it."""
 
-from rewriter.plan.kernel import Config, Dot, KernelPlan, padded
+from rewriter.plan.kernel import ChainPlan, Config, Dot, KernelPlan, Loop, Sweep, padded
 from rewriter.plan.plan import NeedsFixed, NotPlannable, plan
 
-__all__ = ["Config", "Dot", "KernelPlan", "NeedsFixed", "NotPlannable", "padded", "plan"]
+__all__ = [
+    "ChainPlan",
+    "Config",
+    "Dot",
+    "KernelPlan",
+    "Loop",
+    "NeedsFixed",
+    "NotPlannable",
+    "Sweep",
+    "padded",
+    "plan",
+]

@@ -1,4 +1,4 @@
-"""What planning decides for one kernel: the role of every axis, the tile sizes, and how contractions become `tl.dot`."""
+"""What planning decides: the kernels of a chain, the role of every axis in each, and how contractions are computed."""
 
 from __future__ import annotations
 
@@ -6,19 +6,38 @@ from dataclasses import dataclass
 
 import torch
 
-from rewriter.derive import Chain
-from rewriter.ir import Axis, Const, Node, Reduce
+from rewriter.derive import Chain, Definition
+from rewriter.ir import Axis, Const, Node, Output, Reduce, Tensor
+
+
+LONG_BLOCK = 64  # positions of a long contraction in one block
 
 
 @dataclass(frozen=True)
 class Dot:
-    """An inner contraction sum_d left[row, d] · right[stream, d] as one matrix product of two tiles."""
+    """An inner contraction sum_d left[x, d] · right[y, d] as one matrix product of two tiles; x and y are tile axes.
+
+    A `long` one does not keep d whole: it adds up products of BLOCK_D positions each.
+    """
 
     node: Reduce
     axis: Axis
+    rows: Axis
+    columns: Axis
     left: Node
     right: Node
     scale: tuple[Node, ...]
+    long: bool = False
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An inner reduction that is no matrix product, one position of `axis` after the other."""
+
+    node: Reduce
+    axis: Axis
+    predicate: Node
+    body: Node
 
 
 @dataclass(frozen=True)
@@ -32,16 +51,31 @@ class Config:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """One loop over a stream: what it reduces, and the outputs it writes position by position."""
+
+    stream: Axis
+    definitions: tuple[Definition, ...]
+    outputs: tuple[Output, ...] = ()
+
+
+@dataclass(frozen=True)
 class KernelPlan:
-    """One kernel of one pass. `features` are kept whole in a tile, padded to the power of two in `padded`."""
+    """One kernel. A program of it has one position of every `grid` axis and a tile of `rows`, at most two.
+
+    Streams are cut into tiles, unless `rows` are two: then they go one position at a time. `features` are kept whole in a
+    tile, padded to a power of two. `outputs` are written after all sweeps.
+    """
 
     name: str
     chain: Chain
     grid: tuple[Axis, ...]
-    row: Axis
-    stream: Axis
+    rows: tuple[Axis, ...]
+    sweeps: tuple[Sweep, ...]
+    outputs: tuple[Output, ...]
     features: tuple[Axis, ...]
     dots: tuple[Dot, ...]
+    loops: tuple[Loop, ...]
     config: Config
     dtype: torch.dtype
 
@@ -49,15 +83,30 @@ class KernelPlan:
         return padded(axis)
 
     @property
+    def streams(self) -> tuple[Axis, ...]:
+        return tuple(dict.fromkeys(s.stream for s in self.sweeps))
+
+    @property
+    def steps(self) -> bool:
+        """Whether streams go one position at a time."""
+        return len(self.rows) > 1
+
+    @property
+    def long_axes(self) -> tuple[Axis, ...]:
+        """Contracted axes that are cut into blocks."""
+        return tuple(dict.fromkeys(d.axis for d in self.dots if d.long))
+
+    @property
     def aligns(self) -> bool:
         """Whether strides are passed in units of ALIGN elements: a stride of 40 is a multiple of 8, but Triton only asks
         for 16, and without knowing either loads one element at a time."""
         return any(int(a.extent.value) % 16 for a in self.features)
 
-    @property
-    def segments(self) -> tuple[str, ...]:
-        """Forms of the loop's body: 'full' tiles, and a 'tail' where the stream may not fill its last tile."""
-        extent = self.stream.extent
+    def segments(self, sweep: Sweep) -> tuple[str, ...]:
+        """Forms of a loop's body: 'full' tiles, and a 'tail' where the stream may not fill its last tile."""
+        extent = sweep.stream.extent
+        if self.steps:
+            return ("full",)
         if not isinstance(extent, Const):
             return ("full", "tail")
         full, rest = divmod(int(extent.value), self.config.block_n)
@@ -66,7 +115,22 @@ class KernelPlan:
     @property
     def tile_axes(self) -> tuple[Axis, ...]:
         """In the order of a tile's dimensions."""
-        return (self.row, self.stream, *self.features)
+        streams = () if self.steps else self.streams
+        return (*self.rows, *streams, *self.features, *self.long_axes)
+
+
+@dataclass(frozen=True)
+class ChainPlan:
+    """The kernels of a chain, in the order they run. `results` are what one writes for those after it, a value per row."""
+
+    name: str
+    chain: Chain
+    kernels: tuple[KernelPlan, ...]
+    results: tuple[Tensor, ...] = ()
+
+    @property
+    def sweeps(self) -> int:
+        return sum(len(k.sweeps) for k in self.kernels)
 
 
 def padded(axis: Axis) -> int:

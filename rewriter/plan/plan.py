@@ -1,4 +1,4 @@
-"""From a chain to a kernel plan: roles of axes from who reads what, tile sizes from the features' width."""
+"""From a chain to kernel plans: which kernels there are, the roles of axes in each, tile sizes from the features' width."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 import torch
 
 from rewriter.derive import Chain
-from rewriter.derive.factors import as_product, depends_on, multiply
-from rewriter.ir import Axis, Const, Load, Node, Param, Reduce, const, open_reduce, walk
-from rewriter.plan.kernel import Config, Dot, KernelPlan, padded
-
-MAX_FEATURE = 256
+from rewriter.derive.factors import depends_on
+from rewriter.ir import Axis, Const, Output, Param, Ref, Tensor, index, walk
+from rewriter.plan.kernel import ChainPlan, Config, KernelPlan, Sweep, padded
+from rewriter.plan.parts import Part, chains_of, features_of, parts_of
+from rewriter.plan.roles import MAX_FEATURE, inner_reductions, tile_rows
 
 
 class NotPlannable(Exception):
@@ -26,130 +26,115 @@ class NeedsFixed(Exception):
         self.sizes = sizes
 
 
-def plan(chain: Chain, name: str) -> KernelPlan:
-    """One kernel for the whole chain. Raises NotPlannable."""
-    axes = max((o.axes for o in chain.outputs), key=len)
-    contractions = _contractions(chain)
-    outputs_features = _features(chain, axes, contractions)
-    row = _row(chain, axes, contractions, outputs_features)
-    dots = tuple(_dot(node, row, chain.stream) for node in contractions)
-    features = (*dict.fromkeys(d.axis for d in dots), *outputs_features)
-    free = _to_be_fixed(chain, features)
+def plan(chain: Chain, name: str) -> ChainPlan:
+    """The kernels of a chain. Raises NotPlannable, NeedsFixed."""
+    parts = parts_of(chain)
+    features = features_of(chain)
+    chains, results = chains_of(chain, parts)
+    names = [name] if len(parts) == 1 else [f"{name}_{k + 1}" for k in range(len(parts))]
+    roles = [_Roles(own, part, features) for part, own in zip(parts, chains)]
+    free = _to_be_fixed(chain).union(*(_sizes_kept_whole(r) for r in roles))
     if free:
         raise NeedsFixed(free)
-    for axis in features:
+    kernels = tuple(_kernel(called, own, r, results) for called, own, r in zip(names, chains, roles))
+    return ChainPlan(name, chain, kernels, results)
+
+
+class _Roles:
+    """The roles of a part's axes, before sizes are known."""
+
+    def __init__(self, chain: Chain, part: Part, features: frozenset[Axis]):
+        ordered = tuple(a for a in chain.axes if a in part.rows)
+        streams = tuple(dict.fromkeys(d.stream for d in chain.definitions))
+        self.rows = tile_rows(chain, ordered)
+        self.grid = tuple(a for a in ordered if a not in self.rows)
+        tiles = self.rows if len(self.rows) > 1 else (*self.rows, *streams)
+        self.dots, self.loops = inner_reductions(chain, tiles)
+        used = {a for d in chain.definitions for a in d.axes} | {a for o in chain.outputs for a in o.axes}
+        whole = [d.axis for d in self.dots if not d.long]
+        self.features = (*dict.fromkeys(whole), *(a for a in chain.axes if a in features and a in used))
+
+
+def _sizes_kept_whole(roles: _Roles) -> frozenset[Param]:
+    axes = (*roles.features, *(d.axis for d in roles.dots))
+    return frozenset(n for a in axes for n in walk(a.extent) if isinstance(n, Param))
+
+
+def _to_be_fixed(chain: Chain) -> frozenset[Param]:
+    """Symbols that the program took a float of (`<sqrt(s3)>`)."""
+    floats = [n.name for n in walk(*chain.roots) if isinstance(n, Param) and n.dtype.is_floating_point]
+    return frozenset(Param(name) for text in floats for name in re.findall(r"\b[a-z]+\d+\b", text))
+
+
+def _kernel(name: str, chain: Chain, roles: _Roles, results: tuple[Tensor, ...]) -> KernelPlan:
+    for axis in roles.features:
         if axis.extent.value > MAX_FEATURE:
             raise NotPlannable(f"a feature axis of {axis.extent.value} is wider than {MAX_FEATURE}")
-    grid = tuple(a for a in axes if a is not row and a not in outputs_features)
-    dtype = _operand_dtype(chain)
-    config = _config(max((padded(f) for f in features), default=16), dtype)
-    return KernelPlan(name, chain, grid, row, chain.stream, features, dots, config, dtype)
-
-
-def _to_be_fixed(chain: Chain, features: tuple[Axis, ...]) -> frozenset[Param]:
-    """Symbols in the extents of features, and those the program took a float of (`<sqrt(s3)>`)."""
-    roots = [n for d in chain.definitions for n in (d.predicate, d.body)] + [o.body for o in chain.outputs]
-    floats = [n.name for n in walk(*roots) if isinstance(n, Param) and n.dtype.is_floating_point]
-    symbols = {Param(name) for text in floats for name in re.findall(r"\b[a-z]+\d+\b", text)}
-    return frozenset(n for a in features for n in walk(a.extent) if isinstance(n, Param)) | symbols
-
-
-def _contractions(chain: Chain) -> list[Reduce]:
-    """Reductions inside the definitions' bodies; each becomes a matrix product of tiles."""
-    roots = [n for d in chain.definitions for n in (d.predicate, d.body)]
-    found = [n for n in walk(*roots) if isinstance(n, Reduce)]
-    if any(isinstance(m, Reduce) for n in found for m in walk(n.body)):
-        raise NotPlannable("a reduction inside another that is no plain contraction")
-    return found
-
-
-def _features(chain: Chain, axes: tuple[Axis, ...], contractions: list[Reduce]) -> tuple[Axis, ...]:
-    """Output axes that only the last operand (the values) and the epilogue carry."""
-    scored = frozenset().union(
-        *(c.free for c in contractions), *(d.predicate.free for d in chain.definitions)
+    sweeps, outputs = _sweeps(chain, roles)
+    dtype = _operand_dtype(chain, results)
+    config = _config(chain, roles, dtype)
+    return KernelPlan(
+        name,
+        chain,
+        roles.grid,
+        roles.rows,
+        sweeps,
+        outputs,
+        roles.features,
+        roles.dots,
+        roles.loops,
+        config,
+        dtype,
     )
-    for definition in chain.definitions:
-        scored |= frozenset().union(
-            *(f.free for f in definition.rest if not _is_operand(f, chain)), frozenset()
+
+
+def _sweeps(chain: Chain, roles: _Roles) -> tuple[tuple[Sweep, ...], tuple[Output, ...]]:
+    """The loops in order, and the outputs that are written after them: an output as wide as a stream has a loop."""
+    own = {*roles.rows, *roles.grid, *roles.features}
+    wide = {o: a for o in chain.outputs for a in o.axes if a not in own and index(a).free}
+    turns = {o: (_turn(o, chain), stream) for o, stream in wide.items()}
+    keys = dict.fromkeys([*((d.sweep, d.stream) for d in chain.definitions), *turns.values()])
+    sweeps = [
+        Sweep(
+            stream,
+            tuple(d for d in chain.definitions if (d.sweep, d.stream) == (turn, stream)),
+            tuple(o for o, at in turns.items() if at == (turn, stream)),
         )
-        if definition.shift:
-            scored |= definition.shift.exponent.free | definition.shift.phi.free
-        if definition.op != "sum":
-            scored |= definition.body.free
-    return tuple(a for a in axes if a not in scored)[-1:]
+        for turn, stream in sorted(keys, key=lambda key: key[0])
+    ]
+    return tuple(sweeps), tuple(o for o in chain.outputs if o not in wide)
 
 
-def _is_operand(factor: Node, chain: Chain) -> bool:
-    """A factor read from memory along the stream: the values of a weighted sum."""
-    return not any(isinstance(n, Reduce) for n in walk(factor)) and depends_on(factor, chain.stream)
+def _turn(output: Output, chain: Chain) -> int:
+    """The first sweep in which all that an output reads is final."""
+    names = {n.name for n in walk(output.body) if isinstance(n, Ref)}
+    return max((d.sweep + 1 for d in chain.definitions if d.name in names), default=0)
 
 
-def _row(
-    chain: Chain, axes: tuple[Axis, ...], contractions: list[Reduce], features: tuple[Axis, ...]
-) -> Axis:
-    """The axis of a score tile that the stream's own operands lack: their tile is reused by every row."""
-    candidates = [a for a in axes if a not in features]
-    for axis in list(candidates):
-        if any(
-            axis in load.free and depends_on(load, chain.stream) for load in _operands(chain, contractions)
-        ):
-            candidates.remove(axis)
-    if not candidates:
-        raise NotPlannable("every row axis is also an axis of the streamed operands: nothing is reused")
-    return max(candidates, key=lambda a: (not isinstance(a.extent, Const), _extent(a), axes.index(a)))
-
-
-def _extent(axis: Axis) -> int:
-    return int(axis.extent.value) if isinstance(axis.extent, Const) else 0
-
-
-def _operands(chain: Chain, contractions: list[Reduce]) -> list[Load]:
-    """Loads inside contractions, and those of the weighted sums' values."""
-    out = [n for c in contractions for n in walk(c.body) if isinstance(n, Load)]
-    for definition in chain.definitions:
-        for factor in definition.rest:
-            if _is_operand(factor, chain) and not (factor.free & _score_only(chain, contractions)):
-                out += [n for n in walk(factor) if isinstance(n, Load)]
-    return out
-
-
-def _score_only(chain: Chain, contractions: list[Reduce]) -> frozenset[Axis]:
-    """Axes of the scores that only the left operands of contractions carry."""
-    out: set[Axis] = set()
-    for contraction in contractions:
-        loads = [n for n in walk(contraction.body) if isinstance(n, Load)]
-        streamed = frozenset().union(frozenset(), *(n.free for n in loads if depends_on(n, chain.stream)))
-        out |= contraction.free - streamed
-    return frozenset(out)
-
-
-def _dot(node: Reduce, row: Axis, stream: Axis) -> Dot:
-    if node.op != "sum" or len(node.axes) != 1:
-        raise NotPlannable(f"an inner {node.op} over {len(node.axes)} axes")
-    (axis,), _, body = open_reduce(node)
-    product = as_product(body)
-    if product.under:
-        raise NotPlannable("a contraction with a division inside")
-    left = [f for f in product.over if axis in f.free and not depends_on(f, stream)]
-    right = [f for f in product.over if axis in f.free and depends_on(f, stream)]
-    scale = tuple(f for f in product.over if axis not in f.free)
-    if not right or any(row in f.free for f in right) or any(depends_on(f, stream) for f in scale):
-        raise NotPlannable("a contraction that is no product of a row operand and a stream operand")
-    return Dot(node, axis, multiply(left) or const(1.0), multiply(right), scale)
-
-
-def _operand_dtype(chain: Chain) -> torch.dtype:
-    """The widest floating type among what is loaded along features."""
-    floats = [t.dtype for t in chain.tensors if t.dtype.is_floating_point]
+def _operand_dtype(chain: Chain, results: tuple[Tensor, ...]) -> torch.dtype:
+    """The widest floating type among what the user's tensors hold."""
+    floats = [t.dtype for t in chain.tensors if t.dtype.is_floating_point and t not in results]
     return max(floats, key=lambda d: d.itemsize) if floats else torch.float32
 
 
-def _config(width: int, dtype: torch.dtype) -> Config:
-    """Tiles that fit registers and shared memory of an sm_80 or newer at this feature width; 16-bit ones as swept on an H200."""
+def _config(chain: Chain, roles: _Roles, dtype: torch.dtype) -> Config:
+    """Tiles that fit registers and shared memory of an sm_80 or newer; 16-bit ones as swept on an H200."""
+    width = max((padded(f) for f in roles.features), default=16)
+    if _is_deep(chain, roles):
+        return Config(16, 16, 4, 1)
+    if not roles.dots:
+        return Config(16, 64, 4, 2) if roles.rows else Config(1, 1024, 4, 1)
+    if roles.loops or any(d.long for d in roles.dots):
+        return Config(64, 64, 4, 2) if width <= 128 else Config(32, 32, 4, 2)
     if dtype is torch.float32:
         return Config(64, 32, 4, 2) if width <= 64 else Config(32, 32, 4, 1)
     if width <= 64:
         return Config(128, 64, 8, 3)
-    if width <= 128:
-        return Config(128, 64, 4, 2)
-    return Config(64, 32, 4, 2)
+    return Config(128, 64, 4, 2) if width <= 128 else Config(64, 32, 4, 2)
+
+
+def _is_deep(chain: Chain, roles: _Roles) -> bool:
+    """Whether a tile has rows, stream and features at once: values of a weighted sum that each row has for itself."""
+    rows, features = frozenset(roles.rows), frozenset(roles.features) - {d.axis for d in roles.dots}
+    factors = [(f, d.stream) for d in chain.definitions for f in d.rest]
+    return any(f.free & features and f.free & rows and depends_on(f, stream) for f, stream in factors)

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
-from typing import Any
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from rewriter.derive import Chain
 from rewriter.emit import KernelFile, render
 from rewriter.errors import Reason
+from rewriter.ir import Const, Node, Param, apply, transform
 from rewriter.ir.printer import show
 from rewriter.lift import Region
+from rewriter.patch import signature_of
+from rewriter.trace import TracedModule
+from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import origin_of
+
+if TYPE_CHECKING:
+    from rewriter.pipeline import Rewritten
 
 
 @dataclass(frozen=True)
 class ChainReport:
-    """One fused chain: where it was, which kernel does it, and what is no longer written (bytes as a formula)."""
+    """One fused chain: where it was, which kernel does it, and what is no longer written.
+
+    Bytes are `bytes_saved` at the sizes given, `bytes_formula` at any.
+    """
 
     name: str
     host: str
@@ -26,47 +41,117 @@ class ChainReport:
     kernels: tuple[str, ...]
     passes: int
     derivation: tuple[str, ...]
-    bytes_saved: str
+    bytes_saved: int
+    bytes_formula: str
 
 
-def chain_report(region: Region, chain: Chain, kernel: KernelFile, host: str) -> ChainReport:
+@dataclass(frozen=True)
+class Report:
+    """Everything there is to say about one rewrite; `check` is the check's verdict in its JSON form."""
+
+    title: str
+    chains: tuple[ChainReport, ...]
+    unfused: tuple[Reason, ...]
+    specialised: tuple[Reason, ...]
+    check: dict[str, Any] | None = None
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "chains": [_chain_json(c) for c in self.chains],
+            "unfused": [_reason_json(r) for r in self.unfused],
+            "specialised": [_reason_json(r) for r in self.specialised],
+            "check": self.check,
+        }
+
+    def files(self) -> dict[str, str]:
+        """report.json and report.md as texts."""
+        return {
+            "report.json": json.dumps(self.json(), indent=2, ensure_ascii=False) + "\n",
+            "report.md": render("report.md.jinja", report=self),
+        }
+
+
+def report_on(
+    rewritten: Rewritten,
+    title: str,
+    host: str,
+    left: tuple[Reason, ...],
+    check: dict[str, Any] | None = None,
+) -> Report:
+    """The report of a rewrite and what it `left` alone. It is written, so it names no folder of this machine."""
+    unfused = tuple(map(_without_folder, left))
+    if rewritten.patched is None:
+        return Report(title, (), unfused, (), check)
+    sizes = sizes_of(rewritten.traced)
+    chains = tuple(chain_report(f.region, f.chain, f.kernel, host, sizes) for f in rewritten.fused)
+    fixed = tuple(map(_without_folder, rewritten.traced.fixed))
+    return Report(title, chains, unfused, fixed, check)
+
+
+def _without_folder(reason: Reason) -> Reason:
+    site = reason.site and replace(reason.site, file=os.path.basename(reason.site.file))
+    return replace(reason, site=site)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How a person names the sizes of a traced program, and what they were."""
+
+    names: dict[str, str]
+    values: dict[str, int]
+
+    def show(self, node: Node) -> str:
+        return re.sub(r"[A-Za-z_]\w*", lambda m: self.names.get(m[0], m[0]), show(node))
+
+    def value(self, node: Node) -> int:
+        known = {Param(name): Const(value) for name, value in self.values.items()}
+        return int(transform(node, lambda n: known.get(n, n)).value)
+
+
+def sizes_of(traced: TracedModule) -> Sizes:
+    """The sizes of the inputs: `q.shape[2]`, and what it is of the example."""
+    names: dict[str, str] = {}
+    values: dict[str, int] = {}
+    texts = signature_of(traced).leaves
+    for name, leaf in zip(traced.inputs, tree_leaves((traced.args, traced.kwargs)), strict=False):
+        for d, extent in enumerate(shape_of(traced.placeholders[name].meta["val"]) if name else ()):
+            if isinstance(extent, Param):
+                names.setdefault(extent.name, f"{texts[name]}.shape[{d}]")
+                values.setdefault(extent.name, leaf.shape[d])
+    return Sizes(names, values)
+
+
+def chain_report(region: Region, chain: Chain, kernel: KernelFile, host: str, sizes: Sizes) -> ChainReport:
     origins = [origin_of(n) for n in (*region.inside, *region.outputs)]
-    lines = tuple(sorted({o.line for o in origins if o.line}))
-    files = sorted({os.path.basename(o.file) for o in origins if o.file})
-    saved = " + ".join(dict.fromkeys(_size(n) for n in region.wide))
+    written = [_bytes(n) for n in region.wide if _is_written(n)]
     return ChainReport(
-        kernel.name, host, ", ".join(files), lines, (f"kernels/{kernel.name}.py",), 1, chain.derivation, saved
+        name=kernel.name,
+        host=host,
+        file=", ".join(sorted({os.path.basename(o.file) for o in origins if o.file})),
+        lines=tuple(sorted({o.line for o in origins if o.line})),
+        kernels=(f"kernels/{kernel.name}.py",),
+        passes=kernel.plan.sweeps,
+        derivation=chain.derivation,
+        bytes_saved=sum(map(sizes.value, written)),
+        bytes_formula=" + ".join(
+            f"{count} * {text}" if count > 1 else text
+            for text, count in Counter(map(sizes.show, written)).items()
+        ),
     )
 
 
-def _size(node) -> str:
-    from rewriter.ir import Const, apply
-    from rewriter.trace.sizes import shape_of
+def _is_written(node: fx.Node) -> bool:
+    """Whether eager allocates the value: a view is none, and a lone op that is the whole chain keeps it to itself."""
+    return not any(r.alias_info for r in getattr(getattr(node.target, "_schema", None), "returns", ()))
 
+
+def _bytes(node: fx.Node) -> Node:
     value = node.meta["val"]
-    total = Const(value.dtype.itemsize)
+    total: Node = Const(value.dtype.itemsize)
     for extent in shape_of(value):
         total = apply("mul", total, extent)
-    return show(total)
-
-
-def report_files(
-    title: str, chains: list[ChainReport], unfused: list[Reason], fixed: list[Reason], check: Any
-) -> dict:
-    """report.json and report.md as texts."""
-    data = {
-        "title": title,
-        "chains": [_chain_json(c) for c in chains],
-        "unfused": [_reason_json(r) for r in unfused],
-        "specialised": [_reason_json(r) for r in fixed],
-        "check": check,
-    }
-    return {
-        "report.json": json.dumps(data, indent=2) + "\n",
-        "report.md": render(
-            "report.md.jinja", title=title, chains=chains, unfused=unfused, fixed=fixed, check=check
-        ),
-    }
+    return total
 
 
 def _chain_json(chain: ChainReport) -> dict[str, Any]:
@@ -79,6 +164,7 @@ def _chain_json(chain: ChainReport) -> dict[str, Any]:
         "passes": chain.passes,
         "derivation": list(chain.derivation),
         "bytes_not_written": chain.bytes_saved,
+        "bytes_not_written_at_any_size": chain.bytes_formula or "0",
     }
 
 

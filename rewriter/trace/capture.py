@@ -6,15 +6,18 @@ user's code. Sizes are `Dim.AUTO` under `backed_size_oblivious`, or a batch of 1
 
 from __future__ import annotations
 
-import contextlib
+import copy
+import functools
 import inspect
 import io
 import itertools
 import logging
+import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Callable
 
 import sympy
@@ -22,21 +25,33 @@ import torch
 import torch.fx.experimental._config as symbolic_config
 from torch import fx, nn
 from torch.export import Dim
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import Reason, RewriteError, Site
-from rewriter.ir import Param
-from rewriter.trace.ones import Dimension, enlarge
-from rewriter.trace.sizes import decided, shape_of
+from rewriter.ir import Node, Param
+from rewriter.trace.attributes import watched
+from rewriter.trace.assumed import assumed, conditions_of
+from rewriter.trace.ones import Dimension, enlarge, loose
+from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import is_user_file, user_site
+from rewriter.trace.spelled import spelled
+
+
+MODULE_SLOTS = frozenset(vars(nn.Module()))  # parameters, buffers, hooks: not the user's own
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """A parameter, buffer or constant of the traced module: `path` is what follows `self.`."""
+    """A parameter, buffer or other tensor of the traced module: `path` is what follows `self.`."""
 
     path: str
     is_parameter: bool
+
+    @property
+    def name(self) -> str:
+        """`tables` of `layers.0.tables[1]`"""
+        return self.path.split(".")[-1].partition("[")[0]
 
 
 @dataclass(frozen=True)
@@ -44,7 +59,10 @@ class TracedModule:
     """A graph with what is needed to print it as the module's forward again.
 
     `inputs` names the placeholder of each flattened argument (None for what is no tensor); `attributes` says which
-    placeholders are the module's own; `fixed` lists the input sizes that tracing turned into numbers.
+    placeholders are the module's own, `out_spec` is that of (what forward returns, what it `assigned`); `constants` which forward makes from numbers; `fixed` lists the input sizes that
+    tracing turned into numbers, and the branches on sizes that it took; `conditions` are what must hold of the sizes for the
+    graph to be the program. `loose` are input dimensions that were 1 in the example and share their size with others, of
+    which the program still makes the same calls where they are 1.
     """
 
     module: Callable
@@ -55,8 +73,10 @@ class TracedModule:
     attributes: dict[str, Attribute]
     constants: dict[str, torch.Tensor]
     out_spec: pytree.TreeSpec
+    assigned: tuple[str, ...]
     fixed: tuple[Reason, ...]
     conditions: tuple[sympy.Expr, ...]
+    loose: frozenset[Dimension]
 
     def dimensions_of(self, size: Param) -> frozenset[Dimension]:
         """The input dimensions that have a symbolic size."""
@@ -69,17 +89,27 @@ class TracedModule:
         )
 
     @property
+    def sizes(self) -> tuple[Param, ...]:
+        """The symbolic sizes of the inputs, in order."""
+        extents = (e for name in self.inputs if name for e in shape_of(self.placeholders[name].meta["val"]))
+        return tuple(dict.fromkeys(e for e in extents if isinstance(e, Param)))
+
+    @property
     def parameters(self) -> dict[str, str]:
         """The user's parameter for each placeholder that is an argument as it was passed."""
-        function = self.module.forward if isinstance(self.module, nn.Module) else self.module
-        bound = inspect.signature(function).bind(*self.args, **self.kwargs).arguments
-        by_leaf = {id(value): name for name, value in bound.items() if torch.is_tensor(value)}
-        leaves = pytree.tree_leaves((self.args, self.kwargs))
-        return {p: by_leaf[id(leaf)] for p, leaf in zip(self.inputs, leaves) if p and id(leaf) in by_leaf}
+        return _parameters(self.module, self.args, self.kwargs, self.inputs)
 
     @property
     def placeholders(self) -> dict[str, fx.Node]:
         return {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
+
+
+def _parameters(module: Callable, args: tuple, kwargs: dict, inputs: tuple[str | None, ...]) -> dict[str, str]:
+    function = module.forward if isinstance(module, nn.Module) else module
+    bound = inspect.signature(function).bind(*args, **kwargs).arguments
+    by_leaf = {id(value): name for name, value in bound.items() if torch.is_tensor(value)}
+    leaves = pytree.tree_leaves((args, kwargs))
+    return {p: by_leaf[id(leaf)] for p, leaf in zip(inputs, leaves) if p and id(leaf) in by_leaf}
 
 
 class _Function(nn.Module):
@@ -87,35 +117,42 @@ class _Function(nn.Module):
 
     def __init__(self, function: Callable):
         super().__init__()
-        self.function = function
 
-    def forward(self, *args, **kwargs):
-        return self.function(*args, **kwargs)
+        @functools.wraps(function)  # its parameters are asked for, and name the inputs
+        def forward(*args, **kwargs):
+            return function(*args, **kwargs)
+
+        self.forward = forward
 
 
 def capture(
-    module: Callable, args: tuple, kwargs: dict[str, Any], bound: frozenset[Dimension] = frozenset()
+    module: Callable,
+    args: tuple,
+    kwargs: dict[str, Any],
+    bound: Mapping[Dimension, Site | None] = MappingProxyType({}),
 ) -> TracedModule:
-    """Traces with every size symbolic but those `bound`, which a kernel keeps whole.
+    """Traces with every size symbolic but those `bound`, which a kernel keeps whole: each with the line that wants it.
 
     Raises RewriteError (code FAILED) with the user's line where the program does not trace."""
     traced_as = module if isinstance(module, nn.Module) else _Function(module)
-    program = _export(traced_as, args, kwargs, bound)
+    args, kwargs = _apart(args, _in_order(traced_as, kwargs))
+    traced_as = _with_every_parameter(traced_as, kwargs)
+    try:
+        enlarged = enlarge(traced_as, args, kwargs)
+    except Exception as error:  # tensors without sizes: nested ones
+        raise _trace_error(error) from error
+    with watched(traced_as) as state:
+        program = _export(traced_as, enlarged.args, enlarged.kwargs, enlarged.kept.union(bound))
     graph = program.graph_module.graph
+    _drop_unread(graph)
     signature = program.graph_signature
     leaves, _ = pytree.tree_flatten((args, kwargs))
     user_inputs = list(signature.user_inputs)
     inputs = tuple(name if torch.is_tensor(leaf) else None for name, leaf in zip(user_inputs, leaves))
-    attributes = {
-        **{p: Attribute(path, True) for p, path in signature.inputs_to_parameters.items()},
-        **{p: Attribute(path, False) for p, path in signature.inputs_to_buffers.items()},
-        **{p: Attribute(path, False) for p, path in signature.inputs_to_lifted_tensor_constants.items()},
-    }
-    constants = {
-        path: program.constants[path] for path in signature.inputs_to_lifted_tensor_constants.values()
-    }
-    for name, path in signature.inputs_to_lifted_tensor_constants.items():
-        next(n for n in graph.nodes if n.name == name).meta["constant"] = program.constants[path]
+    attributes, constants = _attributes(traced_as, program)
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.name in constants:
+            node.meta["constant"] = constants[node.name]
     _refuse_mutation(signature)
     return TracedModule(
         module,
@@ -126,9 +163,81 @@ def capture(
         attributes,
         constants,
         program.call_spec.out_spec,
-        _fixed_sizes(graph, inputs, leaves, bound),
-        _conditions(graph),
+        tuple(state.assigned),
+        assumed(graph, inputs, _parameters(module, args, kwargs, inputs), bound),
+        conditions_of(graph),
+        loose(traced_as, enlarged.args, enlarged.kwargs, enlarged.grown & _shared(graph, inputs)),
     )
+
+
+def _shared(graph: fx.Graph, inputs: tuple[str | None, ...]) -> frozenset[Dimension]:
+    """Input dimensions of one symbolic size with others."""
+    held = {n.name: n.meta.get("val") for n in graph.nodes if n.op == "placeholder"}
+    by_size: dict[Node, list[Dimension]] = {}
+    for k, name in enumerate(inputs):
+        for d, extent in enumerate(shape_of(held[name]) if name else ()):
+            by_size.setdefault(extent, []).append((k, d))
+    return frozenset(d for size, dims in by_size.items() if isinstance(size, Param) and len(dims) > 1 for d in dims)
+def _apart(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Arguments of which no two are one tensor, as in `attend(x, x, x)`: the tracer would take them for one input."""
+    return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+
+
+def _in_order(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments in the order of the parameters, as flattened arguments are told apart by their place."""
+    order = [name for name in inspect.signature(module.forward).parameters if name in kwargs]
+    return {name: kwargs[name] for name in (*order, *(n for n in kwargs if n not in order))}
+
+
+def _with_every_parameter(module: nn.Module, kwargs: dict[str, Any]) -> nn.Module:
+    """A module that has each keyword argument for a parameter: export does not tell them apart below `**kwargs`."""
+    signature = inspect.signature(module.forward)
+    named = {n: p for n, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+    extra = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in kwargs if n not in named]
+    if not extra:
+        return module
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def explicit(*args, **kwargs):
+        return forward(*args, **kwargs)
+
+    explicit.__signature__ = signature.replace(parameters=[*named.values(), *extra])
+    module = copy.copy(module)
+    module.forward = explicit
+    return module
+
+
+def _attributes(module: nn.Module, program) -> tuple[dict[str, Attribute], dict[str, torch.Tensor]]:
+    """By placeholder: the tensors that the module holds, and those that forward makes from numbers."""
+    signature = program.graph_signature
+    held = {id(tensor): path for path, tensor in reversed(tensors_of(module).items())}
+    lifted = {p: program.constants[path] for p, path in signature.inputs_to_lifted_tensor_constants.items()}
+    attributes = {
+        **{p: Attribute(path, True) for p, path in signature.inputs_to_parameters.items()},
+        **{p: Attribute(path, False) for p, path in signature.inputs_to_buffers.items()},
+        **{p: Attribute(held[id(t)], False) for p, t in lifted.items() if id(t) in held},
+    }
+    return attributes, {p: t for p, t in lifted.items() if id(t) not in held}
+
+
+def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor that a module holds, by path: `layers.0.weight`, `mask`, `tables[1]`; shared ones under each."""
+    out: dict[str, torch.Tensor] = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        for name, value in {**vars(part), **part._parameters, **part._buffers}.items():
+            leaves = pytree.tree_flatten_with_path(value)[0] if name not in MODULE_SLOTS else ()
+            at = f"{path}.{name}".lstrip(".")
+            out |= {at + pytree.keystr(keys): leaf for keys, leaf in leaves if torch.is_tensor(leaf)}
+    return out
+
+
+def _drop_unread(graph: fx.Graph) -> None:
+    """Without what nothing reads, and without the notes on types that export adds for `.to(dtype)`: they are no readers."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
 
 
 def _refuse_mutation(signature) -> None:
@@ -137,16 +246,16 @@ def _refuse_mutation(signature) -> None:
         raise RewriteError(f"forward changes {', '.join(mutated)} in place: it stays as it is")
 
 
-def _export(module: nn.Module, args: tuple, kwargs: dict, bound: frozenset[Dimension]):
+def _export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[Dimension]):
     """Exports with every size symbolic that the program leaves free, and in-place ops made functional."""
-    grown_args, grown_kwargs, ones = enlarge(module, args, kwargs)
     try:
-        program = _try_export(module, grown_args, grown_kwargs, bound | ones)
+        program = _try_export(module, args, kwargs, static)
+    except RewriteError:
+        raise
     except Exception as error:
-        program = _export_piecewise(module, grown_args, grown_kwargs, bound | ones, error)
+        program = _export_piecewise(module, args, kwargs, static, error)
     if any(_is_inplace(n) for n in program.graph.nodes):
-        with _quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _tracing():
             program = program.run_decompositions({})
     return program
 
@@ -189,53 +298,59 @@ def _try_export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[
         return {d: Dim.STATIC if (k, d) in static else Dim.AUTO for d in range(leaf.dim())}
 
     named = _by_parameter(module, args, pytree.tree_map(dims, (args, kwargs)))
+    with _tracing(), spelled(), _every_frame():
+        return torch.export.export(module, args, kwargs, dynamic_shapes=named, strict=False)
+
+
+@contextmanager
+def _tracing() -> Iterator[None]:
+    """Sizes are never assumed to be what they are in the example, where torch can do without; nothing is printed.
+
+    Choosing among the kernels of `scaled_dot_product_attention` would ask for sizes: it is kept whole anyway.
+    """
     with (
+        sdpa_kernel(SDPBackend.MATH),
         symbolic_config.patch(backed_size_oblivious=True),
         warnings.catch_warnings(),
         torch.no_grad(),
         _quiet(),
     ):
         warnings.simplefilter("ignore")
-        with _decided():
-            return torch.export.export(module, args, kwargs, dynamic_shapes=named, strict=False)
+        yield
 
 
 @contextmanager
-def _decided() -> Iterator[None]:
-    """`is_causal=length > 1` is a branch of the program: decided while tracing, and guarded as any other.
+def _every_frame() -> Iterator[None]:
+    """A node remembers all of the user's frames, not those of functions called `forward` alone."""
 
-    The argument parser refuses a symbolic truth value before any tracing hook sees it, so the function itself is wrapped.
-    """
-    original = torch.nn.functional.scaled_dot_product_attention
+    def users(tracer: Any, stack: traceback.StackSummary) -> traceback.StackSummary:
+        start = max(k for k, f in enumerate(stack) if (f.filename, f.name) == (__file__, _try_export.__name__))
+        inside = (f for f in stack[start:] if f.filename != __file__)
+        return traceback.StackSummary.from_list(
+            f for f in inside if f.name == "forward" or is_user_file(f.filename)
+        )
 
-    def decided(*args, is_causal=False, **kwargs):
-        return original(*args, is_causal=bool(is_causal), **kwargs)
-
-    torch.nn.functional.scaled_dot_product_attention = decided
+    original = fx.proxy.TracerBase._filter_traceback_frames
+    fx.proxy.TracerBase._filter_traceback_frames = users
     try:
         yield
     finally:
-        torch.nn.functional.scaled_dot_product_attention = original
+        fx.proxy.TracerBase._filter_traceback_frames = original
 
 
 def _by_parameter(module: nn.Module, args: tuple, specs: tuple):
-    """`export` wants the shapes of keyword arguments by name and of a function's *args as one entry."""
+    """`export` wants the shapes by parameter: of `*args` and `**kwargs` as one entry each."""
     positional, keywords = specs
-    if isinstance(module, _Function):
-        return {"args": positional, "kwargs": keywords} if keywords else {"args": positional}
-    if not keywords:
-        return positional
-    names = list(inspect.signature(module.forward).parameters)
-    return {**dict(zip(names, positional)), **keywords}
+    return dict(inspect.signature(module.forward).bind(*positional, **keywords).arguments)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _quiet() -> Iterator[None]:
     """torch.export logs each guard it finds and prints the graph it gave up on; that is not worth the user's attention."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with redirect_stderr(io.StringIO()):
             yield
     finally:
         logging.disable(level)
@@ -247,52 +362,3 @@ def _trace_error(error: Exception) -> RewriteError:
         f"torch.export cannot trace this: {lines[0] if lines else type(error).__name__}",
         site=user_site(error),
     )
-
-
-def _environment(graph: fx.Graph):
-    """The tracer's record of guards, None for a program without symbolic sizes."""
-    values = (n.meta.get("val") for n in graph.nodes if n.op == "placeholder")
-    symbols = (s for v in values if torch.is_tensor(v) for s in v.shape if isinstance(s, torch.SymInt))
-    first = next(symbols, None)
-    return first.node.shape_env if first is not None else None
-
-
-def _user_guards(graph: fx.Graph) -> list[tuple[sympy.Expr, Site]]:
-    """Conditions on sizes that the user's own lines decided; torch's own are about speed, not meaning."""
-    environment = _environment(graph)
-    out = []
-    for guard in environment.guards if environment else ():
-        frame = guard.sloc.framework_loc
-        file = getattr(frame, "filename", "<")
-        if is_user_file(file) or file == __file__:
-            out.append((guard.expr, Site(frame.filename, frame.lineno)))
-    return out
-
-
-def _fixed_sizes(graph: fx.Graph, inputs, leaves, bound: frozenset[Dimension]) -> tuple[Reason, ...]:
-    """Sizes of inputs that are numbers in the kernels, with the user's line that made them so where one did."""
-    values = {n.name: n.meta.get("val") for n in graph.nodes if n.op == "placeholder"}
-    lines = {
-        int(g.rhs): site for g, site in _user_guards(graph) if isinstance(g, sympy.Eq) and g.rhs.is_Integer
-    }
-    out = []
-    for k, name in enumerate(inputs):
-        for d, size in enumerate(values[name].shape if name else ()):
-            if isinstance(size, int):
-                why = "kept whole by a kernel" if (k, d) in bound else "fixed by the program"
-                out.append(Reason(f"{name}.shape[{d}] = {size}, {why}", lines.get(size)))
-    return tuple(out)
-
-
-def _conditions(graph: fx.Graph) -> tuple[sympy.Expr, ...]:
-    """What must hold of the sizes for the traced branches to be the right ones."""
-    environment = _environment(graph)
-    conditions = [environment.replace(g) for g, _ in _user_guards(graph)]
-    for node in graph.nodes:
-        for size in _symbols(node.meta.get("val")):
-            conditions += [environment.replace(c) for c in decided(size)[1]]
-    return tuple(dict.fromkeys(c for c in conditions if c.free_symbols))
-
-
-def _symbols(value: Any) -> list[torch.SymInt]:
-    return [s for s in value.shape if isinstance(s, torch.SymInt)] if torch.is_tensor(value) else []

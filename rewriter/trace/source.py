@@ -99,11 +99,12 @@ def user_names(graph: fx.Graph) -> dict[fx.Node, str]:
 
 def statement_key(node: fx.Node, outside: str = "") -> tuple | None:
     """The statement (file, first line) and the calls above it that made a node; `outside` a submodule: its call's."""
-    frames = [m for m in _FRAME.finditer(node.meta.get("stack_trace") or "") if is_user_file(m[1])]
+    stack = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    frames = [m for m in stack if is_user_file(m[1])]
     depth = len(outside.split(".")) if outside else 0
-    own = [f for f in _FRAME.finditer(node.meta.get("stack_trace") or "") if not is_user_file(f[1])]
-    if depth and not own:
-        frames = frames[:-depth]
+    if depth and len(frames) == len(stack):  # else it is torch's, and no frame of the user's lies in it
+        forwards = [k for k, m in enumerate(frames) if m[3] == "forward"]
+        frames = frames[: forwards[-depth]] if len(forwards) >= depth else []
     if not frames:
         return None
     file, line = frames[-1][1], int(frames[-1][2])

@@ -3,12 +3,12 @@
 Written from golden_programs.py:59-82 (sha256 c3bc02493c0a).
 
 Math
-    m_i[b, h, m] = max_n float32(round16(sum_r0_0 query[b, h, m, d] * key[b, h, d, n] + weight[int64(0 < n - m) * 16 + where(abs(n - m) < 8, abs(n - m), minimum(int64(log(float32(abs(n - m)) / 8) / 2.77259 * 8) + 8, 15)), h]))
-    l_i[b, h, m] = sum_n exp(round16(sum_r0_0 query[b, h, m, d] * key[b, h, d, n] + weight[int64(0 < n - m) * 16 + where(abs(n - m) < 8, abs(n - m), minimum(int64(log(float32(abs(n - m)) / 8) / 2.77259 * 8) + 8, 15)), h]) - m_i[b, h, m])
-    acc[b, h, m, e] = sum_n exp(round16(sum_r0_0 query[b, h, m, d] * key[b, h, d, n] + weight[int64(0 < n - m) * 16 + where(abs(n - m) < 8, abs(n - m), minimum(int64(log(float32(abs(n - m)) / 8) / 2.77259 * 8) + 8, 15)), h]) - m_i[b, h, m]) * value[b, h, n, e]
+    m_i[b, h, m] = max_n float32(round16(sum_r0_0 query[b, h, m, d] * key[b, h, d, n] + weight[int64(0 < n - m) * 16 + where(abs(n - m) < 8, abs(n - m), min(int64(log(float32(abs(n - m)) / 8) / 2.77259 * 8) + 8, 15)), h]))
+    l_i[b, h, m] = sum_n exp(float32(round16(sum_r0_0 query[b, h, m, d] * key[b, h, d, n] + weight[int64(0 < n - m) * 16 + where(abs(n - m) < 8, abs(n - m), min(int64(log(float32(abs(n - m)) / 8) / 2.77259 * 8) + 8, 15)), h])) - m_i[b, h, m])
+    acc[b, h, m, e] = sum_n exp(float32(round16(sum_r0_0 query[b, h, m, d] * key[b, h, d, n] + weight[int64(0 < n - m) * 16 + where(abs(n - m) < 8, abs(n - m), min(int64(log(float32(abs(n - m)) / 8) / 2.77259 * 8) + 8, 15)), h])) - m_i[b, h, m]) * value[b, h, n, e]
     matmul_1[b, h, m, e] = acc[b, h, m, e] / l_i[b, h, m]
 
-Why one pass is enough
+Why one sweep is enough
     shift: T(old → new) = exp(phi(old) - phi(new)), phi = m_i at least every exponent seen so far
     hoist: factors that do not depend on the stream are taken out of the sum
     proved on 5 random cases, stream in blocks and in halves
@@ -61,7 +61,7 @@ def bucketed_bias_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """One program: BLOCK_M rows, all of the stream."""
+    """One program: BLOCK_M rows, all of n."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(M, BLOCK_M)
     offs_m = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -99,11 +99,18 @@ def bucketed_bias_kernel(
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:79  bias = self.table(self._bucket(columns - rows)).permute(2, 0, 1)
         i = offs_n[None, :] - offs_m[:, None]  # [BLOCK_M, BLOCK_N]
-        i_2 = tl.abs(i)  # [BLOCK_M, BLOCK_N]
-        i_3 = (tl.log(i_2.to(tl.float32) * (1.0 / 8.0)) * (1.0 / 2.772588722239781) * 8.0).to(
-            tl.int64
-        ) + 8  # [BLOCK_M, BLOCK_N]
-        index = (0 < i).to(tl.int64) * 16 + tl.where(i_2 < 8, i_2, tl.minimum(i_3, 15))  # [BLOCK_M, BLOCK_N]
+        # golden_programs.py:69  side = (distance > 0).long() * half
+        side = (0 < i).to(tl.int64) * 16  # [BLOCK_M, BLOCK_N]
+        # golden_programs.py:70  distance = distance.abs()
+        distance = tl.abs(i)  # [BLOCK_M, BLOCK_N]
+        # golden_programs.py:72  far = torch.log(distance.float() / near) / math.log(self.farthest / near) * (half - near)
+        far = (
+            tl.log(distance.to(tl.float32) * (1.0 / 8.0)) * (1.0 / 2.772588722239781) * 8.0
+        )  # [BLOCK_M, BLOCK_N]
+        # golden_programs.py:73  far = torch.clamp(near + far.long(), max=half - 1)
+        far = tl.minimum(far.to(tl.int64) + 8, 15)  # [BLOCK_M, BLOCK_N]
+        index = side + tl.where(distance < 8, distance, far)  # [BLOCK_M, BLOCK_N]
+        # golden_programs.py:79  bias = self.table(self._bucket(columns - rows)).permute(2, 0, 1)
         weight = tl.load(
             weight_ptr + h.to(tl.int64) * stride_weight_h + index.to(tl.int64) * stride_weight_n,
             mask=(offs_m[:, None] < M) & (index >= 0) & (index < 32),
@@ -143,11 +150,18 @@ def bucketed_bias_kernel(
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:79  bias = self.table(self._bucket(columns - rows)).permute(2, 0, 1)
         i = offs_n[None, :] - offs_m[:, None]  # [BLOCK_M, BLOCK_N]
-        i_2 = tl.abs(i)  # [BLOCK_M, BLOCK_N]
-        i_3 = (tl.log(i_2.to(tl.float32) * (1.0 / 8.0)) * (1.0 / 2.772588722239781) * 8.0).to(
-            tl.int64
-        ) + 8  # [BLOCK_M, BLOCK_N]
-        index = (0 < i).to(tl.int64) * 16 + tl.where(i_2 < 8, i_2, tl.minimum(i_3, 15))  # [BLOCK_M, BLOCK_N]
+        # golden_programs.py:69  side = (distance > 0).long() * half
+        side = (0 < i).to(tl.int64) * 16  # [BLOCK_M, BLOCK_N]
+        # golden_programs.py:70  distance = distance.abs()
+        distance = tl.abs(i)  # [BLOCK_M, BLOCK_N]
+        # golden_programs.py:72  far = torch.log(distance.float() / near) / math.log(self.farthest / near) * (half - near)
+        far = (
+            tl.log(distance.to(tl.float32) * (1.0 / 8.0)) * (1.0 / 2.772588722239781) * 8.0
+        )  # [BLOCK_M, BLOCK_N]
+        # golden_programs.py:73  far = torch.clamp(near + far.long(), max=half - 1)
+        far = tl.minimum(far.to(tl.int64) + 8, 15)  # [BLOCK_M, BLOCK_N]
+        index = side + tl.where(distance < 8, distance, far)  # [BLOCK_M, BLOCK_N]
+        # golden_programs.py:79  bias = self.table(self._bucket(columns - rows)).permute(2, 0, 1)
         weight = tl.load(
             weight_ptr + h.to(tl.int64) * stride_weight_h + index.to(tl.int64) * stride_weight_n,
             mask=(offs_m[:, None] < M) & (offs_n[None, :] < N) & (index >= 0) & (index < 32),
@@ -155,12 +169,11 @@ def bucketed_bias_kernel(
         )  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:80  scores = torch.matmul(query, key.transpose(3, 2)) + bias
         scores = qk + weight  # [BLOCK_M, BLOCK_N]
-        x = scores.to(tl.float16).to(tl.float32)  # [BLOCK_M, BLOCK_N]
-        x_2 = tl.where(offs_n[None, :] < N, x, NEG_INF)  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(x_2, 1))  # [BLOCK_M]
+        x = tl.where(offs_n[None, :] < N, scores.to(tl.float16).to(tl.float32), NEG_INF)  # [BLOCK_M, BLOCK_N]
+        m_new = tl.maximum(m_i, tl.max(x, 1))  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp(x_2 - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        p = tl.exp(x - shift[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = tl.load(
             value_ptr
@@ -199,19 +212,19 @@ def reference(query, key, weight, value):
     sub = columns - rows
     gt = sub > 0
     to = gt.to(torch.int64)
-    mul = to * 16
-    abs_1 = sub.abs()
-    to_1 = abs_1.to(torch.float32)
+    side = to * 16
+    distance = sub.abs()
+    to_1 = distance.to(torch.float32)
     div = to_1 / 8
     log = div.log()
     div_1 = log / 2.772588722239781
-    mul_1 = div_1 * 8
-    to_2 = mul_1.to(torch.int64)
+    far = div_1 * 8
+    to_2 = far.to(torch.int64)
     add = to_2 + 8
-    clamp = add.clamp(None, 15)
-    lt = abs_1 < 8
-    where = torch.where(lt, abs_1, clamp)
-    add_1 = mul + where
+    far_2 = add.clamp(None, 15)
+    lt = distance < 8
+    where = torch.where(lt, distance, far_2)
+    add_1 = side + where
     embedding = torch.embedding(weight, add_1)
     bias = embedding.permute(2, 0, 1)
     matmul = query @ key
@@ -301,7 +314,7 @@ def _fake(query, key, weight, value):
     return torch.empty((B, 4, M, 64), device=query.device, dtype=torch.float16)
 
 
-OP = "bucketed_bias_9de58bc6"
+OP = "bucketed_bias_4bf15363"
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
     LIBRARY.define(OP + "(Tensor query, Tensor key, Tensor weight, Tensor value) -> (Tensor)")

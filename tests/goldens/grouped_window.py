@@ -8,12 +8,12 @@ Math
     acc[b, m, h, e] = sum_{n | n <= m & m - n < 128} exp((sum_r0_0 query[b, m, h, d] * key[b, n, h // 4, d]) * 0.0883883 - m_i[b, m, h]) * value[b, n, h // 4, e]
     einsum_1[b, m, h, e] = acc[b, m, h, e] / l_i[b, m, h]
 
-Why one pass is enough
+Why one sweep is enough
     shift: T(old → new) = exp(phi(old) - phi(new)), phi = m_i at least every exponent seen so far
     hoist: factors that do not depend on the stream are taken out of the sum
     proved on 5 random cases, stream in blocks and in halves
 
-Fixed: D = 128, E = 128. Known at the call: M (query.shape[1]), N (key.shape[1]), B (query.shape[0]), H (query.shape[2]), S0 (key.shape[2]).
+Fixed: D = 128, E = 128. Known at the call: M (query.shape[1]), N (key.shape[1]), H (query.shape[2]), B (query.shape[0]), S0 (key.shape[2]).
 Regenerate: flashlight-rewrite golden_programs.py
 """
 
@@ -52,15 +52,15 @@ def grouped_window_kernel(
     stride_out_e,
     M,
     N,
-    B,
     H,
+    B,
     S0,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """One program: BLOCK_M rows, all of the stream."""
+    """One program: BLOCK_M rows, all of n."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(M, BLOCK_M)
     offs_m = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -176,8 +176,8 @@ def reference(query, key, value):
     """The same chain in eager PyTorch: what runs on a CPU, and what the kernel is tested against."""
     M = query.shape[1]
     N = key.shape[1]
-    B = query.shape[0]
     H = query.shape[2]
+    B = query.shape[0]
     S0 = key.shape[2]
     key_2 = key.repeat_interleave(4, 2)
     value_2 = value.repeat_interleave(4, 2)
@@ -210,8 +210,8 @@ def launch(query, key, value):
     """
     M = query.shape[1]
     N = key.shape[1]
-    B = query.shape[0]
     H = query.shape[2]
+    B = query.shape[0]
     S0 = key.shape[2]
     if tuple(query.shape) != (B, M, H, 128) or query.dtype != torch.float16:
         raise ValueError(
@@ -254,8 +254,8 @@ def launch(query, key, value):
                 out.stride(3),
                 M,
                 N,
-                B,
                 H,
+                B,
                 S0,
                 **CONFIG,
             )
@@ -269,13 +269,13 @@ def _on_cpu(*args):
 def _fake(query, key, value):
     M = query.shape[1]
     N = key.shape[1]
-    B = query.shape[0]
     H = query.shape[2]
+    B = query.shape[0]
     S0 = key.shape[2]
     return torch.empty((B, H, M, 128), device=query.device, dtype=torch.float16).permute(0, 2, 1, 3)
 
 
-OP = "grouped_window_52babb45"
+OP = "grouped_window_92f259e3"
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
     LIBRARY.define(OP + "(Tensor query, Tensor key, Tensor value) -> (Tensor)")

@@ -8,12 +8,12 @@ Math
     acc[b, h, m, e] = sum_{n | n < m + 1} exp(tanh((sum_r0_0 query[b, h, m, d] * key[b, h, d, n]) / 8 / 30) * 30 - m_i[b, h, m]) * value[b, h, n, e]
     matmul_1[b, h, m, e] = acc[b, h, m, e] / l_i[b, h, m]
 
-Why one pass is enough
+Why one sweep is enough
     shift: T(old → new) = exp(phi(old) - phi(new)), phi = m_i at least every exponent seen so far
     hoist: factors that do not depend on the stream are taken out of the sum
     proved on 3 random cases, stream in blocks and in halves
 
-Fixed: D = 64, E = 64. Known at the call: M (query.shape[2]), B (query.shape[0]), H (query.shape[1]).
+Fixed: D = 64, E = 64. Known at the call: M (query.shape[2]), H (query.shape[1]), B (query.shape[0]).
 Regenerate: flashlight-rewrite golden_programs.py
 """
 
@@ -57,14 +57,14 @@ def softcap_causal_kernel(
     stride_out_m,
     stride_out_e,
     M,
-    B,
     H,
+    B,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """One program: BLOCK_M rows, all of the stream."""
+    """One program: BLOCK_M rows, all of n."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(M, BLOCK_M)
     offs_m = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -171,8 +171,8 @@ def softcap_causal_kernel(
 def reference(query, key, value):
     """The same chain in eager PyTorch: what runs on a CPU, and what the kernel is tested against."""
     M = query.shape[2]
-    B = query.shape[0]
     H = query.shape[1]
+    B = query.shape[0]
     matmul = query @ key
     scores = matmul / 8.0
     div_1 = scores / 30.0
@@ -196,8 +196,8 @@ def launch(query, key, value):
     Raises ValueError for other shapes or dtypes.
     """
     M = query.shape[2]
-    B = query.shape[0]
     H = query.shape[1]
+    B = query.shape[0]
     if tuple(query.shape) != (B, H, M, 64) or query.dtype != torch.float16:
         raise ValueError(
             f"query: expected { (B, H, M, 64) } torch.float16, got {tuple(query.shape)} { query.dtype}"
@@ -238,8 +238,8 @@ def launch(query, key, value):
                 out.stride(2),
                 out.stride(3),
                 M,
-                B,
                 H,
+                B,
                 **CONFIG,
             )
     return out
@@ -251,12 +251,12 @@ def _on_cpu(*args):
 
 def _fake(query, key, value):
     M = query.shape[2]
-    B = query.shape[0]
     H = query.shape[1]
+    B = query.shape[0]
     return torch.empty((B, H, M, 64), device=query.device, dtype=torch.float16)
 
 
-OP = "softcap_causal_679f2f0e"
+OP = "softcap_causal_46dae21b"
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
     LIBRARY.define(OP + "(Tensor query, Tensor key, Tensor value) -> (Tensor)")

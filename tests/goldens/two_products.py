@@ -4,16 +4,16 @@ Written from golden_programs.py:94-102 (sha256 fe65b105683d).
 
 Math
     m_i[b, m, h] = max_n float32((sum_r0_0 q_nope[b, m, h, d] * k_nope[b, n, h, d] + (sum_r0_0 q_rope[b, m, h, d] * k_rope[b, n, d])) * 0.0721688)
-    l_i[b, m, h] = sum_n exp((sum_r0_0 q_nope[b, m, h, d] * k_nope[b, n, h, d] + (sum_r0_0 q_rope[b, m, h, d] * k_rope[b, n, d])) * 0.0721688 - m_i[b, m, h])
-    acc[b, m, h, f] = sum_n exp((sum_r0_0 q_nope[b, m, h, d] * k_nope[b, n, h, d] + (sum_r0_0 q_rope[b, m, h, d] * k_rope[b, n, d])) * 0.0721688 - m_i[b, m, h]) * value[b, n, h, f]
+    l_i[b, m, h] = sum_n exp(float32((sum_r0_0 q_nope[b, m, h, d] * k_nope[b, n, h, d] + (sum_r0_0 q_rope[b, m, h, d] * k_rope[b, n, d])) * 0.0721688) - m_i[b, m, h])
+    acc[b, m, h, f] = sum_n exp(float32((sum_r0_0 q_nope[b, m, h, d] * k_nope[b, n, h, d] + (sum_r0_0 q_rope[b, m, h, d] * k_rope[b, n, d])) * 0.0721688) - m_i[b, m, h]) * value[b, n, h, f]
     einsum_2[b, m, h, f] = acc[b, m, h, f] / l_i[b, m, h]
 
-Why one pass is enough
+Why one sweep is enough
     shift: T(old → new) = exp(phi(old) - phi(new)), phi = m_i at least every exponent seen so far
     hoist: factors that do not depend on the stream are taken out of the sum
     proved on 3 random cases, stream in blocks and in halves
 
-Fixed: D = 128, E = 64, F = 128. Known at the call: M (q_nope.shape[1]), N (k_nope.shape[1]), B (q_nope.shape[0]), H (q_nope.shape[2]).
+Fixed: D = 128, E = 64, F = 128. Known at the call: M (q_nope.shape[1]), N (k_nope.shape[1]), H (q_nope.shape[2]), B (q_nope.shape[0]).
 Regenerate: flashlight-rewrite golden_programs.py
 """
 
@@ -61,15 +61,15 @@ def two_products_kernel(
     stride_out_f,
     M,
     N,
-    B,
     H,
+    B,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """One program: BLOCK_M rows, all of the stream."""
+    """One program: BLOCK_M rows, all of n."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(M, BLOCK_M)
     offs_m = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -167,12 +167,11 @@ def two_products_kernel(
         qk = tl.dot(q_rope, tl.trans(k_rope))  # [BLOCK_M, BLOCK_N]
         scores = scores + qk  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:101  weights = (scores * scale).softmax(dim=-1, dtype=torch.float32).type_as(value)
-        x = scores * 0.07216878364870322  # [BLOCK_M, BLOCK_N]
-        x_2 = tl.where(offs_n[None, :] < N, x, NEG_INF)  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(x_2, 1))  # [BLOCK_M]
+        x = tl.where(offs_n[None, :] < N, scores * 0.07216878364870322, NEG_INF)  # [BLOCK_M, BLOCK_N]
+        m_new = tl.maximum(m_i, tl.max(x, 1))  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(x_2 * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(x * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = tl.load(
             value_ptr
@@ -201,8 +200,8 @@ def reference(q_nope, k_nope, q_rope, k_rope, value):
     """The same chain in eager PyTorch: what runs on a CPU, and what the kernel is tested against."""
     M = q_nope.shape[1]
     N = k_nope.shape[1]
-    B = q_nope.shape[0]
     H = q_nope.shape[2]
+    B = q_nope.shape[0]
     scores = torch.einsum("bshd,bthd->bsht", [q_nope, k_nope])
     einsum_1 = torch.einsum("bshr,btr->bsht", [q_rope, k_rope])
     scores_2 = scores + einsum_1
@@ -226,8 +225,8 @@ def launch(q_nope, k_nope, q_rope, k_rope, value):
     """
     M = q_nope.shape[1]
     N = k_nope.shape[1]
-    B = q_nope.shape[0]
     H = q_nope.shape[2]
+    B = q_nope.shape[0]
     if tuple(q_nope.shape) != (B, M, H, 128) or q_nope.dtype != torch.float16:
         raise ValueError(
             f"q_nope: expected { (B, M, H, 128) } torch.float16, got {tuple(q_nope.shape)} { q_nope.dtype}"
@@ -286,8 +285,8 @@ def launch(q_nope, k_nope, q_rope, k_rope, value):
                 out.stride(3),
                 M,
                 N,
-                B,
                 H,
+                B,
                 **CONFIG,
             )
     return out
@@ -300,12 +299,12 @@ def _on_cpu(*args):
 def _fake(q_nope, k_nope, q_rope, k_rope, value):
     M = q_nope.shape[1]
     N = k_nope.shape[1]
-    B = q_nope.shape[0]
     H = q_nope.shape[2]
+    B = q_nope.shape[0]
     return torch.empty((B, H, M, 128), device=q_nope.device, dtype=torch.float16).permute(0, 2, 1, 3)
 
 
-OP = "two_products_d84eb3a3"
+OP = "two_products_6881d772"
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
     LIBRARY.define(

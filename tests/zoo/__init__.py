@@ -26,6 +26,13 @@ class Sizes:
         return self.q if self.kv is None else self.kv
 
 
+Wide = tuple[tuple[int, int], ...]  # pairs: how many rows, how long a stream
+
+
+def queries_and_keys(sizes: Sizes) -> Wide:
+    return ((sizes.q, sizes.keys),)
+
+
 @dataclass(frozen=True)
 class Program:
     """A program and how to use it.
@@ -47,12 +54,19 @@ class Program:
     twin: str = ""  # a program with the same maths, inputs and parameters
     nan_rows: bool = False  # rows masked throughout, which eager turns into NaN
     dtypes: tuple[str, ...] = ("fp32", "fp16", "bf16")  # where eager runs at all
+    part: int = 1  # 1: one pass and one output; 2: the rest
+    passes: int | None = None  # sweeps over long axes, of all kernels together
+    kernels: int | None = None
+    why: str = ""  # why fewer passes or kernels won't do
+    rows: bool = False  # lone rows: fused where `--rows` asks for it
+    eager: tuple[str, ...] = ()  # ops that write something wide, stay eager and are reported
+    wide: Callable[[Sizes], Wide] = queries_and_keys  # what no tensor may have both of
 
 
-def programs() -> list[Program]:
-    """Every program of every family, in a fixed order."""
+def programs(part: int | None = 1) -> list[Program]:
+    """Every program of one part (None: of all), family by family, in a fixed order."""
     found = []
     for module in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
         family = importlib.import_module(f"{__name__}.{module.name}")
         found += getattr(family, "PROGRAMS", [])
-    return found
+    return [program for program in found if part in (None, program.part)]

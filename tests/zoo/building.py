@@ -19,14 +19,15 @@ class Shape(NamedTuple):
     kv_heads: int
 
 
-def built(make: Callable) -> Callable:
+def built(make: Callable, dim: int = 64, heads: int = 4) -> Callable:
     """`make(dim, heads, **options)` as a `Program.build`: seeded, randomised, in eval mode.
 
-    `make` may also be a plain function's maker; the function then carries the shape it was last built with.
+    `dim` and `heads` are what it is built with unless told otherwise. `make` may also be a plain
+    function's maker; the function then carries the shape it was last built with.
     """
     signature = inspect.signature(make)
 
-    def build(dim: int = 64, heads: int = 4, **options):
+    def build(dim: int = dim, heads: int = heads, **options):
         if "max_len" not in signature.parameters:
             options.pop("max_len", None)
         arguments = signature.bind(dim, heads, **options)
@@ -43,6 +44,11 @@ def built(make: Callable) -> Callable:
         return made
 
     return build
+
+
+def small(make: Callable, heads: int = 2) -> Callable:
+    """As `built`, but 32 wide unless told otherwise."""
+    return built(make, dim=32, heads=heads)
 
 
 @torch.no_grad()
@@ -107,6 +113,11 @@ def heads_first(sizes, shape, generator):
     q = torch.randn(sizes.batch, shape.heads, sizes.q, shape.head_dim, generator=generator)
     kv = (sizes.batch, shape.kv_heads, sizes.keys, shape.head_dim)
     return q, torch.randn(kv, generator=generator), torch.randn(kv, generator=generator)
+
+
+def queries_and_keys(sizes, shape, generator):
+    """q [B, H, Q, d], k [B, H_kv, K, d]"""
+    return heads_first(sizes, shape, generator)[:2]
 
 
 def heads_last(sizes, shape, generator):
@@ -239,4 +250,15 @@ def additive_mask_merged(sizes, shape, generator):
 def pair_bias(sizes, shape, generator):
     """float [B, H, Q, K]"""
     size = (sizes.batch, shape.heads, sizes.q, sizes.keys)
+    return (torch.randn(size, generator=generator),)
+
+
+def pair_tokens(sizes, shape, generator):
+    """a token for each pair of positions [B, N, N, dim]"""
+    return (torch.randn(sizes.batch, sizes.q, sizes.q, shape.dim, generator=generator),)
+
+
+def pair_features(sizes, shape, generator):
+    """features of each pair of positions, half as wide as the tokens [B, N, N, dim // 2]"""
+    size = (sizes.batch, sizes.q, sizes.q, shape.dim // 2)
     return (torch.randn(size, generator=generator),)

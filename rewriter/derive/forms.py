@@ -1,0 +1,350 @@
+"""The forms in which a sweep computes one reduction: rules that take a body apart until each part can run online.
+
+Hoist, action and moment of the derivation; what none of them fits is left to a sweep after the one it reads.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from rewriter.derive.chain import Definition, Shift
+from rewriter.derive.factors import (
+    Guard,
+    Product,
+    Term,
+    as_product,
+    as_terms,
+    cancelled,
+    conjunction,
+    depends_on,
+    has_refs,
+    is_running,
+    multiply,
+    quotient,
+    split_mask,
+    total,
+    without_cast,
+)
+from rewriter.ir import TRUE, Apply, Axis, Const, Node, Ref, Where, apply, const, transform, walk, where
+from rewriter.ir.ops import neutral_of
+
+if TYPE_CHECKING:
+    from rewriter.derive.builder import Builder
+
+
+class NotDerivable(Exception):
+    """No rule gives a form in this sweep; the text says which reduction and why."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """One reduction over `stream`, computed in `sweep`; refs to the same sweep are running values."""
+
+    builder: Builder
+    stream: Axis
+    sweep: int
+
+    def of(self, op: str, predicate: Node, body: Node) -> Node:
+        """The reduction's value in terms of definitions."""
+        if op == "sum":
+            return self._sum(body, predicate)
+        if op == "any":
+            return self._any(apply("and", predicate, body))
+        if op == "all":
+            return apply("not", self._any(apply("and", predicate, apply("not", body))))
+        if op == "max":
+            mask, body = split_mask(body)
+            predicate = apply("and", predicate, mask)
+        if op in ("max", "min"):
+            return self._extremum(op, predicate, body)
+        if is_running(body) or is_running(predicate):
+            raise NotDerivable(f"{op} of a value that depends on a reduction of the same sweep")
+        return self._add(op, predicate, (body,), None, body)
+
+    def _add(self, op: str, predicate: Node, rest: tuple[Node, ...], shift: Shift | None, body: Node) -> Node:
+        return self.builder.add(op, self.stream, self.sweep, predicate, rest, shift, body)
+
+    def _note(self, text: str) -> None:
+        self.builder.notes.append(text)
+
+    def _extremum(self, op: str, predicate: Node, body: Node) -> Node:
+        """max_n (x + r) → max_n x + r"""
+        moving = [t for t in as_terms(body) if depends_on(t.node, self.stream)]
+        row = [t for t in as_terms(body) if not depends_on(t.node, self.stream)]
+        if not any(is_running(t.node) for t in row):
+            moving, row = as_terms(body), []
+        inner = total(moving) if row else body
+        if is_running(inner) or is_running(predicate):
+            raise NotDerivable(f"{op} of a value that depends on an earlier reduction of the same sweep")
+        reduced = self._add(op, predicate, (inner,), None, inner)
+        return total([Term(1, reduced), *row])
+
+    def _sum(self, body: Node, predicate: Node) -> Node:
+        """sum_n | p: over/under → (row factors) · sum_n | p: (stream factors)"""
+        product = as_product(body) if predicate is TRUE else as_product(body).where(predicate)
+        parts = [_without_logs(p) for p in self._distributed(product)]
+        if len(parts) > 1:
+            terms = [Term(1, self._sum(quotient(p.over, p.under), p.predicate)) for p in parts]
+            return total(terms)
+        (product,) = parts
+        _, rest = self._row_part(product.predicate)
+        row_over, over = self._sorted(product.over)
+        row_under, under = self._sorted(product.under)
+        if row_over or row_under:
+            self._note("hoist: factors that do not depend on the stream are taken out of the sum")
+        return self._hoisted(self._one_sum(over, under, rest), row_over, row_under, product.guards)
+
+    def _hoisted(self, reduced: Node, over: list[Node], under: list[Node], guards: list[Guard]) -> Node:
+        """The row factors of a sum applied to it, each inside the choices that it stood in."""
+        for k, (_, inside) in enumerate(guards):
+            own = [[f for f in side if f in inside] for side in (over, under)]
+            over, under = ([f for f in side if f not in inside] for side in (over, under))
+            reduced = _quotient(own[0], reduced, own[1])
+            kept = conjunction(p for p, _ in guards[k:])
+            gate, rest = self._row_part(kept)
+            if rest is not TRUE and any(self._may_be_nan(f, rest) for f in inside):
+                gate = self._any(kept)
+            reduced = reduced if gate is TRUE else where(gate, reduced, const(0.0))
+        return _quotient(over, reduced, under)
+
+    def _may_be_nan(self, factor: Node, predicate: Node) -> bool:
+        """Whether a factor is not proved to be a number where the predicate holds nowhere along the stream."""
+        held = set(_conjuncts(predicate))
+
+        def emptied(n: Node) -> Node:
+            definition = self._definition(n) if isinstance(n, Ref) else None
+            if definition and held <= set(_conjuncts(definition.predicate)):
+                return const(neutral_of(definition.op, n.dtype), n.dtype)
+            return n
+
+        value = transform(factor, emptied)
+        numbers = [n.value for n in walk(value) if isinstance(n, Const)]
+        is_finite = all(map(math.isfinite, numbers)) and value is not const(0.0, value.dtype)
+        return has_refs(factor) and (has_refs(value) or not is_finite)
+
+    def _definition(self, ref: Ref) -> Definition:
+        return next(d for d in self.builder.definitions if d.name == ref.name)
+
+    def _any(self, predicate: Node) -> Node:
+        """any_n p  →  max_{n | p} 0 = 0"""
+        rows, rest = self._row_part(predicate)
+        if rest is TRUE:
+            return rows
+        if is_running(rest):
+            raise NotDerivable("a mask that depends on a running value")
+        self._note("any: max of 0 where a mask holds is 0, and -inf where it holds nowhere")
+        seen = self._add("max", rest, (const(0.0),), None, const(0.0))
+        return apply("and", rows, apply("eq", seen, const(0.0)))
+
+    def _row_part(self, predicate: Node) -> tuple[Node, Node]:
+        """(what does not depend on the stream, the rest) of a conjunction."""
+        rows, rest = TRUE, TRUE
+        for part in _conjuncts(predicate):
+            if depends_on(part, self.stream) or not is_running(part):
+                rest = apply("and", rest, part)
+            else:
+                rows = apply("and", rows, part)
+        return rows, rest
+
+    def _sorted(self, factors: list[Node]) -> tuple[list[Node], list[Node]]:
+        """(those that do not depend on the stream, those that do)"""
+        stays = [f for f in factors if not depends_on(f, self.stream)]
+        return stays, [f for f in factors if depends_on(f, self.stream)]
+
+    def _distributed(self, product: Product) -> list[Product]:
+        """(a + b)·g → a·g, b·g where a factor mixes the stream with running values other than through exp."""
+        mixed = [self._is_mixed(f) for f in product.over]
+        if sum(mixed) > 1:  # sum (v - mean)² written out cancels: 1775 times worse than eager at offset 30
+            raise NotDerivable("a product of two sums with running values (a variance) would cancel when written out")
+        for k, factor in enumerate(product.over):
+            if mixed[k]:
+                rest = replace(product, over=product.over[:k] + product.over[k + 1 :])
+                return self._split(factor, rest)
+        return [product]
+
+    def _split(self, factor: Node, rest: Product) -> list[Product]:
+        """A sum's terms as products, an exponent among them kept whole: (e − Φ) + r → (e − Φ)·g, r·g"""
+        terms = as_terms(factor)
+        exponent = [t for f in rest.over if is_exp(f) for t in as_terms(f.args[0])]
+        if exponent and not Counter(exponent) - Counter(terms):
+            if Counter(exponent) == Counter(terms):
+                return [replace(rest, over=[*rest.over, factor])]
+            terms = [*(Counter(terms) - Counter(exponent)).elements(), Term(1, total(exponent))]
+        signed = [as_product(t.node).times(Product([const(float(t.sign))])) for t in terms]
+        return [p for s in signed for p in self._distributed(s.times(rest))]
+
+    def _is_mixed(self, factor: Node) -> bool:
+        sums = isinstance(factor, Apply) and factor.op in ("add", "sub")
+        return sums and is_running(factor) and depends_on(factor, self.stream)
+
+    def _one_sum(self, over: list[Node], under: list[Node], predicate: Node) -> Node:
+        rest = [f for f in over if not is_exp(f)]
+        exponent = [t for f in over if is_exp(f) for t in as_terms(f.args[0])]
+        lever = next((f for f in rest if exponent and Counter(as_terms(f)) == Counter(exponent)), None)
+        rest = [f for f in rest if f is not lever]
+        if any(is_running(f) for f in [*rest, *under, predicate]):
+            raise NotDerivable("a sum whose terms depend on a running value other than through exp")
+        if under:
+            rest.append(apply("div", const(1.0), multiply(under)))
+        if not exponent:
+            return self._add("sum", predicate, tuple(rest), None, multiply(rest) or const(1.0))
+        return self._exponential(exponent, rest, lever, predicate)
+
+    def _exponential(self, terms: list[Term], rest: list[Node], lever: Node | None, predicate: Node) -> Node:
+        """sum exp(e − Φ)·rest, shifted where Φ runs"""
+        shift, mask = self._shift(terms, keep_mask=any(_has_minus_inf(f) for f in [*rest, *([lever] if lever else [])]))
+        predicate = apply("and", predicate, mask)
+        inner = shift.exponent if shift.phi is const(0.0) else apply("sub", shift.exponent, shift.phi)
+        if not is_running(shift.phi):
+            rest = [*rest, lever] if lever else rest
+            factors = (apply("exp", inner), *rest)
+            reduced = self._add("sum", predicate, factors, None, multiply(list(factors)))
+            return reduced if mask is TRUE or not has_refs(shift.phi) else self._of_empty_rows(reduced, shift)
+        self._check_shift(shift, predicate)
+        reduced = self._add("sum", predicate, tuple(rest), shift, multiply([apply("exp", inner), *rest]))
+        if lever:
+            reduced = self._moment(reduced, rest, shift, predicate, inner)
+        return reduced if shift.settled else self._of_empty_rows(reduced, shift)
+
+    def _moment(self, mass: Node, rest: list[Node], shift: Shift, predicate: Node, inner: Node) -> Node:
+        """sum exp(x)·x with x = e − Φ: where Φ moves by δ, the moment gains −δ times the mass sum exp(x)"""
+        self._note("moment: T(old → new)(t) = exp(phi(old) - phi(new)) · (t + (phi(old) - phi(new)) · mass)")
+        moved = replace(shift, mass=mass)
+        body = multiply([apply("exp", inner), inner, *rest])
+        return self._add("sum", predicate, tuple(rest), moved, body)
+
+    def _of_empty_rows(self, reduced: Node, shift: Shift) -> Node:
+        """A row whose shift is -inf saw only -inf: eager's exp(-inf + inf) is NaN there, where the kernel sums zeros."""
+        if self.builder.empty_is_zero:
+            return reduced
+        return where(apply("eq", shift.phi, const(-math.inf)), const(math.nan), reduced)
+
+    def _shift(self, terms: list[Term], keep_mask: bool) -> tuple[Shift, Node]:
+        """exp(e − Φ): Φ is what depends on running values; a −inf mask in e becomes a predicate."""
+        if any(is_running(t.node) and depends_on(t.node, self.stream) for t in terms):
+            raise NotDerivable("an exponent in which the stream multiplies a running value")
+        settled = any(_is_settled(t.node) for t in terms)
+        terms = cancelled([s for t in terms for s in _settled(t)])
+        runs = any(is_running(t.node) for t in terms)
+        moving = [
+            t
+            for t in terms
+            if (is_running(t.node) if runs else has_refs(t.node) and not depends_on(t.node, self.stream))
+        ]
+        exponent = total([t for t in terms if t not in moving])
+        mask, exponent = (TRUE, exponent) if keep_mask else split_mask(exponent)
+        phi = total([Term(-t.sign, t.node) for t in moving])
+        return Shift(phi, self._as_bounded(exponent, phi), settled), mask
+
+    def _as_bounded(self, exponent: Node, phi: Node) -> Node:
+        """The exponent as the maximum's definition writes it, where it is the same sum: it is computed once."""
+        for name in {n.name for n in walk(phi) if isinstance(n, Ref)}:
+            body = next(d.body for d in self.builder.definitions if d.name == name)
+            if _summands(body) == _summands(exponent):
+                return body
+        return exponent
+
+    def _check_shift(self, shift: Shift, predicate: Node) -> None:
+        """Φ must be a running maximum of the exponent (or above it), or exp could overflow before the end."""
+        refs = {n for n in walk(shift.phi) if isinstance(n, Ref) and not n.final}
+        if len(refs) != 1:
+            raise NotDerivable("an exponent shifted by several running values")
+        bound = self._definition(next(iter(refs)))
+        if bound.op != "max" or not _dominates(shift, bound, self.stream):
+            raise NotDerivable(f"exp(x − {bound.name}) where {bound.name} is not proved to be at least x")
+        if not set(_conjuncts(bound.predicate)) <= {TRUE, *_conjuncts(predicate)}:
+            raise NotDerivable(f"exp(x − {bound.name}) at positions that are masked in {bound.name}")
+        # By name alone: axes have none that would last.
+        phi = re.sub(r"\[[^]]*\]", "", repr(shift.phi))
+        self._note(f"shift: T(old → new) = exp(phi(old) - phi(new)), phi = {phi} at least every exponent seen so far")
+
+
+def _without_logs(product: Product) -> Product:
+    """exp(x - log y) → exp(x) / y where y is a row's value"""
+    out = Product([], list(product.under), [(p, list(inside)) for p, inside in product.guards])
+    for factor in product.over:
+        terms = as_terms(factor.args[0]) if is_exp(factor) else []
+        logs = [t for t in terms if is_log(t.node) and is_running(t.node)]
+        over = [t.node.args[0] for t in logs if t.sign > 0]
+        under = [t.node.args[0] for t in logs if t.sign < 0]
+        rest = [t for t in terms if t not in logs]
+        over.append(apply("exp", total(rest)) if logs else factor)
+        out.over += over
+        out.under += under
+        for _, inside in out.guards:
+            inside += [*over, *under] if factor in inside else []
+    return out
+
+
+def _settled(term: Term) -> list[Term]:
+    """where(isinf(R), 0, R) → R: what the kernel's running shift does, too"""
+    node = term.node.other if _is_settled(term.node) else term.node
+    return [Term(term.sign * t.sign, t.node) for t in as_terms(node)]
+
+
+def _is_settled(node: Node) -> bool:
+    if not (isinstance(node, Where) and isinstance(node.predicate, Apply) and node.predicate.op == "isinf"):
+        return False
+    return node.predicate.args[0] is node.other and isinstance(node.then, Const) and node.then.value == 0
+
+
+def _conjuncts(predicate: Node) -> list[Node]:
+    if isinstance(predicate, Apply) and predicate.op == "and":
+        return [p for a in predicate.args for p in _conjuncts(a)]
+    return [predicate]
+
+
+def _quotient(over: list[Node], reduced: Node, under: list[Node]) -> Node:
+    """where(empty, NaN, acc) / where(empty, NaN, l)  →  acc / l, which is NaN in empty rows by itself: 0 / 0"""
+    values = [reduced, *under]
+    if not under or not all(map(_is_nan_if_empty, values)) or len({v.predicate for v in values}) > 1:
+        return quotient([*over, reduced], under)
+    return quotient([*over, reduced.other], [u.other for u in under])
+
+
+def _is_nan_if_empty(node: Node) -> bool:
+    return isinstance(node, Where) and node.then is const(math.nan)
+
+
+def is_exp(node: Node) -> bool:
+    return isinstance(node, Apply) and node.op == "exp"
+
+
+def is_log(node: Node) -> bool:
+    return isinstance(node, Apply) and node.op == "log"
+
+
+def _dominates(shift: Shift, bound: Definition, stream: Axis) -> bool:
+    """Whether Φ stays at or above the exponent, up to a row constant, because R is the maximum of the same expression.
+
+    Φ is R, R scaled by a positive constant as the exponent is, or a maximum of such with anything.
+    """
+    phi = without_cast(shift.phi)
+    if isinstance(phi, Apply) and phi.op == "maximum":
+        return any(_dominates(Shift(a, shift.exponent), bound, stream) for a in phi.args if is_running(a))
+    moving = _stream_terms(shift.exponent, stream)
+    if isinstance(phi, Ref):
+        return moving == _stream_terms(bound.body, stream)
+    if isinstance(phi, Apply) and phi.op in ("mul", "div"):
+        value, factor = phi.args if isinstance(without_cast(phi.args[0]), Ref) else phi.args[::-1]
+        if isinstance(without_cast(value), Ref) and isinstance(factor, Const) and factor.value > 0:
+            return moving == _stream_terms(apply(phi.op, bound.body, factor), stream)
+    return False
+
+
+def _stream_terms(node: Node, stream: Axis) -> Counter:
+    """The summands that move along the stream, as a multiset."""
+    terms = as_terms(node, everywhere=True)
+    return Counter((t.sign, without_cast(t.node)) for t in terms if depends_on(t.node, stream))
+
+
+def _summands(node: Node) -> Counter:
+    return Counter((t.sign, without_cast(t.node)) for t in as_terms(node))
+
+
+def _has_minus_inf(node: Node) -> bool:
+    return any(isinstance(n, Const) and n.value == -math.inf for n in walk(node))

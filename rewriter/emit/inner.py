@@ -1,0 +1,135 @@
+"""Reductions inside a tile's values: matrix products, whole or block by block, and loops for what is none."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from rewriter.emit.expr import ATOM, TRITON_DTYPES, NotEmittable, Text, operand, spread_argument
+from rewriter.emit.scope import Line, Scope
+from rewriter.emit.values import Values
+from rewriter.ir import TRUE, Axis, Index, Load, Node, Reduce, walk
+from rewriter.ir.ops import MONOIDS, neutral_of
+from rewriter.plan import Dot, Loop
+
+INTO = {
+    "max": "tl.maximum({0}, {1})",
+    "min": "tl.minimum({0}, {1})",
+    "any": "{0} | {1}",
+    "all": "{0} & {1}",
+    "sum": "{0} + {1}",
+    "prod": "{0} * {1}",
+}
+
+
+class Inner(Values):
+    """Writes contractions."""
+
+    def _reduction(self, node: Reduce, scope: Scope) -> Text:
+        if node in self.dots:
+            return self._dot(self.dots[node], scope)
+        if node in self.loops:
+            return self._loop(self.loops[node], scope)
+        raise NotEmittable(f"a {node.op} in the epilogue")
+
+    def _dot(self, dot: Dot, scope: Scope) -> Text:
+        tile = (dot.rows, dot.columns)
+        code = self._long_product(dot, scope) if dot.long else self._product(dot, scope)
+        if not dot.scale:
+            return Text(code, tile)
+        scale = [self.value(f, scope) for f in dot.scale]
+        axes = self._joined([Text(code, tile), *scale])
+        factors = " * ".join(operand(t, axes, 6) for t in scale)
+        return Text(f"{code} * {factors}", axes, 6)
+
+    def _product(self, dot: Dot, scope: Scope, onto: str = "") -> str:
+        stored = self._operand_dtype(dot.left, dot.right)
+        left = self._tile_operand(dot.left, (dot.rows, dot.axis), scope, stored)
+        right = self._tile_operand(dot.right, (dot.columns, dot.axis), scope, stored)
+        return f"tl.dot({left}, tl.trans({right}){onto}{precision(stored)})"
+
+    def _long_product(self, dot: Dot, scope: Scope) -> str:
+        """A contraction too long for one tile, in blocks."""
+        name, d = self.names.unique("qk"), self.names.axes[dot.axis]
+        shape, extent, block = self.shape((dot.rows, dot.columns)), dot.axis.extent.value, self.block(dot.axis)
+        scope.lines.append(Line(f"{name} = tl.zeros({shape}, tl.float32)", shape))
+        inner = Scope(scope, dot.axis)
+        inner.lines.append(Line(f"offs_{d} = start_{d} + tl.arange(0, {block})", f"[{block}]"))
+        product = self._product(dot, inner, f", {name}")
+        inner.lines.append(Line(f"{name} = {product}", shape))
+        self._nest(scope, f"for start_{d} in range(0, {extent}, {block}):", inner)
+        return name
+
+    def _loop(self, loop: Loop, scope: Scope) -> Text:
+        """⊕ over one axis, position by position."""
+        axis = self.names.axes[loop.axis]
+        inner = Scope(scope, loop.axis)
+        value = self._kept(loop, inner)
+        name = self.names.unique("s")
+        shape = self.shape(value.axes)
+        held = held_dtype(loop.body)
+        start = f"tl.full({shape or '[]'}, {neutral_text(loop.node.op, held)}, {TRITON_DTYPES[held]})"
+        scope.lines.append(Line(f"{name} = {start}", shape))
+        inner.lines.append(Line(f"{name} = {INTO[loop.node.op].format(name, value.tight(6))}", shape))
+        extent = self.value(loop.axis.extent, self.prologue).code
+        self._nest(scope, f"for {axis} in range(0, {extent}):", inner)
+        return Text(name, value.axes)
+
+    def _kept(self, loop: Loop, inner: Scope) -> Text:
+        value = self.value(loop.body, inner)
+        if loop.predicate is TRUE:
+            return value
+        keep = self.value(loop.predicate, inner)
+        axes = self._joined([keep, value])
+        neutral = neutral_text(loop.node.op, held_dtype(loop.body))
+        parts = (spread_argument(keep, axes), spread_argument(as_held(value, loop.body), axes), neutral)
+        return Text(f"tl.where({', '.join(parts)})", axes)
+
+    def _nest(self, scope: Scope, header: str, inner: Scope) -> None:
+        scope.lines.append(Line(header))
+        scope.lines += [Line(f"    {x.code}", x.shape, x.source) for x in inner.lines]
+
+    def _tile_operand(self, node: Node, axes: tuple[Axis, ...], scope: Scope, stored: torch.dtype) -> str:
+        """A two-dimensional operand of `tl.dot`, in the type the tensors are stored in."""
+        text = self.value(node, scope)
+        if text.axes != axes:
+            raise NotEmittable("a contraction whose operand is no tile of two dimensions")
+        if isinstance(node, Load) and node.dtype is stored:
+            return text.code
+        return f"{text.tight(ATOM)}.to({TRITON_DTYPES[stored]})"
+
+    def _operand_dtype(self, *operands: Node) -> torch.dtype:
+        """The widest floating type that the operands of one product are stored in."""
+        floats = [n.dtype for n in walk(*operands) if isinstance(n, Load) and n.dtype.is_floating_point]
+        return max(floats, key=lambda d: d.itemsize, default=self.plan.dtype)
+
+
+def held_dtype(body: Node) -> torch.dtype:
+    """The type in which a kernel reduces a value: a position fits 32 bits."""
+    if body.dtype.is_floating_point:
+        return torch.float32
+    return torch.int32 if isinstance(body, Index) else body.dtype
+
+
+def as_held(text: Text, body: Node) -> Text:
+    """A whole number as wide as the neutral element it may be replaced by."""
+    if body.dtype.is_floating_point or body.dtype is torch.bool or isinstance(body, Index):
+        return text
+    return Text(f"{text.tight(ATOM)}.to({TRITON_DTYPES[held_dtype(body)]})", text.axes) if text.axes else text
+
+
+def neutral_text(op: str, dtype: torch.dtype) -> str:
+    """The neutral element of ⊕ in a kernel."""
+    neutral = neutral_of(op, dtype)
+    if dtype.is_floating_point:
+        return {-math.inf: "NEG_INF", math.inf: "POS_INF"}.get(neutral, str(float(neutral)))
+    return str(neutral)
+
+
+def precision(stored: torch.dtype) -> str:
+    """fp32 products are never rounded to tf32."""
+    return ', input_precision="ieee"' if stored is torch.float32 else ""
+
+
+__all__ = ["INTO", "MONOIDS", "Inner", "as_held", "held_dtype", "neutral_text", "precision"]

@@ -1,0 +1,277 @@
+"""The text of values in one kernel: what is loaded or computed, in the scope where it belongs, named where a reader wants a name."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from rewriter.emit.expr import (
+    ATOM,
+    INFIX,
+    NotEmittable,
+    Text,
+    apply_text,
+    constant,
+    operand,
+    spread,
+    spread_argument,
+    widened,
+)
+from rewriter.emit.names import Names, stride_name
+from rewriter.emit.origins import Origins
+from rewriter.emit.scope import Line, Scope
+from rewriter.ir import Axis, Const, Index, Load, Node, Reduce, Ref, Where, walk
+from rewriter.ir.integer import proves
+from rewriter.plan import KernelPlan
+from rewriter.plan.kernel import LONG_BLOCK
+
+MOST_DIMENSIONS = 3  # of a tile
+
+
+class Values:
+    """Writes expressions; what a subclass adds are reductions."""
+
+    def __init__(self, plan: KernelPlan, names: Names, origins: Origins):
+        self.plan, self.names, self.origins = plan, names, origins
+        names.taken -= set(names.tensors.values())  # inside the kernel a tensor's name is its tile's
+        self.prologue = Scope()
+        self.helpers: set[str] = set()
+        self.strides: dict[str, str] = {}
+        self.aligned: set[str] = set()
+        self.half = plan.dtype is not torch.float32
+        self.uses = self._use_counts()
+        self.dots = {d.node: d for d in plan.dots}
+        self.loops = {r.node: r for r in plan.loops}
+        self.needs_offsets: set[Axis] = set()
+        self.stepped = {r.axis for r in plan.loops} | (set(plan.streams) if plan.steps else set())
+        self.holders: dict[str, tuple[Node, Scope]] = {}
+
+    # -- values ---------------------------------------------------------------------------------------------------
+
+    def value(self, node: Node, scope: Scope) -> Text:
+        """The text of a node; statements it needs are written into the scope where they vary."""
+        simple = self._simple(node)
+        if simple:
+            return simple
+        home = scope.home(node)
+        known = home.find(node)
+        if known:
+            return known
+        text = self._compute(node, home)
+        if self._deserves_name(node, text, home, scope):
+            text = self._named(node, text, home)
+        home.known[node] = text
+        return text
+
+    def _simple(self, node: Node) -> Text | None:
+        if node in self.names.sizes:
+            return Text(self.names.sizes[node])
+        match node:
+            case Const():
+                return Text(constant(node), (), 7 if str(node.value).startswith("-") else ATOM)
+            case Index():
+                return self._position(node.axis)
+        return None
+
+    def _position(self, axis: Axis) -> Text:
+        if axis in self.plan.tile_axes:
+            self.needs_offsets.add(axis)
+            return Text(f"offs_{self.names.axes[axis]}", (axis,))
+        return Text(self.names.axes[axis])
+
+    def _compute(self, node: Node, scope: Scope) -> Text:
+        match node:
+            case Load():
+                return self._load(node, scope)
+            case Reduce():
+                return self._reduction(node, scope)
+            case Ref():
+                return self._reference(node)
+            case Where():
+                return self._where(node, scope)
+        args = [self.value(a, scope) for a in node.args]
+        if node.op != "cast":
+            numbers = [t for t, a in zip(args, node.args) if not isinstance(a, Const)]
+            if any(t.narrow for t in numbers):
+                args = widened(args, node.op not in INFIX or all(t.narrow for t in numbers))
+        axes = self._joined(args)
+        return apply_text(node, args, axes, self.helpers, self.half)
+
+    def _reduction(self, node: Reduce, scope: Scope) -> Text:
+        raise NotImplementedError
+
+    def _joined(self, texts: list[Text]) -> tuple[Axis, ...]:
+        found = {a for t in texts for a in t.axes}
+        axes = tuple(a for a in self.plan.tile_axes if a in found)
+        if len(axes) > MOST_DIMENSIONS:
+            raise NotEmittable(f"a tile over {len(axes)} axes")
+        return axes
+
+    def _where(self, node: Where, scope: Scope) -> Text:
+        args = [self.value(c, scope) for c in node.children]
+        axes = self._joined(args)
+        return Text(f"tl.where({', '.join(spread_argument(a, axes) for a in args)})", axes)
+
+    def _reference(self, node: Ref) -> Text:
+        definition = self.plan.chain.definition(node.name)
+        return Text(self.names.state[node.name], self.tile(definition.axes))
+
+    def tile(self, axes) -> tuple[Axis, ...]:
+        return tuple(a for a in self.plan.tile_axes if a in axes)
+
+    # -- names ----------------------------------------------------------------------------------------------------
+
+    def _use_counts(self) -> Counter:
+        chain = self.plan.chain
+        roots: list[Node] = []
+        for d in chain.definitions:
+            roots += [d.predicate, *d.rest] + ([d.shift.exponent, d.shift.phi] if d.shift else [])
+        inner = [n for r in self.plan.loops for n in (r.predicate, r.body)]
+        distinct = list(dict.fromkeys([*roots, *inner, *(o.body for o in chain.outputs)]))
+        counts = Counter(c for n in walk(*distinct) for c in n.children)
+        counts.update(roots)
+        return counts
+
+    def _deserves_name(self, node: Node, text: Text, home: Scope, scope: Scope) -> bool:
+        if text.code.isidentifier():
+            return False
+        if isinstance(node, (Load, Reduce)):
+            return True
+        origin = self.origins.of(node)
+        return self.uses[node] > 1 or home is not scope or bool(origin and origin.name) or len(text.code) > 90
+
+    def _named(self, node: Node, text: Text, home: Scope) -> Text:
+        name = self._name_for(node, home)
+        origin = self.origins.of(node)
+        home.lines.append(
+            Line(f"{name} = {text.code}", self.shape(text.axes), origin.source if origin else "")
+        )
+        self.holders[name] = (node, home)
+        return Text(name, text.axes, narrow=text.narrow)
+
+    def _name_for(self, node: Node, home: Scope) -> str:
+        """The user's variable where there is one; it is assigned again where its last value has no other reader."""
+        origin = self.origins.of(node)
+        wanted = origin.name if origin and origin.name else self._default_name(node)
+        holder, scope = self.holders.get(wanted, (None, None))
+        if scope is home and self.uses[holder] == 1 and holder is not node and holder in set(walk(node)):
+            return wanted
+        return self.names.unique(wanted) if wanted in self.names.taken else self._take(wanted)
+
+    def _take(self, name: str) -> str:
+        self.names.taken.add(name)
+        return name
+
+    def _default_name(self, node: Node) -> str:
+        if isinstance(node, Load):
+            return self.names.tensors[node.tensor]
+        if node.dtype is torch.bool:
+            return "mask"
+        if isinstance(node, Reduce):
+            return "qk" if node in self.dots else "s"
+        return "x" if node.dtype.is_floating_point else "i"
+
+    def shape(self, axes: tuple[Axis, ...]) -> str:
+        return f"[{', '.join(self.block(a) for a in axes)}]" if axes else ""
+
+    def block(self, axis: Axis) -> str:
+        return f"BLOCK_{self.names.axes[axis].upper()}"
+
+    # -- memory ---------------------------------------------------------------------------------------------------
+
+    def _load(self, node: Load, scope: Scope) -> Text:
+        name = self.names.tensors[node.tensor]
+        axes = self._joined([self.value(i, scope) for i in node.index])
+        checks = self._unproved(node, axes, scope)
+        pointer = self._pointer(f"{name}_ptr", name, node.index, axes, scope)
+        mask = " & ".join(filter(None, [self._bounds(node.free, axes, scope), *checks]))
+        extra = f", mask={mask}, other=0" if mask else ""
+        code = f"tl.load({pointer}{extra})"
+        if node.tensor.dtype is torch.bool:
+            code = f"{code} != 0"
+        narrow = node.tensor.dtype in (torch.float16, torch.bfloat16)
+        return Text(code, axes, 2 if node.tensor.dtype is torch.bool else ATOM, narrow)
+
+    def _unproved(self, node: Load, axes: tuple[Axis, ...], scope: Scope) -> list[str]:
+        """Bounds of index entries that are not proved to be inside: gathers, and branches of a choice not taken."""
+        out = []
+        for entry, extent in zip(node.index, node.tensor.shape):
+            low, high = proves("le", Const(0), entry), proves("lt", entry, extent)
+            if low and high:
+                continue
+            position = spread_argument(self._indexed(entry, scope), axes)
+            limit = self.value(extent, self.prologue)
+            out += [] if low else [f"({position} >= 0)"]
+            out += [] if high else [f"({position} < {limit.tight(5)})"]
+        return out
+
+    def _indexed(self, entry: Node, scope: Scope) -> Text:
+        """A computed position, as a variable."""
+        text = self.value(entry, scope)
+        if text.code.isidentifier() or isinstance(entry, Const):
+            return text
+        home = scope.home(entry)
+        name = self.names.unique("index")
+        home.lines.append(Line(f"{name} = {text.code}", self.shape(text.axes)))
+        home.known[entry] = Text(name, text.axes)
+        return home.known[entry]
+
+    def _pointer(
+        self, base: str, name: str, index: tuple[Node, ...], axes: tuple[Axis, ...], scope: Scope
+    ) -> str:
+        letters = self._letters(index)
+        fixed, moving = [base], []
+        for k, entry in enumerate(index):
+            if entry is Const(0):
+                continue
+            stride = stride_name(name, k, letters)
+            self.strides[stride] = f"{name}.stride({k})"
+            text = self.value(entry, scope)
+            part = self._wide(entry, text, axes)
+            lanes = text.axes and set(text.axes) <= set(self.plan.features)
+            unit = "" if lanes or not self.plan.aligns else " * ALIGN"
+            if unit:
+                self.aligned.add(stride)
+            (moving if text.axes else fixed).append(f"{part} * {stride}{unit}")
+        return " + ".join(fixed + moving)
+
+    def _wide(self, entry: Node, text: Text, axes: tuple[Axis, ...]) -> str:
+        """Positions that a stride may carry past 2³¹ are 64-bit; lanes of a feature are not."""
+        narrow = not text.axes and isinstance(entry, Const)
+        if narrow or (text.axes and set(text.axes) <= set(self.plan.features)):
+            return operand(text, axes, 7)
+        if isinstance(entry, Index) and entry.axis in self.stepped:
+            return f"tl.cast({text.code}, tl.int64)"  # a number of Python's where Triton is interpreted
+        cast = f"{text.tight(ATOM)}.to(tl.int64)"
+        return spread(Text(cast, text.axes), axes) if text.axes else cast
+
+    def _letters(self, index: tuple[Node, ...]) -> tuple[str, ...]:
+        letters: list[str] = []
+        for k, entry in enumerate(index):
+            own = [
+                self.names.axes[n.axis]
+                for n in walk(entry)
+                if isinstance(n, Index) and n.axis in self.names.axes
+            ]
+            letter = own[0] if own else str(k)
+            letters.append(letter if letter not in letters else f"{letter}{k}")
+        return tuple(letters)
+
+    def _bounds(self, free: frozenset[Axis], axes: tuple[Axis, ...], scope: Scope) -> str:
+        """The mask of a load or store: which lanes are inside the tensor."""
+        parts = []
+        for axis in self.plan.tile_axes:
+            if axis in free and not self._fills(axis, scope):
+                limit = self.value(axis.extent, self.prologue)
+                inside = spread(self._position(axis), axes)
+                parts.append(f"({inside} < {limit.tight(5)})")
+        return " & ".join(parts)
+
+    def _fills(self, axis: Axis, scope: Scope) -> bool:
+        """True where every lane of a tile is inside: whole tiles of a stream, features without padding."""
+        if axis in self.plan.streams:
+            return not scope.is_tail_of(axis)
+        if axis in self.plan.long_axes:
+            return axis.extent.value % LONG_BLOCK == 0
+        return axis in self.plan.features and self.plan.padded(axis) == axis.extent.value

@@ -1,0 +1,97 @@
+"""Assignments to parts of a tensor: `x` with a slice, a row, a diagonal or what a mask says replaced."""
+
+from __future__ import annotations
+
+import torch
+
+from rewriter.ir import Const, Node, apply, cast, reduce, where
+from rewriter.lift.registry import Context, lifts, operand, scalar
+from rewriter.lift.values import (
+    Lifted,
+    NotLiftable,
+    broadcast_at,
+    first_of,
+    fresh_axes,
+    positions,
+    wrapped,
+)
+
+
+def _replaced(ctx: Context, x: Lifted, inside, new) -> Lifted:
+    """where(inside(at), new(at), x[at])"""
+    axes = fresh_axes(ctx.shape)
+    at = positions(axes)
+    return Lifted(axes, where(inside(at), cast(new(at), ctx.dtype), x.at(at)))
+
+
+@lifts("slice_scatter")
+def slice_scatter(ctx: Context, x: Lifted, src: Lifted, dim=0, start=None, end=None, step=1) -> Lifted:
+    """where(start ≤ i and (i - start) % step == 0 and (i - start) // step < len(src), src[(i - start) // step], x[i])"""
+    dim = dim % len(x.axes)
+    first, step = first_of(scalar(0 if start is None else start), x.axes[dim].extent), scalar(step)
+
+    def inside(at: tuple[Node, ...]) -> Node:
+        moved = apply("sub", at[dim], first)
+        on = apply("eq", apply("mod", moved, step), Const(0))
+        within = apply("lt", apply("floordiv", moved, step), src.axes[dim].extent)
+        return apply("and", apply("and", apply("ge", moved, Const(0)), on), within)
+
+    def new(at: tuple[Node, ...]) -> Node:
+        return src.at((*at[:dim], apply("floordiv", apply("sub", at[dim], first), step), *at[dim + 1 :]))
+
+    return _replaced(ctx, x, inside, new)
+
+
+@lifts("select_scatter")
+def select_scatter(ctx: Context, x: Lifted, src: Lifted, dim: int, at) -> Lifted:
+    """where(i == at, src, x[i])"""
+    dim = dim % len(x.axes)
+    place = scalar(at) if not isinstance(at, int) or at >= 0 else apply("add", x.axes[dim].extent, Const(at))
+    return _replaced(
+        ctx, x, lambda i: apply("eq", i[dim], place), lambda i: src.at((*i[:dim], *i[dim + 1 :]))
+    )
+
+
+@lifts("diagonal_scatter")
+def diagonal_scatter(ctx: Context, x: Lifted, src: Lifted, offset=0, dim1=0, dim2=1) -> Lifted:
+    """where(j - i == offset, src[min(i, j)], x[i, j]); a diagonal's own dimension is the last"""
+    dim1, dim2, shift = dim1 % len(x.axes), dim2 % len(x.axes), scalar(offset)
+    if not isinstance(offset, int):
+        raise NotLiftable("a diagonal that sizes decide")
+
+    def new(at: tuple[Node, ...]) -> Node:
+        along = at[dim1] if offset >= 0 else at[dim2]
+        return src.at((*(i for d, i in enumerate(at) if d not in (dim1, dim2)), along))
+
+    return _replaced(ctx, x, lambda at: apply("eq", apply("sub", at[dim2], at[dim1]), shift), new)
+
+
+@lifts("index_fill")
+def index_fill(ctx: Context, x: Lifted, dim: int, indices: Lifted, value) -> Lifted:
+    """where(any_k (i == indices[k]), value, x[i])"""
+    dim = dim % len(x.axes)
+    inside = lambda at: _is_among(at[dim], indices, x.axes[dim].extent)  # noqa: E731
+    return _replaced(ctx, x, inside, lambda at: operand(value, ctx.dtype).body)
+
+
+@lifts("index_put")
+def index_put(ctx: Context, x: Lifted, indices, values: Lifted, accumulate=False) -> Lifted:
+    """`x[mask] = value` and `x[:, indices] = value`, for one value: where(mask, value, x), where(any_k (j == indices[k]), value, x)"""
+    used = [k for k, i in enumerate(indices) if i is not None]
+    if accumulate or len(used) != 1 or values.axes:
+        raise NotLiftable("assignment by index")
+    (dim,) = used
+    chosen = indices[dim]
+
+    def inside(at: tuple[Node, ...]) -> Node:
+        if chosen.body.dtype is torch.bool:
+            return broadcast_at(chosen, at[dim : dim + len(chosen.axes)])
+        return _is_among(at[dim], chosen, x.axes[dim].extent)
+
+    return _replaced(ctx, x, inside, lambda at: values.body)
+
+
+def _is_among(i: Node, indices: Lifted, extent: Node) -> Node:
+    """any_k (i == indices[k])"""
+    axes = fresh_axes(indices.shape)
+    return reduce("any", axes, apply("eq", i, wrapped(indices.at(positions(axes)), extent)))

@@ -1,0 +1,158 @@
+"""Which kernel computes what: definitions over the same rows share one, the others read its results from memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from rewriter.derive import Chain, Definition
+from rewriter.derive.factors import depends_on
+from rewriter.ir import Axis, Load, Node, Output, Reduce, Ref, Tensor, index, transform, walk
+
+
+@dataclass
+class Part:
+    """What one kernel computes: `rows` are the axes of its programs, features aside."""
+
+    rows: frozenset[Axis]
+    definitions: list[Definition] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
+
+
+def parts_of(chain: Chain) -> list[Part]:
+    """The parts of a chain in an order in which they can run."""
+    return _Partition(chain).parts
+
+
+class _Partition:
+    def __init__(self, chain: Chain):
+        self.chain = chain
+        self.features = features_of(chain)
+        self.parts: list[Part] = []
+        self.place: dict[str, int] = {}
+        for definition in chain.definitions:
+            self._add_definition(definition)
+        for output in chain.outputs:
+            self._add_output(output)
+
+    def _rows(self, axes: tuple[Axis, ...]) -> frozenset[Axis]:
+        return frozenset(a for a in axes if index(a).free) - self.features
+
+    def _add_definition(self, definition: Definition) -> None:
+        rows = self._rows(definition.axes)
+        first = self._earliest(definition.roots, rows)
+        at = next((k for k in range(first, len(self.parts)) if self._shares(k, rows, definition.stream)), None)
+        if at is None:
+            at = len(self.parts)
+            self.parts.append(Part(rows))
+        part = self.parts[at]
+        part.rows = part.rows | rows
+        part.definitions.append(definition)
+        self.place[definition.name] = at
+
+    def _shares(self, at: int, rows: frozenset[Axis], stream: Axis) -> bool:
+        """Whether a part's programs have the rows, or would with a few axes more."""
+        own = self.parts[at].rows
+        streams = {stream, *(d.stream for d in self.parts[at].definitions)}
+        return (own <= rows or rows <= own) and not (own | rows) & streams
+
+    def _earliest(self, nodes: tuple[Node, ...], rows: frozenset[Axis]) -> int:
+        """The first part in which all that is read is at hand: in registers, at the same rows, or in memory."""
+        first = 0
+        for ref in {n for n in walk(*nodes) if isinstance(n, Ref)}:
+            read = self.chain.definition(ref.name)
+            at_hand = ref.index == read.ref.index and self._rows(read.axes) <= rows
+            first = max(first, self.place[ref.name] + (0 if at_hand else 1))
+        return first
+
+    def _add_output(self, output: Output) -> None:
+        rows = self._rows(output.axes)
+        first = self._earliest((output.body,), rows)
+        for at in range(first, len(self.parts)):
+            part = self.parts[at]
+            streams = {d.stream for d in part.definitions}
+            if rows <= part.rows or len(rows - part.rows) == 1 and rows - part.rows <= streams and part.rows <= rows:
+                part.outputs.append(output)
+                return
+        self.parts.append(Part(rows, [], [output]))
+
+
+def features_of(chain: Chain) -> frozenset[Axis]:
+    """Axes that of all that is streamed only the last operand (the values) carries: kept whole in a tile."""
+    scored = _scored(chain)
+    streams = {d.stream for d in chain.definitions}
+    own = [[a for a in d.axes if a not in scored and a not in streams] for d in chain.definitions]
+    return frozenset(axes[-1] for axes in own if axes)
+
+
+def _scored(chain: Chain) -> frozenset[Axis]:
+    """Axes on which weights depend."""
+    scored: frozenset[Axis] = frozenset()
+    for d in chain.definitions:
+        scored |= d.predicate.free
+        scored |= frozenset().union(*(n.free for n in walk(*d.roots) if isinstance(n, Reduce)))
+        scored |= frozenset().union(*(f.free for f in d.rest if not is_operand(f, d.stream)))
+        if d.shift:
+            scored |= d.shift.exponent.free | d.shift.phi.free
+        if d.op != "sum":
+            scored |= d.body.free
+    return scored
+
+
+def is_operand(factor: Node, stream: Axis) -> bool:
+    """A factor read from memory along the stream: the values of a weighted sum."""
+    return not any(isinstance(n, (Reduce, Ref)) for n in walk(factor)) and depends_on(factor, stream)
+
+
+def chains_of(chain: Chain, parts: list[Part]) -> tuple[list[Chain], tuple[Tensor, ...]]:
+    """Each part as a chain of its own, reading earlier parts' results as tensors and giving its own as outputs."""
+    results: dict[str, Tensor] = {}
+    bodies = [_reading_results(chain, part, results) for part in parts]
+    return [_giving_results(own, results) for own in bodies], tuple(results.values())
+
+
+def _reading_results(chain: Chain, part: Part, results: dict[str, Tensor]) -> Chain:
+    own = {d.name for d in part.definitions}
+
+    def rule(n: Node) -> Node:
+        if not isinstance(n, Ref) or n.name in own:
+            return n
+        return Load(results.setdefault(n.name, result_of(chain.definition(n.name))), n.index)
+
+    def moved(node: Node) -> Node:
+        return transform(node, rule)
+
+    definitions = tuple(_moved(d, moved) for d in part.definitions)
+    outputs = tuple(replace(o, body=moved(o.body)) for o in part.outputs)
+    return replace(chain, definitions=definitions, outputs=outputs)
+
+
+def _moved(definition: Definition, moved: Callable[[Node], Node]) -> Definition:
+    shift = definition.shift
+    if shift:
+        shift = replace(shift, phi=moved(shift.phi), exponent=moved(shift.exponent))
+    return replace(
+        definition,
+        predicate=moved(definition.predicate),
+        rest=tuple(map(moved, definition.rest)),
+        shift=shift,
+        body=moved(definition.body),
+    )
+
+
+def _giving_results(chain: Chain, results: dict[str, Tensor]) -> Chain:
+    given = tuple(
+        Output(d.name, d.axes, replace(d.ref, final=True), results[d.name].dtype)
+        for d in chain.definitions
+        if d.name in results
+    )
+    return replace(chain, outputs=(*given, *chain.outputs))
+
+
+def result_of(definition: Definition) -> Tensor:
+    """Where a definition's final values are kept for kernels after its own."""
+    dtype = definition.body.dtype
+    held = torch.float32 if dtype.is_floating_point else dtype
+    return Tensor(definition.name, tuple(a.extent for a in definition.axes), held)

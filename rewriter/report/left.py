@@ -1,0 +1,103 @@
+"""What is left to PyTorch though someone may have hoped for a kernel: lone rows, and ops that index notation does not have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from rewriter.errors import Reason
+from rewriter.lift import Region, lift_locally
+from rewriter.lift.region import site_of
+from rewriter.trace import TracedModule
+from rewriter.trace.calls import call_name
+
+if TYPE_CHECKING:
+    from rewriter.pipeline import Rewritten
+
+ROWS = {"softmax", "log_softmax", "layer_norm", "rms_norm", "group_norm", "instance_norm"}
+SUMS = {"sum", "mean", "amax", "max", "amin", "min", "var", "std", "norm", "linalg_vector_norm", "logsumexp"}
+
+
+def left_alone(rewritten: Rewritten, *, rows: bool) -> tuple[Reason, ...]:
+    """Everything that stays as it was, with the reason.
+
+    rows: whether lone rows were asked for.
+    """
+    said = list(rewritten.unfused)
+    said += _lone_rows(rewritten.traced, [f.region for f in rewritten.fused], said, asked=rows)
+    if not (rewritten.fused or said):
+        said += _not_lifted(rewritten.traced)
+    return tuple(said)
+
+
+def _lone_rows(
+    traced: TracedModule, regions: Iterable[Region], said: Iterable[Reason], *, asked: bool
+) -> list[Reason]:
+    """A reason per line for every softmax or norm, by call or by hand, that is part of no chain.
+
+    said: what is left alone for other reasons; its lines are not named again.
+    """
+    taken = frozenset().union(*({*r.inside, *r.outputs} for r in regions))
+    known = {r.site for r in said}
+    out: dict = {}
+    for node in traced.graph.nodes:
+        if not _is_taken(node, taken) and site_of(node) not in known and _is_row(node):
+            out.setdefault(site_of(node), Reason(_text(call_name(node), asked), site_of(node)))
+    return list(out.values())
+
+
+def _is_taken(node: fx.Node, taken: frozenset[fx.Node]) -> bool:
+    """Of `max(dim=-1)` a chain takes the values."""
+    return node in taken or any(call_name(u) == "getitem" and u in taken for u in node.users)
+
+
+def _text(name: str, asked: bool) -> str:
+    row = f"a lone row of {name}"
+    if asked:
+        return f"--rows: {row} can't be rewritten yet, only chains that keep a wide tensor from being written"
+    return f"{row} is left to PyTorch's kernel; --rows asks for it"
+
+
+def _is_row(node: fx.Node) -> bool:
+    if node.op != "call_function" or call_name(node) not in ROWS | SUMS:
+        return False
+    if node.args[0].meta["val"].dtype is torch.float64:
+        return False
+    return call_name(node) in ROWS or _is_spread(node)
+
+
+def _is_spread(node: fx.Node) -> bool:
+    """Whether a reduction's result meets what it was taken over: `e / e.sum(-1, keepdim=True)`."""
+    row = node.args[0].meta["val"].shape
+    todo, seen = list(node.users), set()
+    while todo:
+        user = todo.pop()
+        value = user.meta.get("val")
+        if user in seen or user.op != "call_function" or not _keeps_positions(user):
+            continue
+        seen.add(user)
+        if torch.is_tensor(value) and value.shape == row:
+            return True
+        todo += user.users
+    return False
+
+
+def _keeps_positions(node: fx.Node) -> bool:
+    """Pointwise calls and views; in a product or a reduction positions are lost."""
+    tags = getattr(node.target, "tags", ())
+    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+    is_view = any(r.alias_info for r in returns)
+    return torch.Tag.pointwise in tags or is_view or call_name(node) == "getitem"
+
+
+def _not_lifted(traced: TracedModule) -> list[Reason]:
+    """Why calls are not expressed in index notation, once a line: for a program of which nothing was fused."""
+    out: dict = {}
+    for node, lifted in lift_locally(traced.graph).items():
+        if lifted.value is None:
+            cause = lifted.reason.split(": ", 1)[-1]
+            out.setdefault((site_of(node), cause), Reason(f"left as it was: {cause}", site_of(node)))
+    return list(out.values())

@@ -1,0 +1,165 @@
+"""What forward leaves in its modules.
+
+An assignment (`self.weights = w`) has no place in a graph: its value becomes one more result of the traced forward, and the
+patched forward makes it again.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from rewriter.errors import RewriteError, Site
+from rewriter.trace.source import is_user_file
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype)
+_SLOTS = frozenset(nn.Module().__dict__) - {"training"}  # parameters, buffers, hooks: torch's own
+_NN = os.path.join(os.path.dirname(torch.__file__), "nn")
+_MISSING = object()
+
+
+@dataclass
+class Attributes:
+    """Paths are below the traced module: "norm.eps". `touched` was read, `assigned` left by forward, with the user's line."""
+
+    touched: set[str] = field(default_factory=set)
+    assigned: dict[str, Site | None] = field(default_factory=dict)
+
+
+@contextmanager
+def watched(root: nn.Module) -> Iterator[Attributes]:
+    """While active, `root.forward` gives (its result, [values it assigned]); at the end all modules are as they were."""
+    watch = _Watch(root)
+    original, held = root.forward, {m: (dict(vars(m)), dict(m._buffers)) for m in root.modules()}
+
+    @functools.wraps(original)
+    def forward(*args, **kwargs):
+        watch.undo()
+        contents = watch.contents()
+        result = original(*args, **kwargs)
+        watch.refuse_changed(contents)
+        return result, watch.results()
+
+    vars(root)["forward"] = forward
+    try:
+        with watch.patched():
+            yield watch.seen
+    finally:
+        for module, (attributes, buffers) in held.items():
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
+class _Watch:
+    """Reads and writes of plain attributes by the user's code and by torch's layers."""
+
+    def __init__(self, root: nn.Module):
+        self.paths = {id(m): f"{name}." if name else "" for name, m in root.named_modules()}
+        self.modules = list(root.modules())
+        code = getattr(root.forward, "__code__", None)
+        self.site = Site(code.co_filename, code.co_firstlineno) if code else None
+        self.seen = Attributes()
+        self.before: dict[tuple[nn.Module, str], Any] = {}
+
+    @contextmanager
+    def patched(self) -> Iterator[None]:
+        find, put = nn.Module.__getattribute__, nn.Module.__setattr__
+
+        def found(module, name):
+            self.note(module, name, sys._getframe(1))
+            return find(module, name)
+
+        def assigned(module, name, value):
+            self.note_assignment(module, name, sys._getframe(1))
+            put(module, name, value)
+
+        nn.Module.__getattribute__, nn.Module.__setattr__ = found, assigned
+        try:
+            yield
+        finally:
+            del nn.Module.__getattribute__
+            nn.Module.__setattr__ = put
+
+    def note(self, module: nn.Module, name: str, frame: types.FrameType) -> None:
+        own = name not in _SLOTS and not name.startswith("__") and id(module) in self.paths
+        path = self.paths[id(module)] + name if own else ""
+        if own and _is_of_forward(frame) and path not in self.seen.assigned:
+            self.seen.touched.add(path)
+
+    def note_assignment(self, module: nn.Module, name: str, frame: types.FrameType) -> None:
+        registered = name in module._buffers or name in module._parameters
+        if name in _SLOTS or registered or id(module) not in self.paths or not _is_of_forward(frame):
+            return
+        self.before.setdefault((module, name), vars(module).get(name, _MISSING))
+        site = Site(frame.f_code.co_filename, frame.f_lineno)
+        self.seen.assigned.setdefault(self.paths[id(module)] + name, site)
+
+    def undo(self) -> None:
+        """Every run finds the modules as the first one did."""
+        for (module, name), value in self.before.items():
+            vars(module).pop(name, None)
+            if value is not _MISSING:
+                vars(module)[name] = value
+        self.before.clear()
+        self.seen.assigned.clear()
+
+    def results(self) -> list:
+        """What forward assigned. Raises RewriteError where it could not be assigned again, or read what it changes."""
+        values = [vars(m).get(name, _MISSING) for m, name in self.before]
+        for (path, site), value in zip(self.seen.assigned.items(), values):
+            if path in self.seen.touched:
+                raise RewriteError(f"forward reads self.{path} and changes it, so that calls differ: it stays as it is", site=site)
+            if not all(map(_is_result, pytree.tree_leaves(value))):
+                raise RewriteError(f"forward assigns self.{path}, which no graph holds: it stays as it is", site=site)
+        return values
+
+    def contents(self) -> list[tuple[str, Any, Any]]:
+        """(path, container, copy of it) of the lists, dicts, sets and plain objects that the modules hold."""
+        held = [(self.paths[id(m)] + k, _contents(v)) for m in self.modules for k, v in vars(m).items() if k not in _SLOTS]
+        return [(path, inside, inside.copy()) for path, inside in held if inside is not None]
+
+    def refuse_changed(self, contents: list[tuple[str, Any, Any]]) -> None:
+        for path, inside, before in contents:
+            if len(inside) != len(before) or any(a is not b for a, b in zip(_elements(inside), _elements(before))):
+                inside.clear()
+                (inside.extend if isinstance(inside, list) else inside.update)(before)
+                raise RewriteError(f"forward changes self.{path} in place: it stays as it is", site=self.site)
+
+
+def _is_of_forward(frame: types.FrameType) -> bool:
+    """The user's code, or a layer of torch; not the machinery that calls modules or traces them."""
+    file = frame.f_code.co_filename
+    in_layer = file.startswith(_NN) and not file.endswith(os.path.join("modules", "module.py"))
+    return in_layer or is_user_file(file)
+
+
+def _is_result(value: Any) -> bool:
+    return torch.is_tensor(value) or isinstance(value, (torch.SymInt, torch.SymFloat)) or type(value) in _PLAIN
+
+
+def _contents(value: Any) -> list | dict | set | None:
+    """The container itself, or the attributes of an object of the user's; None for what is neither."""
+    if isinstance(value, (list, dict, set)):
+        return value
+    own = not isinstance(value, (nn.Module, torch.Tensor, type)) and is_user_file(_file_of(type(value)))
+    return getattr(value, "__dict__", None) if own else None
+
+
+def _elements(inside: list | dict | set) -> list:
+    return [*inside, *inside.values()] if isinstance(inside, dict) else list(inside)
+
+
+def _file_of(kind: type) -> str:
+    return getattr(sys.modules.get(kind.__module__), "__file__", None) or "<"
