@@ -69,12 +69,6 @@ class Appending(Counting):
         return super().forward(q, k, v)
 
 
-class Configuring(Counting):
-    def forward(self, q, k, v):
-        self.config.window = 7
-        return super().forward(q, k, v)
-
-
 class Keeping(Counting):
     def forward(self, q, k, v):
         self.kept = object()
@@ -84,7 +78,6 @@ class Keeping(Counting):
 REFUSED = {
     Reading: "reads self.calls and changes it",
     Appending: "changes self.log in place",
-    Configuring: "changes self.config in place",
     Keeping: "assigns self.kept, which no graph holds",
 }
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from zoo import Program, Sizes
+from zoo import Program, Sizes, Wide
 
 from rewriter.api import Rewrite, rewrite
 from rewriter.check.numerics import compare, run_float64
@@ -18,9 +18,9 @@ from rewriter.check.numerics import compare, run_float64
 class NothingWide(TorchDispatchMode):
     """Fails where an eager op makes a tensor with rows and stream among its dimensions that is not an input or output."""
 
-    def __init__(self, rows: int, stream: int, allowed: set[tuple[int, ...]]):
+    def __init__(self, wide: Wide, allowed: set[tuple[int, ...]]):
         super().__init__()
-        self.wide, self.allowed = sorted((rows, stream)), allowed
+        self.wide, self.allowed = wide, allowed
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -30,15 +30,18 @@ class NothingWide(TorchDispatchMode):
                 raise AssertionError(f"{func} wrote {tuple(leaf.shape)}")
         return out
 
-    def is_wide(self, of: tuple[int, ...]) -> bool:
-        shape = list(of)
-        if of in self.allowed:
+    def is_wide(self, shape: tuple[int, ...]) -> bool:
+        return shape not in self.allowed and any(_holds(shape, pair) for pair in self.wide)
+
+
+def _holds(shape: tuple[int, ...], pair: tuple[int, int]) -> bool:
+    """Whether both sizes are among a shape's, twice where they are the same."""
+    left = list(shape)
+    for size in pair:
+        if size not in left:
             return False
-        for size in self.wide:
-            if size not in shape:
-                return False
-            shape.remove(size)
-        return True
+        left.remove(size)
+    return True
 
 
 def at_dtype(values: Any, dtype: torch.dtype) -> Any:
@@ -55,13 +58,14 @@ def rewritten(program: Program, model, dtype: torch.dtype) -> Rewrite:
     return rewrite(model, at_dtype(program.inputs(program.traced, model), dtype))
 
 
-def _is_watched(model, sizes: Sizes, inputs: set[tuple[int, ...]]) -> bool:
+def _is_watched(program: Program, model, sizes: Sizes, inputs: set[tuple[int, ...]]) -> bool:
     """Long enough to tell sizes apart, and no tensor of rows x stream is stored by the program itself: what it computes
     from a stored pair tensor or index by ops that stay eager (a layer norm, a small network) is its own."""
     held = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
     stored = [tuple(t.shape) for t in held]
-    watcher = NothingWide(sizes.q, sizes.keys, set())
-    return min(sizes.q, sizes.keys) > 16 and not any(watcher.is_wide(s) for s in (*stored, *inputs))
+    wide = program.wide(sizes)
+    watcher = NothingWide(wide, set())
+    return min(n for pair in wide for n in pair) > 16 and not program.eager and not any(watcher.is_wide(s) for s in (*stored, *inputs))
 
 
 def check_at(program: Program, model, result: Rewrite, sizes: Sizes, dtype: torch.dtype) -> None:
@@ -70,9 +74,11 @@ def check_at(program: Program, model, result: Rewrite, sizes: Sizes, dtype: torc
     allowed = {tuple(t.shape) for t in pytree.tree_leaves(args) if torch.is_tensor(t)}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*runs its original code.*")
-        with NothingWide(sizes.q, sizes.keys, allowed) if _is_watched(model, sizes, allowed) else torch.no_grad():
-            out = result.module(*args)
         eager = model(*args)
+        given = {tuple(t.shape) for t in pytree.tree_leaves(eager) if torch.is_tensor(t)}
+        watched = _is_watched(program, model, sizes, allowed)
+        with NothingWide(program.wide(sizes), allowed | given) if watched else torch.no_grad():
+            out = result.module(*args)
     reference = run_float64(model, args)
     leaves = [pytree.tree_leaves(x) for x in (out, eager, reference)]
     assert len(leaves[0]) == len(leaves[1])
