@@ -94,7 +94,7 @@ def writes_wide(program: Program, module, inputs) -> bool:
     given = {tuple(tensor.shape) for tensor in inputs}
     for rows, stream in program.wide(program.traced):
         try:
-            with NothingWide(rows, stream, given), sdpa_kernel(SDPBackend.MATH):
+            with NothingWide(((rows, stream),), given), sdpa_kernel(SDPBackend.MATH):
                 module(*(tensor.clone() for tensor in inputs))
         except AssertionError:
             return True
