@@ -12,6 +12,9 @@ import torch
 from rewriter.ir import TRUE, Apply, Axis, Const, Node, Ref, Where, apply, const, walk
 
 
+Guard = tuple[Node, list[Node]]  # a choice of 0, and the factors inside
+
+
 @dataclass
 class Product:
     """body = predicate ? ∏ over / ∏ under : 0
@@ -21,7 +24,7 @@ class Product:
 
     over: list[Node] = field(default_factory=list)
     under: list[Node] = field(default_factory=list)
-    guards: list[tuple[Node, list[Node]]] = field(default_factory=list)
+    guards: list[Guard] = field(default_factory=list)
 
     @property
     def predicate(self) -> Node:

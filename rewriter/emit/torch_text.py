@@ -10,7 +10,10 @@ from typing import Any, Callable
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
+from torch.utils import _pytree as pytree
 
+from rewriter.emit.spelling import does_the_same
 from rewriter.errors import RewriteError
 from rewriter.ir import Node, Param, walk
 from rewriter.ir.printer import show
@@ -57,9 +60,11 @@ class TorchPrinter:
         """The right-hand side of an assignment for one call."""
         if node.target.__name__ == "getitem":
             return f"{self.value(node.args[0])}[{node.args[1]}]"
+        if isinstance(node.target, HigherOrderOperator):
+            raise RewriteError(f"{node.target} takes parts of the program, which cannot be written down")
         if not isinstance(node.target, torch._ops.OpOverload):
             return (
-                f"{node.target.__module__}.{node.target.__name__}({self._arguments(node.args, node.kwargs)})"
+                f"{node.target.__module__}.{node.target.__name__}({self.arguments(node.args, node.kwargs)})"
             )
         if reads_shape_only(node):
             return self._filled(node)
@@ -71,49 +76,21 @@ class TorchPrinter:
         """Whether the text of a call needs parentheses as an operand."""
         if not isinstance(node.target, torch._ops.OpOverload):
             return False
-        kwargs = {k: v for k, v in node.kwargs.items() if k not in _UNSAID and v is not None}
-        return node.target._schema.name.split("::")[1] in _INFIX and len(node.args) == 2 and not kwargs
+        return node.target._schema.name.split("::")[1] in _INFIX and len(node.args) == 2 and not self.said(node)
 
     def _generic(self, node: fx.Node, name: str) -> str:
-        kwargs = {k: v for k, v in node.kwargs.items() if k not in _UNSAID and v is not None}
         if self.is_infix(node):
             left, right = (self.value(a) for a in node.args)
             return f"{left} {_INFIX[name]} {right}"
-        arguments = node.target._schema.arguments
-        if name in _FUNCTIONAL:
-            return f"torch.nn.functional.{name}({self._named(node, kwargs)})"
-        if arguments and arguments[0].name == "self" and self._is_method(node, name):
-            rest = node.args[1:]
-            if name in _UNPACKED and len(rest) == 1 and isinstance(rest[0], (list, tuple)):
-                rest = tuple(rest[0])
-            return f"{self.value(node.args[0])}.{name}({self._arguments(rest, kwargs)})"
-        if (
-            hasattr(torch, name)
-            and not name.startswith("_")
-            and node.target._overloadname in ("default", "self", "")
-        ):
-            return f"torch.{name}({self._arguments(node.args, kwargs)})"
-        return f"torch.ops.aten.{name}.{node.target._overloadname}({self._arguments(node.args, node.kwargs)})"
+        plain = _Plain(node)
+        for spelled in (_functional, _property, _method, _function):
+            if (text := spelled(plain, node, name)) and does_the_same(node, text):
+                return spelled(self, node, name)
+        return f"torch.ops.aten.{name}.{node.target._overloadname}({self.arguments(node.args, node.kwargs)})"
 
-    def _is_method(self, node: fx.Node, name: str) -> bool:
-        held = (
-            node.args and isinstance(node.args[0], fx.Node) and torch.is_tensor(node.args[0].meta.get("val"))
-        )
-        return bool(held) and hasattr(torch.Tensor, name) and not name.startswith("_")
-
-    def _named(self, node: fx.Node, kwargs: dict) -> str:
-        """Functional calls name what follows the tensors, as F's own signature does where the schema agrees."""
-        arguments = [self.value(a) for a in node.args]
-        schema = [a.name for a in node.target._schema.arguments]
-        function = getattr(torch.nn.functional, node.target._schema.name.split("::")[1])
-        known = _parameters(function)
-        for k, name in enumerate(schema[: len(arguments)]):
-            named = any("=" in a.split("(")[0] for a in arguments[:k])
-            if k > 0 and name in known and (named or not isinstance(node.args[k], fx.Node)):
-                arguments[k] = f"{name}={arguments[k]}"
-        if known and len(schema) > len(known):
-            arguments = arguments[: len(known)]
-        return ", ".join([*arguments, *(f"{k}={self.value(v)}" for k, v in kwargs.items())])
+    def said(self, node: fx.Node) -> dict[str, Any]:
+        """The keyword arguments that matter."""
+        return {k: v for k, v in node.kwargs.items() if k not in _UNSAID and v is not None}
 
     def _filled(self, node: fx.Node) -> str:
         value = FILLS[call_name(node)] or self.value(
@@ -177,9 +154,9 @@ class TorchPrinter:
 
     def _index_put(self, node: fx.Node) -> str:
         """torch.index_put takes no None among the indices, the op itself does."""
-        return f"torch.ops.aten.index_put.default({self._arguments(node.args, node.kwargs)})"
+        return f"torch.ops.aten.index_put.default({self.arguments(node.args, node.kwargs)})"
 
-    def _arguments(self, args: tuple, kwargs: dict[str, Any]) -> str:
+    def arguments(self, args: tuple, kwargs: dict[str, Any]) -> str:
         return ", ".join([*map(self.value, args), *(f"{k}={self.value(v)}" for k, v in kwargs.items())])
 
     def value(self, value: Any) -> str:
@@ -228,11 +205,73 @@ class TorchPrinter:
         return text
 
 
-def _parameters(function: Callable) -> list[str]:
+class _Plain(TorchPrinter):
+    """Prints one call with operands and sizes by their names in the graph."""
+
+    def __init__(self, node: fx.Node):
+        device = next((t.device for t in pytree.tree_leaves(node.meta.get("val")) if torch.is_tensor(t)), "cpu")
+        super().__init__(lambda n: n.name, lambda p: p.name, f'torch.device("{device}")')
+
+    def value(self, value: Any) -> str:
+        return value.name if isinstance(value, fx.Node) and "constant" in value.meta else super().value(value)
+
+
+def _functional(printer: TorchPrinter, node: fx.Node, name: str) -> str:
+    """`torch.nn.functional.gelu(x, approximate="tanh")`: what follows the tensors is named, as F's own signature does where the
+    schema agrees."""
+    if name not in _FUNCTIONAL:
+        return ""
+    arguments = [printer.value(a) for a in node.args]
+    schema = [a.name for a in node.target._schema.arguments]
+    known = list(_parameters(getattr(torch.nn.functional, name)))
+    for k, parameter in enumerate(schema[: len(arguments)]):
+        named = any("=" in a.split("(")[0] for a in arguments[:k])
+        if k > 0 and parameter in known and (named or not isinstance(node.args[k], fx.Node)):
+            arguments[k] = f"{parameter}={arguments[k]}"
+    if known and len(schema) > len(known):
+        arguments = arguments[: len(known)]
+    keywords = (f"{k}={printer.value(v)}" for k, v in printer.said(node).items())
+    return f"torch.nn.functional.{name}({', '.join([*arguments, *keywords])})"
+
+
+def _property(printer: TorchPrinter, node: fx.Node, name: str) -> str:
+    """`x.real`"""
+    is_property = not callable(getattr(torch.Tensor, name, print))
+    return f"{printer.value(node.args[0])}.{name}" if is_property and _is_of_tensor(node) else ""
+
+
+def _method(printer: TorchPrinter, node: fx.Node, name: str) -> str:
+    """`x.sum(-1)`"""
+    if not (_is_of_tensor(node) and callable(getattr(torch.Tensor, name, None))) or name.startswith("_"):
+        return ""
+    rest = node.args[1:]
+    if name in _UNPACKED and len(rest) == 1 and isinstance(rest[0], (list, tuple)):
+        rest = tuple(rest[0])
+    return f"{printer.value(node.args[0])}.{name}({printer.arguments(rest, printer.said(node))})"
+
+
+def _function(printer: TorchPrinter, node: fx.Node, name: str) -> str:
+    """`torch.cat([a, b])`, `torch.block_diag(a, b)`"""
+    function = None if name.startswith("_") else getattr(torch, name, None)
+    if not callable(function):
+        return ""
+    first = next(iter(_parameters(function).values()), None)
+    several = first is not None and first.kind is inspect.Parameter.VAR_POSITIONAL
+    args = tuple(node.args[0]) if several and isinstance(node.args[0], (list, tuple)) else node.args
+    return f"torch.{name}({printer.arguments(args, printer.said(node))})"
+
+
+def _is_of_tensor(node: fx.Node) -> bool:
+    arguments = node.target._schema.arguments
+    is_tensor = bool(node.args) and isinstance(node.args[0], fx.Node) and torch.is_tensor(node.args[0].meta.get("val"))
+    return is_tensor and arguments[0].name == "self"
+
+
+def _parameters(function: Callable) -> dict[str, inspect.Parameter]:
     try:
-        return list(inspect.signature(function).parameters)
+        return dict(inspect.signature(function).parameters)
     except ValueError:
-        return []
+        return {}
 
 
 def _replace_word(text: str, old: str, new: str) -> str:

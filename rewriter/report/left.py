@@ -41,17 +41,17 @@ def _lone_rows(
     said: what is left alone for other reasons; its lines are not named again.
     """
     taken = frozenset().union(*({*r.inside, *r.outputs} for r in regions))
-    taken |= {n for n in traced.graph.nodes if _is_tuple(n) and set(n.users) <= taken}
     known = {r.site for r in said}
     out: dict = {}
     for node in traced.graph.nodes:
-        if node not in taken and site_of(node) not in known and _is_row(node):
+        if not _is_taken(node, taken) and site_of(node) not in known and _is_row(node):
             out.setdefault(site_of(node), Reason(_text(call_name(node), asked), site_of(node)))
     return list(out.values())
 
 
-def _is_tuple(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), (tuple, list))
+def _is_taken(node: fx.Node, taken: frozenset[fx.Node]) -> bool:
+    """Of `max(dim=-1)` a chain takes the values."""
+    return node in taken or any(call_name(u) == "getitem" and u in taken for u in node.users)
 
 
 def _text(name: str, asked: bool) -> str:

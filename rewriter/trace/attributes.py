@@ -1,7 +1,7 @@
 """What forward looks for in its modules and does not find, and what it leaves in them.
 
 An assignment (`self.weights = w`) has no place in a graph: its value becomes one more result of the traced forward, and the
-patched forward makes it again.
+patched forward makes it again. What forward reads and then sets is refused, unless it is a cache: that one is forgotten.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import RewriteError, Site
+from rewriter.trace.caches import Caches
 from rewriter.trace.source import is_user_file
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
@@ -40,9 +41,9 @@ class Attributes:
 
 
 @contextmanager
-def watched(root: nn.Module) -> Iterator[Attributes]:
+def watched(root: nn.Module, caches: Caches = Caches()) -> Iterator[Attributes]:
     """While active, `root.forward` gives (its result, [values it assigned]); at the end all modules are as they were."""
-    watch = _Watch(root)
+    watch = _Watch(root, caches)
     original, held = root.forward, {m: (dict(vars(m)), dict(m._buffers)) for m in root.modules()}
 
     @functools.wraps(original)
@@ -69,7 +70,8 @@ def watched(root: nn.Module) -> Iterator[Attributes]:
 class _Watch:
     """Reads and writes of plain attributes by the user's code and by torch's layers."""
 
-    def __init__(self, root: nn.Module):
+    def __init__(self, root: nn.Module, caches: Caches):
+        self.caches = caches
         self.paths = {id(m): f"{name}." if name else "" for name, m in root.named_modules()}
         self.modules = list(root.modules())
         code = getattr(root.forward, "__code__", None)
@@ -126,7 +128,10 @@ class _Watch:
 
     def results(self) -> list:
         """What forward assigned. Raises RewriteError where it could not be assigned again, or read what it changes."""
-        values = [vars(m).get(name, _MISSING) for m, name in self.before]
+        for path in self.caches.forgotten(self.seen.touched):
+            self.seen.assigned.pop(path, None)
+        found = {self.paths[id(m)] + name: vars(m).get(name, _MISSING) for m, name in self.before}
+        values = [found[path] for path in self.seen.assigned]
         for (path, site), value in zip(self.seen.assigned.items(), values):
             if path in self.seen.touched:
                 raise RewriteError(f"forward reads self.{path} and changes it, so that calls differ: it stays as it is", site=site)
@@ -144,6 +149,8 @@ class _Watch:
             if len(inside) != len(before) or any(a is not b for a, b in zip(_elements(inside), _elements(before))):
                 inside.clear()
                 (inside.extend if isinstance(inside, list) else inside.update)(before)
+                if path in self.caches.names:
+                    continue
                 raise RewriteError(f"forward changes self.{path} in place: it stays as it is", site=self.site)
 
 

@@ -9,14 +9,11 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import io
 import itertools
 import linecache
-import logging
 import traceback
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Callable
@@ -34,11 +31,13 @@ from rewriter.errors import Reason, RewriteError, Site
 from rewriter.ir import Node, Param
 from rewriter.trace.assumed import assumed, conditions_of
 from rewriter.trace.attributes import watched
-from rewriter.trace.autocast import autocasts
+from rewriter.trace.caches import caches
+from rewriter.trace.contexts import autocasts, quiet
 from rewriter.trace.ones import Dimension, enlarge, loose
 from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import is_user_file, user_site
 from rewriter.trace.spelled import spelled
+
 
 MODULE_SLOTS = frozenset(vars(nn.Module()))  # parameters, buffers, hooks: not the user's own
 
@@ -142,7 +141,7 @@ def capture(
     traced_as = module if isinstance(module, nn.Module) else _Function(module)
     args, kwargs = _apart(args, _in_order(traced_as, kwargs))
     traced_as = _with_every_parameter(traced_as, kwargs)
-    with watched(traced_as) as state, autocasts() as autocast:
+    with watched(traced_as, caches(traced_as, args, kwargs)) as state, autocasts() as autocast:
         try:
             enlarged = enlarge(traced_as, args, kwargs)
         except Exception as error:  # tensors without sizes: nested ones
@@ -335,11 +334,9 @@ def _tracing() -> Iterator[None]:
     with (
         sdpa_kernel(SDPBackend.MATH),
         symbolic_config.patch(backed_size_oblivious=True),
-        warnings.catch_warnings(),
         torch.no_grad(),
-        _quiet(),
+        quiet(),
     ):
-        warnings.simplefilter("ignore")
         yield
 
 
@@ -366,18 +363,6 @@ def _by_parameter(module: nn.Module, args: tuple, specs: tuple):
     """`export` wants the shapes by parameter: of `*args` and `**kwargs` as one entry each."""
     positional, keywords = specs
     return dict(inspect.signature(module.forward).bind(*positional, **keywords).arguments)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch.export logs each guard it finds and prints the graph it gave up on; that is not worth the user's attention."""
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(level)
 
 
 def _trace_error(error: Exception) -> RewriteError:

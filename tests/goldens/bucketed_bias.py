@@ -17,6 +17,9 @@ Fixed: H = 4, D = 64, E = 64. Known at the call: M (query.shape[2]), N (key.shap
 Regenerate: flashlight-rewrite golden_programs.py
 """
 
+import hashlib
+from pathlib import Path
+
 import torch
 import triton
 import triton.language as tl
@@ -244,8 +247,10 @@ def launch(query, key, weight, value):
     weight: (32, 4), torch.float16, any strides
     value: (B, 4, N, 64), torch.float16, any strides
     Returns (B, 4, M, 64) torch.float16.
-    Raises ValueError for other shapes or dtypes.
+    Raises ValueError for other shapes or dtypes, and NotImplementedError where a gradient would be lost.
     """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in [query, key, weight, value]):
+        raise NotImplementedError("the kernel has no backward: call it under torch.no_grad()")
     M = query.shape[2]
     N = key.shape[3]
     B = query.shape[0]
@@ -314,7 +319,8 @@ def _fake(query, key, weight, value):
     return torch.empty((B, 4, M, 64), device=query.device, dtype=torch.float16)
 
 
-OP = "bucketed_bias_4bf15363"
+# Another text, another op: an edited kernel is never taken for the one that was written.
+OP = "bucketed_bias_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
     LIBRARY.define(OP + "(Tensor query, Tensor key, Tensor weight, Tensor value) -> (Tensor)")

@@ -17,7 +17,9 @@ Fixed: D = 40, E = 40. Known at the call: M (ids.shape[2]), H (query.shape[1]), 
 Regenerate: flashlight-rewrite golden_programs.py
 """
 
+import hashlib
 import math
+from pathlib import Path
 
 import torch
 import triton
@@ -213,8 +215,10 @@ def launch(ids, ids_2, query, key, value):
     key: (B, H, 40, M), torch.float16, any strides
     value: (B, H, M, 40), torch.float16, any strides
     Returns (B, H, M, 40) torch.float16.
-    Raises ValueError for other shapes or dtypes.
+    Raises ValueError for other shapes or dtypes, and NotImplementedError where a gradient would be lost.
     """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in [ids, ids_2, query, key, value]):
+        raise NotImplementedError("the kernel has no backward: call it under torch.no_grad()")
     M = ids.shape[2]
     H = query.shape[1]
     B = ids.shape[0]
@@ -308,7 +312,8 @@ def _fake(ids, ids_2, query, key, value):
     return torch.empty((B, H, M, 40), device=ids.device, dtype=torch.float16)
 
 
-OP = "documents_c583f4eb"
+# Another text, another op: an edited kernel is never taken for the one that was written.
+OP = "documents_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
     LIBRARY.define(OP + "(Tensor ids, Tensor ids_2, Tensor query, Tensor key, Tensor value) -> (Tensor)")

@@ -17,6 +17,9 @@ Fixed: H = 4, D = 64, E = 64. Known at the call: M (query.shape[2]), N (key.shap
 Regenerate: flashlight-rewrite golden_programs.py
 """
 
+import hashlib
+from pathlib import Path
+
 import torch
 import triton
 import triton.language as tl
@@ -101,9 +104,9 @@ def sink_by_cat_kernel(
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         scores = qk * 0.125  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(scores, 1))  # [BLOCK_M]
-        x = tl.maximum(m_new, sinks)  # [BLOCK_M]
+        x = tl.maximum(m_new, sinks.to(tl.float32))  # [BLOCK_M]
         shift = tl.where(x == NEG_INF, 0.0, x)  # [BLOCK_M]
-        x_2 = tl.maximum(m_i, sinks)  # [BLOCK_M]
+        x_2 = tl.maximum(m_i, sinks.to(tl.float32))  # [BLOCK_M]
         alpha = tl.exp(x_2 - shift)  # [BLOCK_M]
         p = tl.exp2(scores * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
@@ -134,9 +137,9 @@ def sink_by_cat_kernel(
         scores = qk * 0.125  # [BLOCK_M, BLOCK_N]
         scores_2 = tl.where(offs_n[None, :] < N, scores, NEG_INF)  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(scores_2, 1))  # [BLOCK_M]
-        x = tl.maximum(m_new, sinks)  # [BLOCK_M]
+        x = tl.maximum(m_new, sinks.to(tl.float32))  # [BLOCK_M]
         shift = tl.where(x == NEG_INF, 0.0, x)  # [BLOCK_M]
-        x_2 = tl.maximum(m_i, sinks)  # [BLOCK_M]
+        x_2 = tl.maximum(m_i, sinks.to(tl.float32))  # [BLOCK_M]
         alpha = tl.exp(x_2 - shift)  # [BLOCK_M]
         p = tl.exp2(scores_2 * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
@@ -152,7 +155,7 @@ def sink_by_cat_kernel(
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
         m_i = m_new
 
-    x = tl.maximum(m_i, sinks)  # [BLOCK_M]
+    x = tl.maximum(m_i, sinks.to(tl.float32))  # [BLOCK_M]
     mask = x == float("-inf")  # [BLOCK_M]
     x_2 = (
         tl.where(mask[:, None], float("nan"), acc)
@@ -192,8 +195,10 @@ def launch(query, key, sinks, value):
     sinks: (1, 4, 1, 1), torch.float16, any strides
     value: (B, 4, N, 64), torch.float16, any strides
     Returns (B, 4, M, 64) torch.float16.
-    Raises ValueError for other shapes or dtypes.
+    Raises ValueError for other shapes or dtypes, and NotImplementedError where a gradient would be lost.
     """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in [query, key, sinks, value]):
+        raise NotImplementedError("the kernel has no backward: call it under torch.no_grad()")
     M = query.shape[2]
     N = key.shape[3]
     B = query.shape[0]
@@ -261,7 +266,8 @@ def _fake(query, key, sinks, value):
     return torch.empty((B, 4, M, 64), device=query.device, dtype=torch.float16)
 
 
-OP = "sink_by_cat_b10f8ed5"
+# Another text, another op: an edited kernel is never taken for the one that was written.
+OP = "sink_by_cat_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
     LIBRARY.define(OP + "(Tensor query, Tensor key, Tensor sinks, Tensor value) -> (Tensor)")

@@ -17,6 +17,9 @@ Fixed: D = 64, E = 64. Known at the call: M (query.shape[2]), H (query.shape[1])
 Regenerate: flashlight-rewrite golden_programs.py
 """
 
+import hashlib
+from pathlib import Path
+
 import torch
 import triton
 import triton.language as tl
@@ -193,8 +196,10 @@ def launch(query, key, value):
     key: (B, H, 64, M), torch.float16, any strides
     value: (B, H, M, 64), torch.float16, any strides
     Returns (B, H, M, 64) torch.float16.
-    Raises ValueError for other shapes or dtypes.
+    Raises ValueError for other shapes or dtypes, and NotImplementedError where a gradient would be lost.
     """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in [query, key, value]):
+        raise NotImplementedError("the kernel has no backward: call it under torch.no_grad()")
     M = query.shape[2]
     H = query.shape[1]
     B = query.shape[0]
@@ -256,7 +261,8 @@ def _fake(query, key, value):
     return torch.empty((B, H, M, 64), device=query.device, dtype=torch.float16)
 
 
-OP = "softcap_causal_46dae21b"
+# Another text, another op: an edited kernel is never taken for the one that was written.
+OP = "softcap_causal_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
     LIBRARY.define(OP + "(Tensor query, Tensor key, Tensor value) -> (Tensor)")

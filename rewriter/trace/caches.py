@@ -1,0 +1,122 @@
+"""What forward keeps for its next call, and would make again: masks, tables. Forgetting them changes nothing but time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rewriter.trace.calls import FILLS
+
+_SHAPES_ONLY = {*FILLS, "empty_like", "new_empty", "rand_like", "randn_like"}
+_CONTAINERS = (list, dict, set)
+
+State = dict[tuple[nn.Module, str], Any]  # (module, attribute) → its value, a copy where it is a container
+
+
+@dataclass(frozen=True)
+class Caches:
+    """Attributes, as `layers.0.mask`, that a call sets to nothing of its inputs' values, and the next call to the same.
+
+    `kept`: some of them are tensors that the next call takes as they are.
+    """
+
+    names: frozenset[str] = frozenset()
+    kept: bool = False
+
+    def forgotten(self, touched: set[str]) -> frozenset[str]:
+        """All of them, as one tells of another, where forward takes any as it finds it."""
+        return self.names if self.kept or self.names & touched else frozenset()
+
+
+def caches(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Caches:
+    """Finds them by two calls on fake tensors; the module is as before at the end. Where that fails, there are none."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # fake tensors log every failure at length
+    try:
+        with unchanged(module), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+            args, kwargs = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
+            before = _state(module)
+            with _FromInputs((args, kwargs)) as found:
+                module(*args, **kwargs)
+                first = _state(module)
+                module(*args, **kwargs)
+            second = _state(module)
+    except Exception:
+        return Caches()
+    finally:
+        logging.disable(level)
+    paths = {part: f"{path}." if path else "" for path, part in module.named_modules()}
+    same = [at for at, value in second.items() if not found.has(value) and _is_same(value, first.get(at))]
+    held = [{at: _tensors(state.get(at)).keys() for at in same} for state in (before, first, second)]
+    kept = [at for at in same if held[0][at] != held[1][at] == held[2][at]]
+    return Caches(frozenset(f"{paths[part]}{name}" for part, name in same), bool(kept))
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Puts attributes back at the end, and what was in its lists and dicts."""
+    parts = list(module.modules())
+    objects, before = [dict(vars(part)) for part in parts], _state(module)
+    try:
+        yield
+    finally:
+        for part, held in zip(parts, objects, strict=True):
+            vars(part).clear()
+            vars(part).update(held)
+            for name, value in held.items():
+                if type(value) in _CONTAINERS:
+                    _refill(value, before[part, name])
+
+
+def _state(module: nn.Module) -> State:
+    return {
+        (part, name): type(value)(value) if type(value) in _CONTAINERS else value
+        for part in module.modules()
+        for name, value in vars(part).items()
+    }
+
+
+def _refill(container: Any, items: Any) -> None:
+    container.clear()
+    (container.extend if isinstance(container, list) else container.update)(items)
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """Whether two values are equal as far as they are plain; tensors made anew are."""
+    if type(value) is not type(other):
+        return False
+    if isinstance(value, dict):
+        return value.keys() == other.keys() and all(_is_same(v, other[k]) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return len(value) == len(other) and all(map(_is_same, value, other))
+    return not isinstance(value, (bool, int, float, str)) or value == other
+
+
+class _FromInputs(TorchDispatchMode):
+    """Follows which tensors are computed from the values of inputs."""
+
+    def __init__(self, inputs: Any):
+        super().__init__()
+        self.made = _tensors(inputs)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if self.has((args, kwargs)) and func.__name__.split(".")[0] not in _SHAPES_ONLY:
+            self.made |= _tensors(out)
+        return out
+
+    def has(self, value: Any) -> bool:
+        return not self.made.keys().isdisjoint(_tensors(value))
+
+
+def _tensors(value: Any) -> dict[int, torch.Tensor]:
+    return {id(leaf): leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)}

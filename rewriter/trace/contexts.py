@@ -1,0 +1,44 @@
+"""What is otherwise while a program is traced."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+
+import torch
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """torch.export logs each guard it finds and prints the graph it gave up on; that is not worth the user's attention."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+@contextmanager
+def autocasts() -> Iterator[set[str]]:
+    """The device types for which the program asks for autocast, whether or not this machine has them: what it casts depends on
+    the device, and a trace holds what it casts on its own."""
+    asked: set[str] = set()
+    original = torch.autocast.__init__
+
+    def init(self, device_type, dtype=None, enabled=True, cache_enabled=None):
+        if enabled:
+            asked.add(device_type)
+        original(self, device_type, dtype, enabled, cache_enabled)
+
+    try:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            torch.autocast.__init__ = init
+            yield asked
+    finally:
+        torch.autocast.__init__ = original
