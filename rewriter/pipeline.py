@@ -88,7 +88,7 @@ def rewrite_module(
         return Rewritten(traced, (), None, tuple(unfused), printed)
     progress("derive")
     fused = _each(lifted.regions, lambda r: Fused(r, derive(r.program, masked_rows)), lambda r: r, unfused)
-    fused = [f for f in fused if not f.region.tentative or f.chain.is_dependent]
+    fused = [f for f in fused if not f.region.tentative or f.chain.beats_dense]
     printed["derive"] = "\n\n".join(_show_chain(f.chain) for f in fused)
     if stop_after == "derive":
         return Rewritten(traced, tuple(fused), None, tuple(unfused), printed)

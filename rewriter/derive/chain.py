@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rewriter.ir import Axis, Load, Node, Origin, Output, Ref, Tensor, index, walk
+from rewriter.ir import Axis, Const, Load, Node, Origin, Output, Reduce, Ref, Tensor, index, walk
 from rewriter.ir.printer import show
 
 
@@ -100,6 +100,22 @@ class Chain:
     def is_dependent(self) -> bool:
         """Whether a reduction reads another: what eager cannot do in one sweep."""
         return any(isinstance(n, Ref) for d in self.definitions for n in walk(*d.roots))
+
+    @property
+    def beats_dense(self) -> bool:
+        """Whether a chain that begins with a dense layer is better than the layer by itself.
+
+        Along positions of the input, as attention by learned queries is, it is where reductions depend on each other. Along the
+        layer's own outputs it gives numbers a row, or needs the layer once: a norm between two layers would compute one again.
+        """
+        layers = [(d, n) for d in self.definitions for n in walk(*d.roots) if isinstance(n, Reduce)]
+        streams = {d.stream for d, _ in layers}
+        if not all(isinstance(s.extent, Const) for s in streams):
+            return self.is_dependent
+        if any(streams & set(o.axes) for o in self.outputs):
+            return False
+        narrows = bool(layers) and all(set(d.axes) <= n.free for d, n in layers)
+        return narrows or (self.is_dependent and not any(d.sweep for d, _ in layers))
 
     def definition(self, name: str) -> Definition:
         return next(d for d in self.definitions if d.name == name)

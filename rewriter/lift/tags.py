@@ -147,9 +147,15 @@ def _inherited(lifted: Lifted, reads, dims: dict[fx.Node, tuple[frozenset, ...]]
     out: dict[Axis, set] = {a: set() for a in lifted.axes}
     for source, load in reads:
         for entry, held in zip(load.index, dims.get(source, ())):
-            for axis in entry.free & out.keys():
+            for axis in entry.free & out.keys() if not _is_lookup(entry, load) else ():
                 out[axis] |= held
     return tuple(frozenset(out[a]) for a in lifted.axes)
+
+
+def _is_lookup(entry: Node, load: Load) -> bool:
+    """One position for each of those that the other dimensions give: log_p[b, s, label[b, s]]"""
+    others = frozenset().union(*(e.free for e in load.index if e is not entry))
+    return any(isinstance(n, Load) for n in walk(entry)) and entry.free <= others
 
 
 def _sides(lifted: Lifted, reads, moving: set[fx.Node]) -> Sides | None:
