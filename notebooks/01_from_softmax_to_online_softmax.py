@@ -153,14 +153,15 @@ assert torch.allclose(meant, plain, rtol=1e-9)
 # %% [markdown]
 # ## Derive
 #
-# `derive` brings the program into a *chain*: definitions that each reduce over the one stream `n`, and
-# outputs computed from their final values.
+# `derive` brings the program into a *chain*: definitions that each reduce over a stream, here all over `n`
+# and all in one sweep, and outputs computed from their final values.
 
 # %%
 chain = derive(region.program)
-names = letters(region.program, chain.stream)
+stream = chain.definitions[0].stream
+names = letters(region.program, *chain.axes)
 for definition in chain.definitions:
-    print(short(definition.show(chain.stream, names)))
+    print(short(definition.show(names)))
 print(short(show_output(chain.outputs[0], names)))
 
 # %% [markdown]
@@ -323,7 +324,7 @@ except NotDerivable as reason:
 # %% [markdown]
 # ## Plan
 #
-# A chain says what to compute, a plan says where. Each axis gets a role: batch entries go to the *grid*, a
+# A chain says what to compute, a plan says where: in how many kernels (here one), and which role each axis has: batch entries go to the *grid*, a
 # program holds a tile of *rows* and walks the *stream*, and *features* stay whole within a tile. A tile's
 # width must be known when the kernel is written, so the planner asks for the sizes of the features first. We
 # trace once more with these bound; all others stay free.
@@ -333,17 +334,19 @@ try:
     plan(chain, "softcap")
 except NeedsFixed as needs:
     print(needs)
-    bound = frozenset().union(*(traced.dimensions_of(size) for size in needs.sizes))
+    bound = dict.fromkeys(d for size in needs.sizes for d in traced.dimensions_of(size))
 print("(input, dimension) to bind:", sorted(bound))
 
 region = lift(capture(SoftcapCausal(), (q, k, v), {}, bound)).regions[0]
-kernel_plan = plan(derive(region.program), "softcap")
+chain_plan = plan(derive(region.program), "softcap")
+(kernel_plan,) = chain_plan.kernels
 
 # %%
-names = letters(region.program, kernel_plan.stream, *kernel_plan.features)
+(sweep,) = kernel_plan.sweeps
+names = letters(region.program, *chain_plan.chain.axes, *kernel_plan.features)
 print("grid:", *(names[a] for a in kernel_plan.grid))
-print("row:", names[kernel_plan.row])
-print("stream:", names[kernel_plan.stream])
+print("rows:", *(names[a] for a in kernel_plan.rows))
+print("stream:", names[sweep.stream])
 print("features:", ", ".join(f"{names[a]} = {a.extent}" for a in kernel_plan.features))
 print("matrix products of tiles:", *(show(dot.node, names) for dot in kernel_plan.dots))
 print(kernel_plan.config)
@@ -358,7 +361,7 @@ print(kernel_plan.config)
 
 # %%
 source = Source("Softcap attention, causal.", "this notebook", "", "rewriter.rewrite(...)")
-kernel = emit_kernel(region, kernel_plan, source)
+kernel = emit_kernel(region, chain_plan, source)
 loop = kernel.text[kernel.text.index("    for ") :]
 print(textwrap.dedent(loop[: loop.index("\n\n")]))
 

@@ -129,7 +129,7 @@ def _config(chain: Chain, roles: _Roles, dtype: torch.dtype) -> Config:
     if dtype is torch.float32:
         return Config(64, 32, 4, 2) if width <= 64 else Config(32, 32, 4, 1)
     if width <= 64:
-        return Config(128, 64, 8, 3)
+        return Config(128, 64, 8, 2)
     return Config(128, 64, 4, 2) if width <= 128 else Config(64, 32, 4, 2)
 
 
