@@ -58,7 +58,7 @@ def lift(traced: TracedModule) -> LiftResult:
     others = tag(graph, local, moving, taken, one_sided=True)
     more = _cut_all(traced, local, others, names, len(regions), tentative=True)
     fused = set().union(*({*r.inside, *r.outputs} for r in (*regions, *more)))
-    unfused = [Reason(r, site_of(n)) for n, r in tags.reasons.items() if n not in fused]
+    unfused = [Reason(r, site_of(n)) for n, r in tags.reasons.items() if n not in fused or n in tags.written]
     kept = {n: why for region in (*regions, *more) for n, why in region.kept.items()}
     unfused += [Reason(f"written to memory and read by the kernel ({why})", site_of(n)) for n, why in kept.items()]
     return LiftResult((*regions, *more), tuple(unfused), broadcast_dimensions(traced, local))
@@ -170,7 +170,7 @@ class _Cutter:
         written = [n for n in roots if n in self.tags.written]
         grown = self._grown([n for n in roots if n not in self.tags.written])
         wide = set().union(*(self._wide_below(r) for r in roots))
-        outputs = [*_live_outputs(grown, wide), *written]
+        outputs = [*_live_outputs(grown, wide.union(written)), *written]
         if not outputs:
             return None
         self.claimed = self._between(roots, outputs) | self.roots
@@ -256,15 +256,15 @@ class _Cutter:
             if not isinstance(n, Load) or n.tensor.name not in self.by_name:
                 return n
             source = self.by_name[n.tensor.name]
-            has_both = _has_both(n, sides)
-            if has_both or (node in self.spread and everything <= n.free):
+            is_spread = _has_both(n, sides) or (node in self.spread and everything <= n.free)
+            if is_spread:
                 self.spread.add(source)
-            return self._inlined(source).at(n.index) if self._goes_inside(source, has_both) else n
+            return self._inlined(source).at(n.index) if self._goes_inside(source, is_spread) else n
 
         return transform(local.body, rule)
 
-    def _goes_inside(self, source: fx.Node, has_both: bool) -> bool:
-        """Whether a value read by the region is computed in it rather than loaded; `has_both` sides: for a wide one."""
+    def _goes_inside(self, source: fx.Node, is_spread: bool) -> bool:
+        """Whether a value read by the region is computed in it rather than loaded; `is_spread`: over what is wide."""
         if source in self.claimed or self.tags.is_wide(source):
             return True
         if source in self.tags.stored:
@@ -272,7 +272,7 @@ class _Cutter:
         local = self.local[source].value if source in self.local else None
         if not isinstance(local, Lifted) or _reduces(local.body):
             return False
-        return has_both or self._is_cheaper_than_stored(source)
+        return is_spread or self._is_cheaper_than_stored(source)
 
     def _kept(self, inputs: tuple[fx.Node, ...]) -> dict[fx.Node, str]:
         """Why a wide value is written: what no kernel expresses, or would have to repeat."""

@@ -125,7 +125,8 @@ def _place_wide(node: fx.Node, local: dict[fx.Node, LocalLift], tags: Tags) -> N
         tags.written.append(node)
     if not (derived and returned):
         tags.stored.add(node)
-    if not derived or not returned:
+    is_only_returned = returned and (derived or all(u.op == "output" for u in node.users))
+    if not is_only_returned:
         tags.reasons[node] = f"written, because it is {'returned' if returned else f'read by an op that stays eager ({reader})'}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rewriter.trace.calls import FILLS
+from rewriter.trace.contexts import fake_tensors
 
 _SHAPES_ONLY = {*FILLS, "empty_like", "new_empty", "rand_like", "randn_like"}
 _CONTAINERS = (list, dict, set)
@@ -39,10 +38,8 @@ class Caches:
 
 def caches(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Caches:
     """Finds them by two calls on fake tensors; the module is as before at the end. Where that fails, there are none."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # fake tensors log every failure at length
     try:
-        with unchanged(module), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        with unchanged(module), fake_tensors() as mode:
             args, kwargs = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
             before = _state(module)
             with _FromInputs((args, kwargs)) as found:
@@ -52,8 +49,6 @@ def caches(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Caches:
             second = _state(module)
     except Exception:
         return Caches()
-    finally:
-        logging.disable(level)
     paths = {part: f"{path}." if path else "" for path, part in module.named_modules()}
     same = [at for at, value in second.items() if not found.has(value) and _is_same(value, first.get(at))]
     held = [{at: _tensors(state.get(at)).keys() for at in same} for state in (before, first, second)]

@@ -279,8 +279,9 @@ def _plain(program):
 
 
 def _wraps(node: fx.Node) -> bool:
-    """A call that holds or marks a part of the program."""
-    return isinstance(node.target, HigherOrderOperator) or getattr(node.target, "__module__", "").startswith("torch._functorch")
+    """A call that holds or marks a part of the program; of those that choose or repeat one, like `cond`, there is no other form."""
+    holds = isinstance(node.target, HigherOrderOperator) and node.target.name().startswith("wrap")
+    return holds or getattr(node.target, "__module__", "").startswith("torch._functorch")
 
 
 def _is_inplace(node: fx.Node) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 @contextmanager
@@ -42,3 +43,16 @@ def autocasts() -> Iterator[set[str]]:
             yield asked
     finally:
         torch.autocast.__init__ = original
+
+
+@contextmanager
+def fake_tensors() -> Iterator[FakeTensorMode]:
+    """Runs a module without data. Fake tensors log every failure at length, and what is compiled for them (`torch.cond` does)
+    must not be found again by an export."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with torch.compiler.set_stance("force_eager"), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            yield mode
+    finally:
+        logging.disable(level)

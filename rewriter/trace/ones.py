@@ -7,16 +7,14 @@ may still be 1 while its like are not, where the program makes the same calls th
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Callable
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+
+from rewriter.trace.contexts import fake_tensors
 
 Dimension = tuple[int, int]  # (which leaf of the arguments, which of its dimensions)
 CANDIDATES = (7, 5, 3, 2)
@@ -139,7 +137,7 @@ def _same(usual: _Run, other: _Run | None) -> bool:
 def _run(module: Callable, args: tuple, kwargs: dict) -> _Run | None:
     """What happens with fake tensors; None where that fails."""
     try:
-        with _silent(), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        with fake_tensors() as mode:
             fake = pytree.tree_map(lambda t: mode.from_tensor(t) if torch.is_tensor(t) else t, (args, kwargs))
             with _Recorder() as recorder:
                 out = module(*fake[0], **fake[1])
@@ -147,14 +145,3 @@ def _run(module: Callable, args: tuple, kwargs: dict) -> _Run | None:
         return _Run(tuple(recorder.calls), tuple(shapes))
     except Exception:
         return None
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Fake tensors log every failure at length."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(level)
