@@ -85,6 +85,7 @@ CASES["tile"] = lambda: [
     call(aten.tile.default, f(3, 5), [2]),
 ]
 CASES["repeat_interleave.self_int"] = lambda: [
+    call(aten.repeat_interleave.self_int, f(3, 5), 2),
     call(aten.repeat_interleave.self_int, f(3, 5), 2, 0),
     call(aten.repeat_interleave.self_int, f(3, 5), 3, -1),
 ]

@@ -198,9 +198,12 @@ def is_leaf(node: Reduce) -> bool:
 
 
 def is_wide(node: Node, stream: Axis) -> bool:
-    """Whether a value varies along the stream and along rows: two axes that scores inside pair, with each other or with a third."""
+    """Whether a value varies along the stream and along rows: two axes that scores inside pair, with each other or with a third,
+    and that are not always together: a batch of keys against parameters has no rows."""
+    parts = [part for n in walk(node) for part in _parts(n)]
     paired = frozenset().union(*(_paired(_parts(n)) for n in walk(node)))
-    return stream in paired and len(paired & node.free) > 1
+    apart = {a for part in parts for a in paired if (a in part) != (stream in part)}
+    return stream in paired and bool(apart & node.free)
 
 
 def _parts(node: Node) -> list[frozenset[Axis]]:

@@ -10,16 +10,14 @@ from torch import fx
 from rewriter.errors import Reason, Site
 from rewriter.ir import Load, Node, Origin, Output, Program, Reduce, index, transform, walk
 from rewriter.lift.broadcast import broadcast_dimensions
-from rewriter.lift.local import LocalLift, lift_locally, load_of
+from rewriter.lift.local import LocalLift, lift_locally
+from rewriter.lift.repeated import Repeated, has_reduction, sources
 from rewriter.lift.rounding import with_absorption
-from rewriter.lift.tags import Tags, covers, sources, tag
+from rewriter.lift.tags import Origins, Tags, tag
 from rewriter.lift.values import Lifted
 from rewriter.trace import Dimension, TracedModule
 from rewriter.trace.calls import VIEWS, call_name, value_inputs
 from rewriter.trace.source import origin_of, user_names
-
-LONGEST = 256  # nodes of a generated value that are computed again rather than loaded: more is a mask filled row by row
-
 
 @dataclass(frozen=True, eq=False)
 class Region:
@@ -52,16 +50,18 @@ def lift(traced: TracedModule) -> LiftResult:
     local = lift_locally(graph)
     moving = _moving(graph, traced)
     names = user_names(graph)
-    tags = tag(graph, local, moving, set(), one_sided=False)
-    regions = _cut_all(traced, local, tags, names)
-    taken = set().union(*({*r.inside, *r.outputs} for r in regions))
-    others = tag(graph, local, moving, taken, one_sided=True)
-    more = _cut_all(traced, local, others, names, len(regions), tentative=True)
-    fused = set().union(*({*r.inside, *r.outputs} for r in (*regions, *more)))
-    unfused = [Reason(r, site_of(n)) for n, r in tags.reasons.items() if n not in fused or n in tags.written]
-    kept = {n: why for region in (*regions, *more) for n, why in region.kept.items()}
+    regions: list[Region] = []
+    for kind in Origins:
+        taken = set().union(*({*r.inside, *r.outputs} for r in regions))
+        tags = tag(graph, local, moving, taken, kind)
+        regions += _cut_all(traced, local, tags, names, len(regions), tentative=kind is not Origins.MOVING)
+        if kind is Origins.MOVING:
+            reasons, written = tags.reasons, tags.written
+    fused = set().union(*({*r.inside, *r.outputs} for r in regions))
+    unfused = [Reason(r, site_of(n)) for n, r in reasons.items() if n not in fused or n in written]
+    kept = {n: why for region in regions for n, why in region.kept.items()}
     unfused += [Reason(f"written to memory and read by the kernel ({why})", site_of(n)) for n, why in kept.items()]
-    return LiftResult((*regions, *more), tuple(unfused), broadcast_dimensions(traced, local))
+    return LiftResult(tuple(regions), tuple(unfused), broadcast_dimensions(traced, local))
 
 
 def _cut_all(traced, local, tags: Tags, names, first: int = 0, tentative: bool = False) -> list[Region]:
@@ -136,8 +136,7 @@ class _Cutter:
         self.order = {n: k for k, n in enumerate(graph.nodes)}
         self.origins: dict[Node, Origin] = {}
         self.memo: dict[fx.Node, Lifted] = {}
-        self.generated: dict[fx.Node, bool] = {}
-        self.unstored: dict[fx.Node, Lifted] = {}
+        self.repeated = Repeated(traced.graph, local)
         self.spread: set[fx.Node] = set()
 
     def reads_of(self, node: fx.Node) -> list[fx.Node]:
@@ -214,7 +213,7 @@ class _Cutter:
     def _joins(self, node: fx.Node, reached, outside: set[fx.Node]) -> bool:
         """Pointwise or a view, over the region's results and values that do not come after them."""
         value = self.local[node].value if node in self.local else None
-        if not isinstance(value, Lifted) or _reduces(value.body):
+        if not isinstance(value, Lifted) or has_reduction(value.body):
             return False
         sources = node.all_input_nodes
         return any(s in reached for s in sources) and all(s in reached or s not in outside for s in sources)
@@ -270,50 +269,14 @@ class _Cutter:
         if source in self.tags.stored:
             return False
         local = self.local[source].value if source in self.local else None
-        if not isinstance(local, Lifted) or _reduces(local.body):
+        if not isinstance(local, Lifted) or has_reduction(local.body):
             return False
-        return is_spread or self._is_cheaper_than_stored(source)
+        return is_spread or self.repeated.is_cheaper(source)
 
     def _kept(self, inputs: tuple[fx.Node, ...]) -> dict[fx.Node, str]:
         """Why a wide value is written: what no kernel expresses, or would have to repeat."""
         kept = [n for n in inputs if n in self.spread and n in self.local]
         return {n: self.local[n].reason or f"{n.target}: it is not repeated for each reader" for n in kept}
-
-    def _is_cheaper_than_stored(self, source: fx.Node) -> bool:
-        """True where a value repeats or generates its elements: masks from positions, heads repeated by a view."""
-        if source not in self.generated and call_name(source) in ("cat", "stack"):
-            self.generated[source] = not any(isinstance(n, Load) for n in walk(self._unstored(source).body))
-        if source not in self.generated:
-            value = self._unstored(source)
-            loads = [n for n in walk(value.body) if isinstance(n, Load)]
-            everything = frozenset(a for a in value.axes if index(a).free)
-            self.generated[source] = not any(covers(load, everything) for load in loads)
-        return self.generated[source]
-
-    def _unstored(self, source: fx.Node) -> Lifted:
-        """The value with every operand that is cheaper than stored written out, unless that is long."""
-        if source not in self.unstored:
-            value = self._written_out(source)
-            is_long = sum(1 for _ in walk(value.body)) > LONGEST
-            self.unstored[source] = load_of(source) if is_long else value
-        return self.unstored[source]
-
-    def _written_out(self, source: fx.Node) -> Lifted:
-        local = self.local[source].value if source in self.local else None
-        if not isinstance(local, Lifted) or _reduces(local.body):
-            return load_of(source)
-
-        def rule(n: Node) -> Node:
-            if isinstance(n, Load) and self._is_cheaper_than_stored(self.by_name[n.tensor.name]):
-                return self._unstored(self.by_name[n.tensor.name]).at(n.index)
-            return n
-
-        return Lifted(local.axes, transform(local.body, rule))
-
-
-def _reduces(body: Node) -> bool:
-    """Whether a value holds a reduction: its result is better stored than computed again."""
-    return any(isinstance(n, Reduce) for n in walk(body))
 
 
 def _has_both(load: Load, sides) -> bool:

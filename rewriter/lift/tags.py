@@ -11,17 +11,27 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from torch import fx
 
-from rewriter.ir import Axis, Const, Load, Node, Reduce, open_reduce, walk
-from rewriter.ir.integer import product, proves
+from rewriter.ir import Apply, Axis, Const, Load, Node, Reduce, open_reduce, walk
 from rewriter.lift.local import LocalLift
+from rewriter.lift.repeated import Repeated, has_reduction, sources
 from rewriter.lift.values import Lifted
 
 SHORTEST = 4  # positions that are no long side
 Tag = tuple[int, str]
 Sides = tuple[frozenset[Axis], frozenset[Axis]]
+
+
+class Origins(Enum):
+    """What an origin combines: two values that move with the model's inputs; or, in a contraction, one that does with
+    parameters: reduced ALONG_POSITIONS later (learned queries), or ANY (a dense layer: only what follows from it tells)."""
+
+    MOVING = auto()
+    ALONG_POSITIONS = auto()
+    ANY = auto()
 
 
 @dataclass
@@ -64,31 +74,20 @@ def _has_lost_a_side(dims: tuple[frozenset[Tag], ...], reads, tags: Tags) -> boo
     return not read <= _origins(dims)
 
 
-def sources(lifted: Lifted, by_name: dict[str, fx.Node]) -> list[tuple[fx.Node, Load]]:
-    """The reads of a local lift, with the nodes that are read."""
-    return [(by_name[n.tensor.name], n) for n in walk(lifted.body) if isinstance(n, Load)]
-
-
-def covers(load: Load, axes: frozenset[Axis]) -> bool:
-    """True where the tensor read has at least as many elements as `axes` have positions, and each of them moves the read."""
-    return axes <= load.free and proves("le", product(a.extent for a in axes), product(load.tensor.shape))
-
-
 def tag(
     graph: fx.Graph,
     local: dict[fx.Node, LocalLift],
     moving: set[fx.Node],
     stopped: set[fx.Node],
-    one_sided: bool,
+    kind: Origins,
 ) -> Tags:
     """Tags every node.
 
-    moving: nodes that depend on the model's inputs; an origin combines two of them, or, where `one_sided`, a contraction one
-    of them with parameters (learned queries, or a dense layer: only what is derived from it tells).
-    stopped: nodes taken as they are stored.
+    moving: nodes that depend on the model's inputs. stopped: nodes taken as they are stored.
     """
     by_name = {n.name: n for n in graph.nodes}
-    weighed = _Weighed(graph, local, moving)
+    ahead = _Ahead(graph, local, moving)
+    repeated = Repeated(graph, local)
     tags = Tags()
     for order, node in enumerate(graph.nodes):
         lifted = local[node].value if node in local else None
@@ -101,10 +100,15 @@ def tag(
             tags.roots.append(node)
             tags.derived[node] = before.union(*(_origins(tags.dims.get(y, ())) for y, _ in reads))
             continue
-        alive = {n for n, _ in reads} if one_sided and _is_half_fixed(lifted, reads, moving) else moving
+        half_fixed = kind is not Origins.MOVING and _is_half_fixed(lifted, reads, moving)
+        alive = {n for n, _ in reads} if half_fixed else moving
         narrow = {n for n in alive if not tags.has_both_sides(n)}
         sides = _sides(lifted, reads, narrow)
-        tags.dims[node] = _with_origin(order, lifted, dims, weighed.narrowed(order, sides)) if sides else dims
+        if not sides and not _origins(dims):
+            sides = _sides_of_repeated(repeated.written_out(lifted), by_name, narrow)
+        if sides and not ahead.is_worth(order, sides, kind):
+            sides = None
+        tags.dims[node] = _with_origin(order, lifted, dims, ahead.narrowed(order, sides)) if sides else dims
         tags.derived[node] = before | _reduced_origins(lifted, reads, tags)
         if tags.has_both_sides(node):
             _place_wide(node, local, tags)
@@ -165,6 +169,11 @@ def _sides(lifted: Lifted, reads, moving: set[fx.Node]) -> Sides | None:
     return next(filter(None, (_outer_pair(lifted.axes, group, moving) for group in groups)), None)
 
 
+def _sides_of_repeated(lifted: Lifted, by_name: dict[str, fx.Node], moving: set[fx.Node]) -> Sides | None:
+    """As `_sides`, where an operand repeats what it is made of: q[m, d] · (k[n, d] + table[m - n, d])"""
+    return _sides(lifted, sources(lifted, by_name), moving)
+
+
 def _with_origin(order: int, lifted: Lifted, dims, sides: Sides) -> tuple[frozenset[Tag], ...]:
     rows, stream = sides
     side = lambda a: (
@@ -198,8 +207,8 @@ def _is_short(side: frozenset[Axis]) -> bool:
     return all(isinstance(e, Const) for e in extents) and math.prod(e.value for e in extents) <= SHORTEST
 
 
-class _Weighed:
-    """Finds axes of an origin over which a later contraction weighs something narrow: n in p[m, n] v[n, e]."""
+class _Ahead:
+    """What later nodes do with the axes of an origin."""
 
     def __init__(self, graph: fx.Graph, local: dict[fx.Node, LocalLift], moving: set[fx.Node]):
         self.nodes, self.local, self.moving = list(graph.nodes), local, moving
@@ -211,31 +220,69 @@ class _Weighed:
         q[b, m, r, d] k[b, n, g, d]  →  m and r, n alone: v[b, n, g, e] is weighed over n"""
         if max(map(len, sides)) == 1:
             return sides
-        found = self._found(order, sides)
+        found: set[Axis] = set()
+        for lifted, reads, held, _ in self._readers(order, sides, self.moving):
+            found |= _over_others(lifted, reads, held, self.moving)
         return tuple(side & found or side for side in sides)
 
-    def _found(self, order: int, sides: Sides) -> frozenset[Axis]:
+    def is_worth(self, order: int, sides: Sides, kind: Origins) -> bool:
+        """Whether an origin is more than a factor of the next matrix product: something is computed from it before, or it is
+        reduced by itself; ALONG_POSITIONS, over an axis that only what moves has."""
+        lifted = self.local[self.nodes[order]].value
+        fixed = frozenset().union(*(load.free for n, load in sources(lifted, self.by_name) if n not in self.moving))
+        operands = self.moving if kind is Origins.MOVING else set(self.nodes)
+        for reader, reads, held, is_product in self._readers(order, sides, operands):
+            alone = _over_itself(reader, reads, held)
+            if kind is Origins.ALONG_POSITIONS and not alone - fixed:
+                continue
+            if alone or not is_product:
+                return True
+        return False
+
+    def _readers(self, order: int, sides: Sides, operands: set[fx.Node]):
+        """(lifted, reads, axes of the origin by dimension of what is read, whether all so far are factors) of each node that
+        is computed from the origin while it has axes of both sides and none was summed together with one of the operands."""
         origin = self.nodes[order]
         held = {origin: tuple(frozenset([a]) for a in self.local[origin].value.axes)}
-        found: set[Axis] = set()
+        products = {origin}
         for node in self.nodes[order + 1 :]:
             lifted = self.local[node].value if node in self.local else None
             reads = sources(lifted, self.by_name) if isinstance(lifted, Lifted) else []
             if not any(source in held for source, _ in reads):
                 continue
-            bound = self._over_narrow(lifted, reads, held)
+            is_product = _is_factor(lifted.body) and all(n in products for n, _ in reads if n in held)
+            yield lifted, reads, held, is_product
             dims = _inherited(lifted, reads, held)
-            found |= bound
-            if not bound and all(side & frozenset().union(*dims) for side in sides):
+            if not _over_others(lifted, reads, held, operands) and all(side & frozenset().union(*dims) for side in sides):
                 held[node] = dims
-        return frozenset(found)
+                products |= {node} if is_product else set()
 
-    def _over_narrow(self, lifted: Lifted, reads, held) -> frozenset[Axis]:
-        """Of the axes that are held, those summed together with something narrow."""
-        narrow = [load.free for n, load in reads if n in self.moving and n not in held]
-        shared = frozenset().union(*narrow) - frozenset(lifted.axes)
-        entries = [pair for n, load in reads for pair in zip(load.index, held.get(n, ()))]
-        return frozenset().union(*(axes for entry, axes in entries if entry.free & shared))
+
+def _over_others(lifted: Lifted, reads, held, operands: set[fx.Node]) -> frozenset[Axis]:
+    """Of the axes that are held, those summed together with an operand that is narrow."""
+    narrow = [load.free for n, load in reads if n in operands and n not in held]
+    return _held_at(frozenset().union(*narrow) - frozenset(lifted.axes), reads, held)
+
+
+def _over_itself(lifted: Lifted, reads, held) -> frozenset[Axis]:
+    """Of the axes that are held, those reduced where nothing else has them."""
+    bound = frozenset(a for r in walk(lifted.body) if isinstance(r, Reduce) for a in r.axes)
+    others = frozenset().union(*(load.free for n, load in reads if n not in held))
+    return _held_at(bound - others, reads, held)
+
+
+def _held_at(axes: frozenset[Axis], reads, held) -> frozenset[Axis]:
+    """What is held of an origin where `axes` index it."""
+    entries = [pair for n, load in reads for pair in zip(load.index, held.get(n, ()))]
+    return frozenset().union(*(origin for entry, origin in entries if entry.free & axes))
+
+
+def _is_factor(body: Node) -> bool:
+    """A view, a product or a sum of products."""
+    inner = body.body if isinstance(body, Reduce) and body.op == "sum" else body
+    if isinstance(inner, Apply) and inner.op in ("mul", "div", "cast"):
+        return all(map(_is_factor, inner.args))
+    return isinstance(inner, (Load, Const))
 
 
 def _is_chain(lifted: Lifted, reads, moving: set[fx.Node]) -> bool:
@@ -248,12 +295,8 @@ def _is_chain(lifted: Lifted, reads, moving: set[fx.Node]) -> bool:
         for a in live:
             for b in live:
                 if (a - b) & frozenset(lifted.axes) and (b - a) & frozenset(bound):
-                    return _has_inner_reduce(body)
+                    return has_reduction(body)
     return False
-
-
-def _has_inner_reduce(body: Node) -> bool:
-    return any(isinstance(n, Reduce) for n in walk(body))
 
 
 def _reader_outside(node: fx.Node, local: dict[fx.Node, LocalLift]) -> str | None:

@@ -153,9 +153,10 @@ def repeat(ctx: Context, x: Lifted, repeats) -> Lifted:
 
 @lifts("repeat_interleave.self_int")
 def repeat_interleave(ctx: Context, x: Lifted, repeats, dim=None, *, output_size=None) -> Lifted:
+    times = scalar(repeats)
     if dim is None:
-        raise NotLiftable("repeat_interleave without a dimension")
-    dim, times = _dim(dim, len(x.axes)), scalar(repeats)
+        return remap(x, ctx.shape, lambda i: _regroup(x.shape, x.shape[:1], (apply("floordiv", i[0], times),)))
+    dim = _dim(dim, len(x.axes))
     return remap(
         x, ctx.shape, lambda i: [apply("floordiv", k, times) if d == dim else k for d, k in enumerate(i)]
     )

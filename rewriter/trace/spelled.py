@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import sympy
 import torch
 
+_getitem = torch.Tensor.__getitem__
 _attention = torch.nn.functional.scaled_dot_product_attention
 _fill_diagonal_ = torch.Tensor.fill_diagonal_
 
@@ -20,11 +22,13 @@ def spelled() -> Iterator[None]:
     """While active, the calls are what they mean. Functions are replaced: argument parsing comes before any tracing hook."""
     torch.nn.functional.scaled_dot_product_attention = attention
     torch.Tensor.fill_diagonal_ = fill_diagonal_
+    torch.Tensor.__getitem__ = getitem
     try:
         yield
     finally:
         torch.nn.functional.scaled_dot_product_attention = _attention
         del torch.Tensor.fill_diagonal_
+        torch.Tensor.__getitem__ = _getitem
 
 
 def attention(
@@ -46,3 +50,34 @@ def fill_diagonal_(x: torch.Tensor, fill_value: Any, wrap: bool = False) -> torc
         return _fill_diagonal_(x, fill_value, wrap)
     rows, columns = (torch.arange(n, device=x.device) for n in x.shape)
     return x.masked_fill_(rows[:, None] == columns, fill_value)
+
+
+def getitem(x: torch.Tensor, at: Any) -> torch.Tensor:
+    """x[..., a:b] where 0 <= a <= b <= size whatever the sizes are: the op itself compares them as they stand, and where that
+    tells nothing the length is unknown from there on."""
+    entries = list(at) if isinstance(at, tuple) else [at]
+    if not any(isinstance(bound, torch.SymInt) for e in entries if isinstance(e, slice) for bound in (e.start, e.stop)):
+        return _getitem(x, at)
+    for k, dim in _dimensions(entries, x.dim()).items():
+        start, stop = entries[k].start or 0, x.shape[dim] if entries[k].stop is None else entries[k].stop
+        if entries[k].step in (None, 1) and all(map(_is_nonnegative, (start, stop - start, x.shape[dim] - stop))):
+            x, entries[k] = x.narrow(dim, start, stop - start), slice(None)
+    return _getitem(x, tuple(entries))
+
+
+def _dimensions(entries: list, rank: int) -> dict[int, int]:
+    """The dimension of each slice; of none where an entry takes several."""
+    if not all(e is None or e is Ellipsis or isinstance(e, (slice, int)) for e in entries):
+        return {}
+    taken = sum(isinstance(e, (slice, int)) for e in entries)
+    out, dim = {}, 0
+    for k, entry in enumerate(entries):
+        if isinstance(entry, slice):
+            out[k] = dim
+        dim += rank - taken if entry is Ellipsis else entry is not None
+    return out
+
+
+def _is_nonnegative(number: int | torch.SymInt) -> bool:
+    """Whether a number is at least 0 at all sizes."""
+    return number >= 0 if isinstance(number, int) else bool(sympy.expand(number.node.expr).is_nonnegative)
