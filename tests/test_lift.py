@@ -51,7 +51,6 @@ REFUSED = {
     "overlapping windows": call(aten.unfold.default, f(7), 0, 3, 1),
     "dropout in training": call(aten.dropout.default, f(3, 5), 0.5, True),
     "padding by reflection": call(aten.pad.default, f(3, 5), [1, 1], "reflect"),
-    "repeat_interleave of everything": call(aten.repeat_interleave.self_int, f(3, 5), 2),
     "indexing by a mask": call(aten.index.Tensor, f(3, 5), [TWO]),
     "double precision": call(aten.exp.default, f(3, 5).double()),
     "a sort": call(aten.sort.default, f(3, 5)),

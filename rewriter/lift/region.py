@@ -11,9 +11,9 @@ from rewriter.errors import Reason, Site
 from rewriter.ir import Load, Node, Origin, Output, Program, Reduce, index, transform, walk
 from rewriter.lift.broadcast import broadcast_dimensions
 from rewriter.lift.local import LocalLift, lift_locally
-from rewriter.lift.repeated import Repeated, has_reduction, sources
+from rewriter.lift.repeated import Repeated, covers, has_reduction, sources
 from rewriter.lift.rounding import with_absorption
-from rewriter.lift.tags import Origins, Tags, tag
+from rewriter.lift.tags import Moving, Origins, Tags, tag
 from rewriter.lift.values import Lifted
 from rewriter.trace import Dimension, TracedModule
 from rewriter.trace.calls import VIEWS, call_name, value_inputs
@@ -70,7 +70,9 @@ def _cut_all(traced, local, tags: Tags, names, first: int = 0, tentative: bool =
     groups = [g for g in stages if cutter.saves(g)]
     if tentative:  # a dense layer that is written anyway, normalised, is better computed once
         groups = [g for g in groups if set(g) - set(tags.written)]
-    cut = [cutter.cut(roots, f"chain_{first + k}", tentative) for k, roots in enumerate(groups)]
+    groups.sort(key=lambda g: max(map(cutter.order.__getitem__, g)))
+    later = [set().union(*groups[k + 1 :]) for k in range(len(groups))]
+    cut = [cutter.cut(g, f"chain_{first + k}", tentative, later[k]) for k, g in enumerate(groups)]
     return [region for region in cut if region]
 
 
@@ -79,15 +81,20 @@ def site_of(node: fx.Node) -> Site | None:
     return Site(origin.file, origin.line) if origin.file else None
 
 
-def _moving(graph: fx.Graph, traced: TracedModule) -> set[fx.Node]:
-    """Nodes whose value depends on a tensor the caller gives."""
-    out: set[fx.Node] = set()
-    given = {name for name in traced.inputs if name}
+def _moving(graph: fx.Graph, traced: TracedModule) -> Moving:
+    """Nodes whose value depends on a tensor the caller gives, and those that are as long as one."""
+    given: set[fx.Node] = set()
+    names = {name for name in traced.inputs if name}
     for node in graph.nodes:
         is_value = isinstance(node.meta.get("val"), (torch.Tensor, tuple, list))
-        if node.name in given or (is_value and any(a in out for a in value_inputs(node))):
-            out.add(node)
-    return out
+        if node.name in names or (is_value and any(a in given for a in value_inputs(node))):
+            given.add(node)
+    return Moving(given, {n for n in graph.nodes if _is_long(n)} - given)
+
+
+def _is_long(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return torch.is_tensor(value) and any(isinstance(n, torch.SymInt) for n in value.shape)
 
 
 def _components(tags: Tags, reads_of) -> list[list[fx.Node]]:
@@ -162,12 +169,12 @@ class _Cutter:
                     todo.append(source)
         return found
 
-    def cut(self, roots: list[fx.Node], name: str, tentative: bool) -> Region | None:
-        """None where nothing outside reads what the roots lead to."""
+    def cut(self, roots: list[fx.Node], name: str, tentative: bool, later: set[fx.Node]) -> Region | None:
+        """None where nothing outside reads what the roots lead to. later: roots of regions after this one."""
         self.origins, self.memo = {}, {}
         self.roots = set(roots)
         written = [n for n in roots if n in self.tags.written]
-        grown = self._grown([n for n in roots if n not in self.tags.written])
+        grown = self._grown([n for n in roots if n not in self.tags.written], later)
         wide = set().union(*(self._wide_below(r) for r in roots))
         outputs = [*_live_outputs(grown, wide.union(written)), *written]
         if not outputs:
@@ -195,10 +202,11 @@ class _Cutter:
             self.names.get(node, node.name), value.axes, with_absorption(value.body), node.meta["val"].dtype
         )
 
-    def _grown(self, roots: list[fx.Node]) -> list[fx.Node]:
-        """Follows pointwise ops and views that join several results of the region: `acc / l[:, None]`."""
+    def _grown(self, roots: list[fx.Node], later: set[fx.Node]) -> list[fx.Node]:
+        """Follows pointwise ops and views that join several results of the region: `acc / l[:, None]`. What joins them with
+        results of a later one belongs to that."""
         reached: dict[fx.Node, frozenset[fx.Node]] = {r: frozenset([r]) for r in roots}
-        outside = self._descendants(roots)
+        outside = self._descendants([*roots, *later])
         for node in self.graph.nodes:
             if node in reached or not self._joins(node, reached, outside):
                 continue
@@ -255,7 +263,8 @@ class _Cutter:
             if not isinstance(n, Load) or n.tensor.name not in self.by_name:
                 return n
             source = self.by_name[n.tensor.name]
-            is_spread = _has_both(n, sides) or (node in self.spread and everything <= n.free)
+            is_wide = _has_both(n, sides) or (node in self.spread and everything <= n.free)
+            is_spread = is_wide and covers(n, n.free)
             if is_spread:
                 self.spread.add(source)
             return self._inlined(source).at(n.index) if self._goes_inside(source, is_spread) else n
@@ -269,8 +278,10 @@ class _Cutter:
         if source in self.tags.stored:
             return False
         local = self.local[source].value if source in self.local else None
-        if not isinstance(local, Lifted) or has_reduction(local.body):
+        if not isinstance(local, Lifted):
             return False
+        if has_reduction(local.body):
+            return is_spread and self.repeated.contracts(local)
         return is_spread or self.repeated.is_cheaper(source)
 
     def _kept(self, inputs: tuple[fx.Node, ...]) -> dict[fx.Node, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Set
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -32,6 +33,19 @@ class Origins(Enum):
     MOVING = auto()
     ALONG_POSITIONS = auto()
     ANY = auto()
+
+
+@dataclass(frozen=True)
+class Moving:
+    """Nodes that depend on tensors the caller gives, and others that are as long as one: positions, and what follows from them
+    and parameters."""
+
+    given: set[fx.Node]
+    long: set[fx.Node]
+
+    @property
+    def all(self) -> set[fx.Node]:
+        return self.given | self.long
 
 
 @dataclass
@@ -77,16 +91,16 @@ def _has_lost_a_side(dims: tuple[frozenset[Tag], ...], reads, tags: Tags) -> boo
 def tag(
     graph: fx.Graph,
     local: dict[fx.Node, LocalLift],
-    moving: set[fx.Node],
+    movers: Moving,
     stopped: set[fx.Node],
     kind: Origins,
 ) -> Tags:
     """Tags every node.
 
-    moving: nodes that depend on the model's inputs. stopped: nodes taken as they are stored.
+    stopped: nodes taken as they are stored.
     """
-    by_name = {n.name: n for n in graph.nodes}
-    ahead = _Ahead(graph, local, moving)
+    by_name, moving = {n.name: n for n in graph.nodes}, movers.all
+    ahead = _Ahead(graph, local, movers)
     repeated = Repeated(graph, local)
     tags = Tags()
     for order, node in enumerate(graph.nodes):
@@ -210,8 +224,8 @@ def _is_short(side: frozenset[Axis]) -> bool:
 class _Ahead:
     """What later nodes do with the axes of an origin."""
 
-    def __init__(self, graph: fx.Graph, local: dict[fx.Node, LocalLift], moving: set[fx.Node]):
-        self.nodes, self.local, self.moving = list(graph.nodes), local, moving
+    def __init__(self, graph: fx.Graph, local: dict[fx.Node, LocalLift], movers: Moving):
+        self.nodes, self.local, self.moving, self.given = list(graph.nodes), local, movers.all, movers.given
         self.by_name = {n.name: n for n in graph.nodes}
 
     def narrowed(self, order: int, sides: Sides) -> Sides:
@@ -221,13 +235,13 @@ class _Ahead:
         if max(map(len, sides)) == 1:
             return sides
         found: set[Axis] = set()
-        for lifted, reads, held, _ in self._readers(order, sides, self.moving):
-            found |= _over_others(lifted, reads, held, self.moving)
+        for lifted, reads, held, _ in self._readers(order, sides, frozenset()):
+            found |= _over_others(lifted, reads, held, self.moving) | _over_itself(lifted, reads, held)
         return tuple(side & found or side for side in sides)
 
     def is_worth(self, order: int, sides: Sides, kind: Origins) -> bool:
         """Whether an origin is more than a factor of the next matrix product: something is computed from it before, or it is
-        reduced by itself; ALONG_POSITIONS, over an axis that only what moves has."""
+        reduced by itself; ALONG_POSITIONS, over an axis that only what moves has. A table of positions must be reduced."""
         lifted = self.local[self.nodes[order]].value
         fixed = frozenset().union(*(load.free for n, load in sources(lifted, self.by_name) if n not in self.moving))
         operands = self.moving if kind is Origins.MOVING else set(self.nodes)
@@ -235,11 +249,11 @@ class _Ahead:
             alone = _over_itself(reader, reads, held)
             if kind is Origins.ALONG_POSITIONS and not alone - fixed:
                 continue
-            if alone or not is_product:
+            if alone or (not is_product and self.nodes[order] in self.given):
                 return True
         return False
 
-    def _readers(self, order: int, sides: Sides, operands: set[fx.Node]):
+    def _readers(self, order: int, sides: Sides, operands: Set[fx.Node]):
         """(lifted, reads, axes of the origin by dimension of what is read, whether all so far are factors) of each node that
         is computed from the origin while it has axes of both sides and none was summed together with one of the operands."""
         origin = self.nodes[order]
@@ -258,7 +272,7 @@ class _Ahead:
                 products |= {node} if is_product else set()
 
 
-def _over_others(lifted: Lifted, reads, held, operands: set[fx.Node]) -> frozenset[Axis]:
+def _over_others(lifted: Lifted, reads, held, operands: Set[fx.Node]) -> frozenset[Axis]:
     """Of the axes that are held, those summed together with an operand that is narrow."""
     narrow = [load.free for n, load in reads if n in operands and n not in held]
     return _held_at(frozenset().union(*narrow) - frozenset(lifted.axes), reads, held)
