@@ -84,7 +84,14 @@ class Form:
         self.builder.notes.append(text)
 
     def _extremum(self, op: str, predicate: Node, body: Node) -> Node:
-        """max_n (x + r) → max_n x + r"""
+        """max_n (x + r) → max_n x + r
+        max_n (exp(x) · r / s) → exp(max_n x) · r / s where r and s are positive"""
+        product = as_product(body)
+        exponents = [f.args[0] for f in product.over if is_exp(f) and depends_on(f, self.stream)]
+        others = [f for f in (*product.over, *product.under) if not (is_exp(f) and f.args[0] in exponents)]
+        if is_running(body) and len(exponents) == 1 and product.predicate is TRUE and all(map(self._is_positive, others)):
+            most = apply("exp", self._extremum(op, predicate, exponents[0]))
+            return quotient([most, *(f for f in product.over if f in others)], product.under)
         moving = [t for t in as_terms(body) if depends_on(t.node, self.stream)]
         row = [t for t in as_terms(body) if not depends_on(t.node, self.stream)]
         if not any(is_running(t.node) for t in row):
@@ -94,6 +101,12 @@ class Form:
             raise NotDerivable(f"{op} of a value that depends on an earlier reduction of the same sweep")
         reduced = self._add(op, predicate, (inner,), None, inner)
         return total([Term(1, reduced), *row])
+
+    def _is_positive(self, factor: Node) -> bool:
+        """A row's sum of exponentials, NaN aside."""
+        value = factor.other if isinstance(factor, Where) and _is_nan_if_empty(factor) else factor
+        definition = self._definition(value) if isinstance(value, Ref) else None
+        return bool(definition and definition.op == "sum" and definition.shift and not definition.rest)
 
     def _sum(self, body: Node, predicate: Node) -> Node:
         """sum_n | p: over/under → (row factors) · sum_n | p: (stream factors)"""
@@ -190,8 +203,9 @@ class Form:
 
     def _split(self, factor: Node, rest: Product) -> list[Product]:
         """A sum's terms as products, an exponent among them kept whole: (e − Φ) + r → (e − Φ)·g, r·g"""
-        terms = as_terms(factor)
-        exponent = [t for f in rest.over if is_exp(f) for t in as_terms(f.args[0])]
+        exponent = cancelled([s for f in rest.over if is_exp(f) for t in as_terms(f.args[0]) for s in _settled(t)])
+        exponent = [t for t in exponent if not (_is_log(t.node) and is_running(t.node))]  # divides, see `_without_logs`
+        terms = [s for t in as_terms(factor) for s in (_settled(t) if exponent else [t])]
         if exponent and not Counter(exponent) - Counter(terms):
             if Counter(exponent) == Counter(terms):
                 return [replace(rest, over=[*rest.over, factor])]
@@ -206,7 +220,7 @@ class Form:
     def _one_sum(self, over: list[Node], under: list[Node], predicate: Node) -> Node:
         rest = [f for f in over if not is_exp(f)]
         exponent = [t for f in over if is_exp(f) for t in as_terms(f.args[0])]
-        lever = next((f for f in rest if exponent and Counter(as_terms(f)) == Counter(exponent)), None)
+        lever = next((f for f in rest if exponent and _same_terms(f, exponent)), None)
         rest = [f for f in rest if f is not lever]
         if any(is_running(f) for f in [*rest, *under]) or self._runs(predicate):
             raise NotDerivable("a sum whose terms depend on a running value other than through exp")
@@ -286,20 +300,26 @@ class Form:
 
 
 def _without_logs(product: Product) -> Product:
-    """exp(x - log y) → exp(x) / y where y is a row's value"""
+    """exp(x - log y) → exp(x) / y where y is a row's value; exp(x - a + a) → exp(x)"""
     out = Product([], list(product.under), [(p, list(inside)) for p, inside in product.guards])
     for factor in product.over:
-        terms = as_terms(factor.args[0]) if is_exp(factor) else []
+        terms = cancelled(as_terms(factor.args[0])) if is_exp(factor) else []
         logs = [t for t in terms if _is_log(t.node) and is_running(t.node)]
         over = [t.node.args[0] for t in logs if t.sign > 0]
         under = [t.node.args[0] for t in logs if t.sign < 0]
         rest = [t for t in terms if t not in logs]
-        over.append(apply("exp", total(rest)) if logs else factor)
+        over.append(apply("exp", total(rest)) if is_exp(factor) else factor)
         out.over += over
         out.under += under
         for _, inside in out.guards:
             inside += [*over, *under] if factor in inside else []
     return out
+
+
+def _same_terms(factor: Node, exponent: list[Term]) -> bool:
+    """Whether a factor is what the exponential beside it is of: x·exp(x)"""
+    own, others = ([s for t in terms for s in _settled(t)] for terms in (as_terms(factor), exponent))
+    return Counter(cancelled(own)) == Counter(cancelled(others))
 
 
 def _settled(term: Term) -> list[Term]:
@@ -337,9 +357,13 @@ def _is_log(node: Node) -> bool:
 def _dominates(shift: Shift, bound: Definition, stream: Axis) -> bool:
     """Whether Φ stays at or above the exponent, up to a row constant, because R is the maximum of the same expression.
 
-    Φ is R, R scaled by a positive constant as the exponent is, or a maximum of such with anything.
+    Φ is R, several times R as the exponent is, R scaled by a positive constant, or a maximum of such with anything.
     """
     phi = without_cast(shift.phi)
+    copies = [t.sign * isinstance(t.node, Ref) for t in as_terms(phi)]
+    if len(copies) > 1 and all(n == 1 for n in copies):
+        once = _stream_terms(bound.body, stream)
+        return _stream_terms(shift.exponent, stream) == Counter({t: n * len(copies) for t, n in once.items()})
     if isinstance(phi, Apply) and phi.op == "maximum":
         return any(_dominates(Shift(a, shift.exponent), bound, stream) for a in phi.args if is_running(a))
     moving = _stream_terms(shift.exponent, stream)
