@@ -123,6 +123,7 @@ def rewrite_module(
         return Rewritten(traced, tuple(fused), None, tuple(unfused), printed)
     progress("patch")
     regions = tuple(f.region for f in fused)
+    unfused += dict.fromkeys(reason for region in regions for reason in region.materialised)
     patched = patch(traced, regions, [f.kernel for f in fused], source.title, lifted.broadcast)
     printed["patch"] = patched.text
     return Rewritten(traced, tuple(fused), patched, tuple(unfused), printed)

@@ -34,6 +34,11 @@ class Region:
     tentative: bool
     kept: dict[fx.Node, str]
 
+    @property
+    def materialised(self) -> list[Reason]:
+        """What the kernel reads from memory though it is wide."""
+        return [Reason(f"written to memory and read by the kernel ({why})", site_of(n)) for n, why in self.kept.items()]
+
 
 @dataclass(frozen=True)
 class LiftResult:
@@ -59,8 +64,6 @@ def lift(traced: TracedModule) -> LiftResult:
             reasons, written = tags.reasons, tags.written
     fused = set().union(*({*r.inside, *r.outputs} for r in regions))
     unfused = [Reason(r, site_of(n)) for n, r in reasons.items() if n not in fused or n in written]
-    kept = {n: why for region in regions for n, why in region.kept.items()}
-    unfused += [Reason(f"written to memory and read by the kernel ({why})", site_of(n)) for n, why in kept.items()]
     return LiftResult(tuple(regions), tuple(unfused), broadcast_dimensions(traced, local))
 
 
@@ -287,7 +290,7 @@ class _Cutter:
     def _kept(self, inputs: tuple[fx.Node, ...]) -> dict[fx.Node, str]:
         """Why a wide value is written: what no kernel expresses, or would have to repeat."""
         kept = [n for n in inputs if n in self.spread and n in self.local]
-        return {n: self.local[n].reason or f"{n.target}: it is not repeated for each reader" for n in kept}
+        return {n: self.local[n].reason or f"{n.target}: computed once for all who read it" for n in kept}
 
 
 def _has_both(load: Load, sides) -> bool:

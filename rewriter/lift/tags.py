@@ -240,16 +240,19 @@ class _Ahead:
         return tuple(side & found or side for side in sides)
 
     def is_worth(self, order: int, sides: Sides, kind: Origins) -> bool:
-        """Whether an origin is more than a factor of the next matrix product: something is computed from it before, or it is
-        reduced by itself; ALONG_POSITIONS, over an axis that only what moves has. A table of positions must be reduced."""
-        lifted = self.local[self.nodes[order]].value
-        fixed = frozenset().union(*(load.free for n, load in sources(lifted, self.by_name) if n not in self.moving))
+        """Whether one of its sides is reduced later: by itself, or weighed by something narrow after more than products, which is
+        what a matrix product would do. ALONG_POSITIONS: by itself, and over what only a moving operand has. A table of positions
+        must be reduced by itself, too."""
+        origin = self.nodes[order]
+        reads = sources(self.local[origin].value, self.by_name)
+        fixed = frozenset().union(*(load.free for n, load in reads if n not in self.moving))
+        axes = frozenset().union(*sides) - (fixed if kind is Origins.ALONG_POSITIONS else frozenset())
+        weighs = kind is not Origins.ALONG_POSITIONS and origin in self.given
         operands = self.moving if kind is Origins.MOVING else set(self.nodes)
         for reader, reads, held, is_product in self._readers(order, sides, operands):
-            alone = _over_itself(reader, reads, held)
-            if kind is Origins.ALONG_POSITIONS and not alone - fixed:
-                continue
-            if alone or (not is_product and self.nodes[order] in self.given):
+            if axes & _over_itself(reader, reads, held):
+                return True
+            if weighs and not is_product and axes & _over_others(reader, reads, held, operands):
                 return True
         return False
 
