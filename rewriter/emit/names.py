@@ -46,10 +46,11 @@ class Names:
         """The last kernel, which gives the results, has rows m and stream n; the others share its letters."""
         out: dict[Axis, str] = {}
         kernels = plan.kernels[::-1]
+        grid = list(dict.fromkeys(a for k in kernels for a in k.grid[::-1]))
         for letters, axes in (
             ("mn", [a for k in kernels for a in k.rows]),
             ("nmjtuvw", [a for k in kernels for a in k.streams if not k.steps]),
-            ("hbgijkxyz", [a for k in kernels for a in k.grid[::-1]]),
+            ("hbgijkxyz" if len(grid) > 1 else "bhg", grid),
             ("defc", [a for k in kernels for a in (*k.features, *k.long_axes)]),
             ("ghr", [a for k in kernels for a in k.streams]),
             ("drgux", [r.axis for k in kernels for r in k.loops]),
