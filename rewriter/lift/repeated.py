@@ -37,7 +37,8 @@ class Repeated:
     def contracts(self, value: Lifted) -> bool:
         """Whether a value is a contraction with an operand that repeats, and is larger than the value: table[i - j]."""
         operands = {n.tensor.name for n in walk(value.body) if isinstance(n, Load)}
-        return value.body.depth == 1 and any(self.is_cheaper(self.by_name[name]) for name in operands)
+        sums = [n.op == "sum" for n in walk(value.body) if isinstance(n, Reduce)]
+        return sums == [True] and any(self.is_cheaper(self.by_name[name]) for name in operands)
 
     def written_out(self, value: Lifted) -> Lifted:
         """With what each operand that is cheaper than stored is made of."""

@@ -12,6 +12,7 @@ from typing import Any
 import sympy
 import torch
 
+_arange = torch.arange
 _getitem = torch.Tensor.__getitem__
 _attention = torch.nn.functional.scaled_dot_product_attention
 _fill_diagonal_ = torch.Tensor.fill_diagonal_
@@ -23,12 +24,14 @@ def spelled() -> Iterator[None]:
     torch.nn.functional.scaled_dot_product_attention = attention
     torch.Tensor.fill_diagonal_ = fill_diagonal_
     torch.Tensor.__getitem__ = getitem
+    torch.arange = arange
     try:
         yield
     finally:
         torch.nn.functional.scaled_dot_product_attention = _attention
         del torch.Tensor.fill_diagonal_
         torch.Tensor.__getitem__ = _getitem
+        torch.arange = _arange
 
 
 def attention(
@@ -50,6 +53,15 @@ def fill_diagonal_(x: torch.Tensor, fill_value: Any, wrap: bool = False) -> torc
         return _fill_diagonal_(x, fill_value, wrap)
     rows, columns = (torch.arange(n, device=x.device) for n in x.shape)
     return x.masked_fill_(rows[:, None] == columns, fill_value)
+
+
+def arange(*args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> torch.Tensor:
+    """arange(n - 1, -n, -1.0): whole numbers as floats. Their count is one of whole numbers, where the op itself rounds a float."""
+    symbolic = any(isinstance(a, torch.SymInt) for a in args)
+    whole = all(isinstance(a, (int, torch.SymInt)) or (isinstance(a, float) and a.is_integer()) for a in args)
+    if symbolic and whole and any(isinstance(a, float) for a in args):
+        args, dtype = tuple(int(a) if isinstance(a, float) else a for a in args), dtype or torch.get_default_dtype()
+    return _arange(*args, dtype=dtype, **kwargs)
 
 
 def getitem(x: torch.Tensor, at: Any) -> torch.Tensor:
@@ -80,4 +92,6 @@ def _dimensions(entries: list, rank: int) -> dict[int, int]:
 
 def _is_nonnegative(number: int | torch.SymInt) -> bool:
     """Whether a number is at least 0 at all sizes."""
-    return number >= 0 if isinstance(number, int) else bool(sympy.expand(number.node.expr).is_nonnegative)
+    if isinstance(number, int):
+        return number >= 0
+    return any(form(number.node.expr).is_nonnegative for form in (sympy.expand, sympy.factor))
