@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rewriter.ir import TRUE, Apply, Axis, Const, Node, Ref, Where, apply, const, walk
+from rewriter.ir import TRUE, Apply, Axis, Const, Node, Ref, Where, apply, const, walk, where
 
 
 Guard = tuple[Node, list[Node]]  # a choice of 0, and the factors inside
@@ -68,13 +68,16 @@ def _float(dtype: torch.dtype) -> bool:
 
 
 def as_product(node: Node) -> Product:
-    """Flattens mul, div, neg and `where(p, x, 0)`; division keeps its predicate only in the numerator."""
+    """Flattens mul, div, neg, abs, `where(p, x, 0)` and `where(p, x, -x)`; division keeps its predicate only in the numerator."""
     if is_float_cast(node):
         return as_product(node.args[0])
     if isinstance(node, Where) and _is_zero(node.other):
         return as_product(node.then).where(node.predicate)
     if isinstance(node, Where) and _is_zero(node.then):
         return as_product(node.other).where(apply("not", node.predicate))
+    if isinstance(node, Where) and node.other is apply("neg", node.then):
+        sign = where(node.predicate, const(1.0, node.dtype), const(-1.0, node.dtype))
+        return Product([sign]).times(as_product(node.then))
     if isinstance(node, Apply) and node.dtype.is_floating_point:
         if node.op == "mul":
             return as_product(node.args[0]).times(as_product(node.args[1]))
@@ -85,7 +88,18 @@ def as_product(node: Node) -> Product:
             return as_product(node.args[0]).times(Product(under=[node.args[1]]))
         if node.op == "neg":
             return Product([const(-1.0)]).times(as_product(node.args[0]))
+        if node.op == "abs":
+            return _magnitude(as_product(node.args[0]))
     return Product([node])
+
+
+def _magnitude(product: Product) -> Product:
+    """|a · exp(x) / b|  →  |a| · exp(x) / |b|"""
+
+    def of(factors: list[Node]) -> list[Node]:
+        return [f if isinstance(f, Apply) and f.op == "exp" else apply("abs", f) for f in factors]
+
+    return Product(of(product.over), of(product.under), [(p, of(inside)) for p, inside in product.guards])
 
 
 def _is_zero(node: Node) -> bool:
