@@ -95,6 +95,8 @@ def apply_text(node: Apply, args: list[Text], axes: tuple[Axis, ...], helpers: s
         tighter = level + (symbol in COMPARISONS)  # Python chains them: a <= b == 0 is a <= b and b == 0
         left, right = operand(args[0], axes, tighter), operand(args[1], axes, level + 1)
         return Text(f"{left} {symbol} {right}", axes, level)
+    if node.op in ("maximum", "minimum") and node.dtype.is_floating_point:
+        return _helper(node.op, args, axes, helpers)
     if node.op in CALLS:
         return Text(f"{CALLS[node.op]}({', '.join(spread_argument(a, axes) for a in args)})", axes)
     return _spelled(node, args, axes, helpers, half)

@@ -7,6 +7,7 @@ import keyword
 import re
 
 from rewriter.derive import Definition
+from rewriter.emit.render import helper_names
 from rewriter.ir import Axis, Const, Node, Param, Tensor, walk
 from rewriter.plan import ChainPlan
 
@@ -17,7 +18,7 @@ class Names:
     """Assigns every axis, size, tensor and running value of a plan a name, once for all its kernels."""
 
     def __init__(self, plan: ChainPlan, display: dict[str, str]):
-        self.taken: set[str] = set(_RESERVED)
+        self.taken: set[str] = _RESERVED | helper_names()
         self.axes = self._axes(plan)
         self.sizes = self._sizes(plan)
         results = {t.name for t in plan.results}

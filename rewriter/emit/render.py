@@ -32,6 +32,12 @@ def _templates() -> Path:
     return Path(str(importlib.resources.files("rewriter.templates")))
 
 
+@lru_cache(maxsize=1)
+def helper_names() -> frozenset[str]:
+    """The functions that a kernel file may define beside its kernels: a template each."""
+    return frozenset(path.name.split(".")[0] for path in (_templates() / "helpers").iterdir())
+
+
 def render(template: str, **values: object) -> str:
     """A template as text; Python files are formatted by black."""
     text = _environment().get_template(template).render(**values)

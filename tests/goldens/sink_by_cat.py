@@ -33,6 +33,12 @@ CONFIG = dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=8, num_
 
 
 @triton.jit
+def maximum(x, y):
+    """The larger of two numbers, and NaN where one of them is: as torch has it, and Triton only where told."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def sink_by_cat_kernel(
     query_ptr,
     key_ptr,
@@ -104,9 +110,9 @@ def sink_by_cat_kernel(
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         scores = qk * 0.125  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(scores, 1))  # [BLOCK_M]
-        x = tl.maximum(m_new, sinks.to(tl.float32))  # [BLOCK_M]
+        x = maximum(m_new, sinks.to(tl.float32))  # [BLOCK_M]
         shift = tl.where(x == NEG_INF, 0.0, x)  # [BLOCK_M]
-        x_2 = tl.maximum(m_i, sinks.to(tl.float32))  # [BLOCK_M]
+        x_2 = maximum(m_i, sinks.to(tl.float32))  # [BLOCK_M]
         alpha = tl.exp(x_2 - shift)  # [BLOCK_M]
         p = tl.exp2(scores * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
@@ -137,9 +143,9 @@ def sink_by_cat_kernel(
         scores = qk * 0.125  # [BLOCK_M, BLOCK_N]
         scores_2 = tl.where(offs_n[None, :] < N, scores, NEG_INF)  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(scores_2, 1))  # [BLOCK_M]
-        x = tl.maximum(m_new, sinks.to(tl.float32))  # [BLOCK_M]
+        x = maximum(m_new, sinks.to(tl.float32))  # [BLOCK_M]
         shift = tl.where(x == NEG_INF, 0.0, x)  # [BLOCK_M]
-        x_2 = tl.maximum(m_i, sinks.to(tl.float32))  # [BLOCK_M]
+        x_2 = maximum(m_i, sinks.to(tl.float32))  # [BLOCK_M]
         alpha = tl.exp(x_2 - shift)  # [BLOCK_M]
         p = tl.exp2(scores_2 * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
@@ -155,7 +161,7 @@ def sink_by_cat_kernel(
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
         m_i = m_new
 
-    x = tl.maximum(m_i, sinks.to(tl.float32))  # [BLOCK_M]
+    x = maximum(m_i, sinks.to(tl.float32))  # [BLOCK_M]
     mask = x == float("-inf")  # [BLOCK_M]
     x_2 = (
         tl.where(mask[:, None], float("nan"), acc)
