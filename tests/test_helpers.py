@@ -126,8 +126,16 @@ def test_division_of_integers(name, function, tmp_path):
     assert torch.equal(computed(tmp_path, name, f"{name}(x, y)", WHOLE, WHOLE_BY), function(WHOLE, WHOLE_BY))
 
 
+@pytest.mark.parametrize("name", ["maximum", "minimum"])
+def test_nan_is_passed_on(name, tmp_path):
+    """By PTX as well, which has an instruction for it: without the flag, a GPU gives the other number."""
+    x, y = torch.tensor([1.0, math.nan, -2.0, math.nan]), torch.tensor([math.nan, 3.0, 5.0, math.nan])
+    got = computed(tmp_path, name, f"{name}(x, y)", x, y)
+    torch.testing.assert_close(got, getattr(torch, name)(x, y), equal_nan=True)
+
+
 OF_INTEGERS = ("floor_mod", "floor_div", "truncdiv")
-OF_TWO = (*OF_INTEGERS, "pow", "float_mod", "float_fmod", "float_floordiv")
+OF_TWO = (*OF_INTEGERS, "pow", "float_mod", "float_fmod", "float_floordiv", "maximum", "minimum")
 
 
 def test_every_helper_compiles(tmp_path):
