@@ -50,7 +50,7 @@ def lift(traced: TracedModule) -> LiftResult:
     """Finds every wide region of a traced module."""
     graph = traced.graph
     local = lift_locally(graph)
-    moving = _moving(graph, traced)
+    moving = moving_nodes(graph, traced)
     names = user_names(graph)
     tags = tag(graph, local, moving, set(), one_sided=False)
     regions = _cut_all(traced, local, tags, names)
@@ -65,7 +65,7 @@ def lift(traced: TracedModule) -> LiftResult:
 
 
 def _cut_all(traced, local, tags: Tags, names, first: int = 0, tentative: bool = False) -> list[Region]:
-    cutter = _Cutter(traced, local, tags, names)
+    cutter = Cutter(traced, local, tags, names)
     stages = [s for roots in _components(tags, cutter.reads_of) for s in _stages(traced.graph, roots, local)]
     groups = [g for g in stages if cutter.saves(g)]
     if tentative:  # a dense layer that is written anyway, normalised, is better computed once
@@ -79,7 +79,7 @@ def site_of(node: fx.Node) -> Site | None:
     return Site(origin.file, origin.line) if origin.file else None
 
 
-def _moving(graph: fx.Graph, traced: TracedModule) -> set[fx.Node]:
+def moving_nodes(graph: fx.Graph, traced: TracedModule) -> set[fx.Node]:
     """Nodes whose value depends on a tensor the caller gives."""
     out: set[fx.Node] = set()
     given = {name for name in traced.inputs if name}
@@ -123,7 +123,7 @@ def _stages(graph: fx.Graph, roots: list[fx.Node], local: dict[fx.Node, LocalLif
     return list(groups.values())
 
 
-class _Cutter:
+class Cutter:
     """Inlines what a region computes and stops at what it reads."""
 
     def __init__(
@@ -179,9 +179,20 @@ class _Cutter:
         inside = frozenset(self.memo) - {n for n in self.memo if n.op == "placeholder"}
         inputs = tuple(dict.fromkeys(self.by_name[t.name] for t in program.tensors))
         wide = tuple(n for n in self.memo if self.tags.is_wide(n))
-        display = {n.name: name for n, name in self.names.items()} | {n.name: self._shown(n) for n in inputs}
         kept = self._kept(inputs)
+        display = self._display(inputs)
         return Region(program, tuple(outputs), inputs, inside - set(inputs), wide, display, tentative, kept)
+
+    def cut_members(self, members: frozenset[fx.Node], wide: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...], name: str) -> Region:
+        """A region of given nodes, what is cheaper generated than read aside."""
+        self.origins, self.memo, self.claimed = {}, {}, set(members)
+        program = Program(name, tuple(self._output(n, self._inlined(n)) for n in outputs), self.origins)
+        inputs = tuple(dict.fromkeys(self.by_name[t.name] for t in program.tensors))
+        inside = frozenset(n for n in self.memo if n.op != "placeholder") - set(inputs)
+        return Region(program, outputs, inputs, inside, wide, self._display(inputs), False, {})
+
+    def _display(self, inputs: tuple[fx.Node, ...]) -> dict[str, str]:
+        return {n.name: name for n, name in self.names.items()} | {n.name: self._shown(n) for n in inputs}
 
     def _shown(self, node: fx.Node) -> str:
         """The user's name for a tensor, or for what it is a view of; a parameter's own name."""

@@ -1,0 +1,308 @@
+"""Finds lone rows, for `--rows`: reductions over an axis of something that meets the axis again, or that the next reads.
+
+Nothing here is wider than what is read. A region begins at one such reduction and takes in what costs nothing: reductions of the
+same rows, what is computed position by position from their results, and what is computed position by position for them alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from rewriter.ir import Axis, Const, Load, Node, Program, Reduce, index, walk
+from rewriter.ir.integer import product, proves
+from rewriter.lift.local import LocalLift, lift_locally
+from rewriter.lift.region import Cutter, Region, moving_nodes
+from rewriter.lift.tags import Tags, sources
+from rewriter.lift.values import Lifted
+from rewriter.trace import TracedModule
+from rewriter.trace.calls import reads_shape_only
+from rewriter.trace.source import user_names
+
+SHORTEST = 4  # fixed positions that are no long row
+
+
+@dataclass(frozen=True)
+class Line:
+    """The dimensions of a value that run along its row, and those that tell rows apart; a part of one may do both."""
+
+    along: frozenset[int]
+    rows: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The regions of lone rows, and why a reduction that begins one has none."""
+
+    regions: tuple[Region, ...]
+    refused: dict[fx.Node, str]
+
+
+def lift_rows(traced: TracedModule, taken: frozenset[fx.Node], first: int) -> Rows:
+    """Regions around lone rows of what is not `taken` by other chains, numbered from `first`."""
+    local = lift_locally(traced.graph)
+    cutter = Cutter(traced, local, Tags(), user_names(traced.graph))
+    free = frozenset(moving_nodes(traced.graph, traced)) - taken
+    regions: list[Region] = []
+    refused: dict[fx.Node, str] = {}
+    for seed in traced.graph.nodes:
+        if seed not in free or not _is_seed(seed, local):
+            continue
+        growth = _Growth(traced.graph, local, free, seed)
+        if not growth.lines:
+            continue
+        region = cutter.cut_members(growth.members, growth.wide, growth.outputs, f"chain_{first + len(regions)}")
+        if not _is_row(region.program, growth):
+            continue
+        why = growth.refusal
+        if why:
+            refused |= dict.fromkeys(growth.members, why)
+        else:
+            regions.append(region)
+        free = free - growth.members
+    return Rows(tuple(regions), refused)
+
+
+def _is_seed(node: fx.Node, local: dict[fx.Node, LocalLift]) -> bool:
+    lifted = local[node].value if node in local else None
+    return isinstance(lifted, Lifted) and node.meta["val"].dtype.is_floating_point and _reduces_lone(lifted)
+
+
+def _reduces(node: Node) -> list[Reduce]:
+    return [n for n in walk(node) if isinstance(n, Reduce)]
+
+
+def _reduces_lone(lifted: Lifted) -> bool:
+    """Whether a value holds reductions, each of something that is read as wide as it is: no contraction is."""
+    found = _reduces(lifted.body)
+    return bool(found) and all(_operands(r) for r in found)
+
+
+def _operands(reduce: Reduce) -> list[Load]:
+    """What is read at every position that a reduction goes over."""
+    whole = reduce.free | frozenset(a for a in reduce.axes if index(a).free)
+    return [n for n in walk(reduce.body) if isinstance(n, Load) and whole <= n.free]
+
+
+def _is_row(program: Program, growth: _Growth) -> bool:
+    """Whether a result meets its row again or is read by another reduction."""
+    bodies = [(o.body, n) for o, n in zip(program.outputs, growth.outputs)]
+    return any(b.depth > 1 or (b.depth and growth.lines[n].along) for b, n in bodies)
+
+
+class _Growth:
+    """The members of one region, grown from a reduction.
+
+    `lines` has those of members and of what they read at every position of a row.
+    """
+
+    def __init__(self, graph: fx.Graph, local: dict[fx.Node, LocalLift], free: frozenset[fx.Node], seed: fx.Node):
+        self.graph, self.local, self.free = graph, local, free
+        self.by_name = {n.name: n for n in graph.nodes}
+        self.members: frozenset[fx.Node] = frozenset()
+        self.lines: dict[fx.Node, Line] = {}
+        lifted = local[seed].value
+        load = _operands(_reduces(lifted.body)[-1])[0]
+        operand = self.by_name[load.tensor.name]
+        self.size = product(load.tensor.shape)
+        self.lines[operand] = _line_of_operand(lifted, load)
+        if self._added(seed):
+            self._grow()
+            self._trim()
+        else:
+            self.lines = {}
+
+    @property
+    def wide(self) -> tuple[fx.Node, ...]:
+        """Members of a number per position, but those that are written."""
+        return tuple(n for n in self._in_order() if self.lines[n].along and n not in self.outputs)
+
+    @property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        return tuple(n for n in self._in_order() if self.readers(n) - self.members)
+
+    @property
+    def refusal(self) -> str:
+        """Why no kernel is to be written for the rows; empty where one is."""
+        operand = next(n for n in self.lines if n not in self.members or not self._reads(n))
+        shape = self._shape(operand)
+        line = self.lines[operand]
+        if all(shape[d] is Const(1) for d in line.rows):
+            return "all of the tensor is one row, and one program would read it"
+        length = product(shape[d] for d in line.along)
+        if isinstance(length, Const) and length.value <= SHORTEST:
+            return f"{length.value} positions are no long row"
+        return ""
+
+    def readers(self, node: fx.Node) -> frozenset[fx.Node]:
+        """What reads a value, beyond tuples; the graph's output, too."""
+        found: set[fx.Node] = set()
+        for user in node.users:
+            is_value = isinstance(user.meta.get("val"), (torch.Tensor, tuple, list))
+            if user.op != "output" and (not is_value or reads_shape_only(user)):
+                continue
+            if user in self.local and isinstance(self.local[user].value, tuple):
+                found |= self.readers(user)
+            else:
+                found.add(user)
+        return frozenset(found)
+
+    def _in_order(self) -> Iterator[fx.Node]:
+        return (n for n in self.graph.nodes if n in self.members)
+
+    def _reads(self, node: fx.Node) -> list[tuple[fx.Node, Load]]:
+        lifted = self.local[node].value if node in self.local else None
+        return sources(lifted, self.by_name) if isinstance(lifted, Lifted) else []
+
+    def _shape(self, node: fx.Node) -> tuple[Node, ...]:
+        return next(n.tensor.shape for user in node.users for source, n in self._through(user) if source is node)
+
+    def _through(self, user: fx.Node) -> list[tuple[fx.Node, Load]]:
+        return self._reads(user) or [pair for u in user.users for pair in self._reads(u)]
+
+    # -- growing --------------------------------------------------------------------------------------------------
+
+    def _grow(self) -> None:
+        """Takes in what follows and what precedes, until nothing is left that fits."""
+        before = None
+        while before != self.members:
+            before = self.members
+            for node in self.graph.nodes:
+                if self._follows(node):
+                    self._added(node)
+            for node in reversed(list(self.graph.nodes)):
+                if self._precedes(node):
+                    self._added(node)
+
+    def _is_candidate(self, node: fx.Node) -> bool:
+        lifted = self.local[node].value if node in self.local and node in self.free else None
+        if node in self.members or not isinstance(lifted, Lifted):
+            return False
+        return not _reduces(lifted.body) or _reduces_lone(lifted)
+
+    def _follows(self, node: fx.Node) -> bool:
+        """Computed from a member; or another reduction of the rows that members read."""
+        if not self._is_candidate(node):
+            return False
+        reads = {source for source, _ in self._reads(node)}
+        reduces = bool(_reduces(self.local[node].value.body))
+        return bool(reads & self.members) or (reduces and bool(reads & self.lines.keys()))
+
+    def _precedes(self, node: fx.Node) -> bool:
+        """Read by members alone: not written any more once it is a member."""
+        readers = self.readers(node)
+        return bool(readers) and readers <= self.members and self._is_candidate(node)
+
+    def _added(self, node: fx.Node) -> bool:
+        """Makes a node a member, if it has a place in the rows."""
+        line = self._line_of(node) or self.lines.get(node)
+        if line is None or not self._fits(node, line) or not self._is_convex(self.members | {node}):
+            return False
+        self.members |= {node}
+        self.lines[node] = line
+        self._note_operands(node, line)
+        return True
+
+    def _fits(self, node: fx.Node, line: Line) -> bool:
+        """Whether a value has one number for each position, or one a row."""
+        lifted = self.local[node].value
+        own = frozenset(k for k, a in enumerate(lifted.axes) if index(a).free)
+        if line.along:
+            return own <= line.along | line.rows and proves("eq", product(lifted.shape), self.size)
+        return own <= line.rows
+
+    def _line_of(self, node: fx.Node) -> Line | None:
+        """The line of a value, from what it reads of known lines; None where they disagree."""
+        lifted = self.local[node].value
+        bound = frozenset(a for r in _reduces(lifted.body) for a in r.axes)
+        own = frozenset(a for a in lifted.axes if index(a).free)
+        plain: set[tuple[frozenset[Axis], frozenset[Axis]]] = set()
+        rows: frozenset[Axis] = frozenset()
+        for source, load in self._reads(node):
+            line = self.lines.get(source)
+            if line is None:
+                continue
+            along, apart = _axes_at(load, line.along), _axes_at(load, line.rows)
+            if any(not e.free for e, extent in zip(load.index, load.tensor.shape) if extent is not Const(1)):
+                return None
+            if load.free & bound:
+                if not self._reduces_all(load, line, bound):
+                    return None
+            elif line.along:
+                plain.add((along, apart))
+            rows |= apart - bound
+        if len(plain) > 1:
+            return None
+        if not plain and not rows:
+            return None
+        along, apart = next(iter(plain), (frozenset(), rows))
+        if not plain and own - rows and not bound:  # a result that meets something else as long as its row
+            along = own - rows
+        if not rows <= apart:
+            return None
+        at = {a: k for k, a in enumerate(lifted.axes)}
+        return Line(frozenset(at[a] for a in along if a in at), frozenset(at[a] for a in apart if a in at))
+
+    def _reduces_all(self, load: Load, line: Line, bound: frozenset[Axis]) -> bool:
+        """Whether a read inside a reduction goes over the whole row, and over nothing else."""
+        along = [load.index[d] for d in line.along if load.tensor.shape[d] is not Const(1)]
+        others = [load.index[d] for d in line.rows - line.along]
+        return all(e.free & bound for e in along) and not any(e.free & bound for e in others)
+
+    def _note_operands(self, node: fx.Node, line: Line) -> None:
+        """The lines of what a new member reads at each of its positions."""
+        lifted = self.local[node].value
+        bound = frozenset(a for r in _reduces(lifted.body) for a in r.axes)
+        along = frozenset(lifted.axes[d] for d in line.along)
+        rows = frozenset(lifted.axes[d] for d in line.rows)
+        for source, load in self._reads(node):
+            if source in self.lines or not proves("eq", product(load.tensor.shape), self.size):
+                continue
+            inside = bool(load.free & bound)
+            moved = frozenset(k for k, e in enumerate(load.index) if e.free & (bound if inside else along))
+            apart = frozenset(k for k, e in enumerate(load.index) if e.free & rows)
+            self.lines[source] = Line(moved, apart)
+
+    def _is_convex(self, members: frozenset[fx.Node]) -> bool:
+        """Whether no member waits for something outside that waits for a member."""
+        waits: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            reads = [source for source, _ in self._reads(node)] or node.all_input_nodes
+            if any(n in waits for n in reads):
+                if node in members:
+                    return False
+                waits.add(node)
+            elif node not in members and any(n in members for n in reads):
+                waits.add(node)
+        return True
+
+    def _trim(self) -> None:
+        """Leaves views at either end to eager: nothing is computed there."""
+        before = None
+        while before != self.members:
+            before = self.members
+            for node in self.graph.nodes:
+                if node in self.members and _is_view(node) and self._is_at_an_end(node):
+                    self.members -= {node}
+
+    def _is_at_an_end(self, node: fx.Node) -> bool:
+        reads = {source for source, _ in self._reads(node)}
+        return not (reads & self.members) or not (self.readers(node) & self.members)
+
+
+def _is_view(node: fx.Node) -> bool:
+    return any(r.alias_info for r in getattr(getattr(node.target, "_schema", None), "returns", ()))
+
+
+def _axes_at(load: Load, dims: frozenset[int]) -> frozenset[Axis]:
+    return frozenset().union(*(load.index[d].free for d in dims))
+
+
+def _line_of_operand(lifted: Lifted, load: Load) -> Line:
+    """Of what a reduction goes over: bound axes run along it, the others tell rows apart."""
+    own = frozenset(lifted.axes)
+    along = frozenset(k for k, e in enumerate(load.index) if e.free - own)
+    return Line(along, frozenset(k for k, e in enumerate(load.index) if e.free & own))
