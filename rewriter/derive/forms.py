@@ -98,7 +98,7 @@ class Form:
     def _sum(self, body: Node, predicate: Node) -> Node:
         """sum_n | p: over/under → (row factors) · sum_n | p: (stream factors)"""
         product = as_product(body) if predicate is TRUE else as_product(body).where(predicate)
-        parts = [_without_logs(p) for p in self._distributed(self._selecting(product))]
+        parts = self._distributed(_without_logs(self._selecting(product)))
         if len(parts) > 1:
             terms = [Term(1, self._sum(quotient(p.over, p.under), p.predicate)) for p in parts]
             return total(terms)

@@ -96,7 +96,7 @@ class Online:
         inner = exponent - self._settled(definition, state)[..., None]
         weight = torch.exp(inner)
         if shift.mass:
-            weight = torch.where(exponent == -math.inf, 0.0, weight * inner)
+            weight = torch.where(self._over_block(definition, definition.predicate), weight * inner, 0.0)
         for factor in definition.rest:
             weight = weight * self._over_block(definition, factor)
         return self._reduced(definition, weight)

@@ -240,10 +240,12 @@ class Writer(Inner):
         return Text(name, axes)
 
     def _lever(self, definition: Definition, score: Text) -> Text:
-        """exponent − phi, 0 where that is masked"""
+        """exponent − phi, 0 for what takes no part; an exponent of −inf gives NaN, as 0 · −inf does in eager"""
         name = self.names.unique("x")
         shift = spread(Text(self._settled(definition), self._phi_axes(definition)), score.axes)
-        code = f"{name} = tl.where({score.code} == NEG_INF, 0.0, {score.code} - {shift})"
+        code = f"{name} = {score.code} - {shift}"
+        if definition.predicate is not TRUE or self.loop.tail:
+            code = f"{name} = tl.where({self._keep(definition, score.axes)}, {score.code} - {shift}, 0.0)"
         self.loop.lines.append(Line(code, self.shape(score.axes)))
         return Text(name, score.axes)
 

@@ -17,9 +17,10 @@ from rewriter.ir.integer import product, proves
 from rewriter.lift.local import LocalLift, lift_locally
 from rewriter.lift.region import Cutter, Region, moving_nodes
 from rewriter.lift.tags import Tags, sources
-from rewriter.lift.values import Lifted
+from rewriter.lift.values import Lifted, positions
 from rewriter.trace import TracedModule
 from rewriter.trace.calls import reads_shape_only
+from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import user_names
 
 SHORTEST = 4  # fixed positions that are no long row
@@ -128,7 +129,7 @@ class _Growth:
     def refusal(self) -> str:
         """Why no kernel is to be written for the rows; empty where one is."""
         operand = next(n for n in self.lines if n not in self.members or not self._reads(n))
-        shape = self._shape(operand)
+        shape = shape_of(operand.meta["val"])
         line = self.lines[operand]
         if all(shape[d] is Const(1) for d in line.rows):
             return "all of the tensor is one row, and one program would read it"
@@ -156,12 +157,6 @@ class _Growth:
     def _reads(self, node: fx.Node) -> list[tuple[fx.Node, Load]]:
         lifted = self.local[node].value if node in self.local else None
         return sources(lifted, self.by_name) if isinstance(lifted, Lifted) else []
-
-    def _shape(self, node: fx.Node) -> tuple[Node, ...]:
-        return next(n.tensor.shape for user in node.users for source, n in self._through(user) if source is node)
-
-    def _through(self, user: fx.Node) -> list[tuple[fx.Node, Load]]:
-        return self._reads(user) or [pair for u in user.users for pair in self._reads(u)]
 
     # -- growing --------------------------------------------------------------------------------------------------
 
@@ -212,7 +207,9 @@ class _Growth:
         own = frozenset(k for k, a in enumerate(lifted.axes) if index(a).free)
         if line.along:
             return own <= line.along | line.rows and proves("eq", product(lifted.shape), self.size)
-        return own <= line.rows
+        results = [n for n, _ in self._reads(node) if n in self.lines and not self.lines[n].along]
+        same = all(proves("eq", product(lifted.shape), product(shape_of(n.meta["val"]))) for n in results)
+        return own <= line.rows and same
 
     def _line_of(self, node: fx.Node) -> Line | None:
         """The line of a value, from what it reads of known lines; None where they disagree."""
@@ -285,16 +282,20 @@ class _Growth:
         while before != self.members:
             before = self.members
             for node in self.graph.nodes:
-                if node in self.members and _is_view(node) and self._is_at_an_end(node):
+                if node in self.members and self._moves_only(node) and self._is_at_an_end(node):
                     self.members -= {node}
 
+    def _moves_only(self, node: fx.Node) -> bool:
+        """Whether a value is another's, at other places."""
+        lifted = self.local[node].value
+        is_view = any(r.alias_info for r in getattr(getattr(node.target, "_schema", None), "returns", ()))
+        return is_view and any(load.index != positions(lifted.axes) for _, load in self._reads(node))
+
     def _is_at_an_end(self, node: fx.Node) -> bool:
+        """Whether it begins or ends the region, and what it is a view of is read by nothing else there."""
         reads = {source for source, _ in self._reads(node)}
-        return not (reads & self.members) or not (self.readers(node) & self.members)
-
-
-def _is_view(node: fx.Node) -> bool:
-    return any(r.alias_info for r in getattr(getattr(node.target, "_schema", None), "returns", ()))
+        is_first = not (reads & self.members) and all(self.readers(s) & self.members <= {node} for s in reads)
+        return is_first or not (self.readers(node) & self.members)
 
 
 def _axes_at(load: Load, dims: frozenset[int]) -> frozenset[Axis]:
