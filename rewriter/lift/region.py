@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -16,6 +17,7 @@ from rewriter.lift.tags import Tags, covers, sources, tag
 from rewriter.lift.values import Lifted
 from rewriter.trace import Dimension, TracedModule
 from rewriter.trace.calls import VIEWS, call_name, value_inputs
+from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import origin_of, user_names
 
 LONGEST = 256  # nodes of a generated value that are computed again rather than loaded: more is a mask filled row by row
@@ -183,10 +185,20 @@ class Cutter:
         display = self._display(inputs)
         return Region(program, tuple(outputs), inputs, inside - set(inputs), wide, display, tentative, kept)
 
-    def cut_members(self, members: frozenset[fx.Node], wide: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...], name: str) -> Region:
-        """A region of given nodes, what is cheaper generated than read aside."""
+    def cut_members(
+        self,
+        name: str,
+        outputs: tuple[fx.Node, ...],
+        members: frozenset[fx.Node],
+        wide: tuple[fx.Node, ...],
+        laid: Callable[[fx.Node, Lifted], Lifted],
+    ) -> Region:
+        """A region of given nodes, and of what is cheaper generated than read. `laid` gives each value over the axes of the region."""
         self.origins, self.memo, self.claimed = {}, {}, set(members)
-        program = Program(name, tuple(self._output(n, self._inlined(n)) for n in outputs), self.origins)
+        lifted = [(n, laid(n, self._inlined(n)), shape_of(n.meta["val"])) for n in outputs]
+        written = [replace(self._output(n, v), shape=shape if v.shape != shape else ()) for n, v, shape in lifted]
+        origins = {laid(n, v).body: self.origins[v.body] for n, v in self.memo.items() if v.body in self.origins}
+        program = Program(name, tuple(written), origins)
         inputs = tuple(dict.fromkeys(self.by_name[t.name] for t in program.tensors))
         inside = frozenset(n for n in self.memo if n.op != "placeholder") - set(inputs)
         return Region(program, outputs, inputs, inside, wide, self._display(inputs), False, {})

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import fx
 
 from rewriter.ir import Axis, Const, Load, Node, Program, Reduce, index, walk
 from rewriter.ir.integer import product, proves
+from rewriter.lift.flatten import Flat, flat_of
 from rewriter.lift.local import LocalLift, lift_locally
 from rewriter.lift.region import Cutter, Region, moving_nodes
 from rewriter.lift.tags import Tags, sources
@@ -55,12 +57,12 @@ def lift_rows(traced: TracedModule, taken: frozenset[fx.Node], first: int) -> Ro
         growth = _Growth(traced.graph, local, free, seed)
         if not growth.lines:
             continue
-        region = cutter.cut_members(growth.members, growth.wide, growth.outputs, f"chain_{first + len(regions)}")
+        name = f"chain_{first + len(regions)}"
+        region = cutter.cut_members(name, growth.outputs, growth.members, growth.wide, growth.laid)
         if not _is_row(region.program, growth):
             continue
-        why = growth.refusal
-        if why:
-            refused |= dict.fromkeys(growth.members, why)
+        if growth.refusal:
+            refused |= dict.fromkeys(growth.members, growth.refusal)
         else:
             regions.append(region)
         free = free - growth.members
@@ -107,9 +109,11 @@ class _Growth:
         self.lines: dict[fx.Node, Line] = {}
         lifted = local[seed].value
         load = _operands(_reduces(lifted.body)[-1])[0]
-        operand = self.by_name[load.tensor.name]
-        self.size = product(load.tensor.shape)
-        self.lines[operand] = _line_of_operand(lifted, load)
+        self.shape = load.tensor.shape
+        self.size = product(self.shape)
+        self.row = _line_of_operand(lifted, load)
+        self.lengths = _lengths(lifted, load)
+        self.lines[self.by_name[load.tensor.name]] = self.row
         if self._added(seed):
             self._grow()
             self._trim()
@@ -128,15 +132,31 @@ class _Growth:
     @property
     def refusal(self) -> str:
         """Why no kernel is to be written for the rows; empty where one is."""
-        operand = next(n for n in self.lines if n not in self.members or not self._reads(n))
-        shape = shape_of(operand.meta["val"])
-        line = self.lines[operand]
-        if all(shape[d] is Const(1) for d in line.rows):
-            return "all of the tensor is one row, and one program would read it"
-        length = product(shape[d] for d in line.along)
+        length = product(self.lengths.values())
         if isinstance(length, Const) and length.value <= SHORTEST:
             return f"{length.value} positions are no long row"
+        if proves("eq", length, self.size):
+            return "all of the tensor is one row, which one program would read alone"
+        if self._is_folded and self._flat is None:
+            return "a row is of several axes that do not lie together"
         return ""
+
+    def laid(self, node: fx.Node, value: Lifted) -> Lifted:
+        """A member over the axes of rows and position, where its own are several or others."""
+        if not self._is_folded or self._flat is None:
+            return value
+        return self._flat.of(value, bool(self.lines[node].along)) if node in self.lines else value
+
+    @cached_property
+    def _flat(self) -> Flat | None:
+        return flat_of(self.shape, self.lengths)
+
+    @cached_property
+    def _is_folded(self) -> bool:
+        """Whether a row is several axes, of what is reduced or of what is written."""
+        several = any(len(r.axes) > 1 for n in self.members for r in _reduces(self.local[n].value.body))
+        lines = [self.lines[n] for n in self.outputs]
+        return several or any(len(line.along) > 1 or line.along & line.rows for line in lines)
 
     def readers(self, node: fx.Node) -> frozenset[fx.Node]:
         """What reads a value, beyond tuples; the graph's output, too."""
@@ -300,6 +320,13 @@ class _Growth:
 
 def _axes_at(load: Load, dims: frozenset[int]) -> frozenset[Axis]:
     return frozenset().union(*(load.index[d].free for d in dims))
+
+
+def _lengths(lifted: Lifted, load: Load) -> dict[int, Node]:
+    """How far a row runs along each dimension of what is reduced."""
+    own = frozenset(lifted.axes)
+    bound = {k: [a.extent for a in e.free - own] for k, e in enumerate(load.index) if e.free - own}
+    return {k: product(extents) for k, extents in bound.items()}
 
 
 def _line_of_operand(lifted: Lifted, load: Load) -> Line:
