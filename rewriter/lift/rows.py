@@ -225,6 +225,8 @@ class _Growth:
         """Whether a value has one number for each position, or one a row."""
         lifted = self.local[node].value
         own = frozenset(k for k, a in enumerate(lifted.axes) if index(a).free)
+        if not all(self._is_whole(load) for reduce in _reduces(lifted.body) for load in _operands(reduce)):
+            return False
         if line.along:
             return own <= line.along | line.rows and proves("eq", product(lifted.shape), self.size)
         results = [n for n, _ in self._reads(node) if n in self.lines and not self.lines[n].along]
@@ -238,10 +240,8 @@ class _Growth:
         own = frozenset(a for a in lifted.axes if index(a).free)
         plain: set[tuple[frozenset[Axis], frozenset[Axis]]] = set()
         rows: frozenset[Axis] = frozenset()
-        for source, load in self._reads(node):
-            line = self.lines.get(source)
-            if line is None:
-                continue
+        known = [(self.lines[source], load) for source, load in self._reads(node) if source in self.lines]
+        for line, load in known:
             along, apart = _axes_at(load, line.along), _axes_at(load, line.rows)
             if any(not e.free for e, extent in zip(load.index, load.tensor.shape) if extent is not Const(1)):
                 return None
@@ -251,9 +251,7 @@ class _Growth:
             elif line.along:
                 plain.add((along, apart))
             rows |= apart - bound
-        if len(plain) > 1:
-            return None
-        if not plain and not rows:
+        if len(plain) > 1 or not known:
             return None
         along, apart = next(iter(plain), (frozenset(), rows))
         if not plain and own - rows and not bound:  # a result that meets something else as long as its row
@@ -276,12 +274,17 @@ class _Growth:
         along = frozenset(lifted.axes[d] for d in line.along)
         rows = frozenset(lifted.axes[d] for d in line.rows)
         for source, load in self._reads(node):
-            if source in self.lines or not proves("eq", product(load.tensor.shape), self.size):
+            is_result = line.rows and load.free and load.free <= rows
+            if source in self.lines or not (is_result or self._is_whole(load)):
                 continue
             inside = bool(load.free & bound)
             moved = frozenset(k for k, e in enumerate(load.index) if e.free & (bound if inside else along))
             apart = frozenset(k for k, e in enumerate(load.index) if e.free & rows)
             self.lines[source] = Line(moved, apart)
+
+    def _is_whole(self, load: Load) -> bool:
+        """Whether what is read has a number for each position."""
+        return proves("eq", product(load.tensor.shape), self.size)
 
     def _is_convex(self, members: frozenset[fx.Node]) -> bool:
         """Whether no member waits for something outside that waits for a member."""
