@@ -31,6 +31,16 @@ class Shift:
 
 
 @dataclass(frozen=True)
+class Centre:
+    """The running mean that a second moment is about, and the weight it is a mean of.
+
+    Where the mean moves by δ, the moment gains δ² · mass: what was summed about the old mean sums to 0 there."""
+
+    mean: Node
+    mass: Ref
+
+
+@dataclass(frozen=True)
 class Definition:
     """`name[axes] = ⊕_stream | predicate: weight`, where weight = exp(shift.exponent − shift.phi) · rest or just rest.
 
@@ -50,6 +60,7 @@ class Definition:
     shift: Shift | None
     body: Node
     extremum: Ref | None = None
+    centre: Centre | None = None
 
     @property
     def ref(self) -> Ref:

@@ -114,11 +114,14 @@ class Online:
         return self.evaluator.value(node, (*definition.axes, definition.stream))
 
     def _moved(self, definition: Definition, old: State, new: State) -> torch.Tensor:
-        """acc · T(old → new), T = exp(Φ(old) − Φ(new)); a moment moves with its mass, a selection with its extremum"""
+        """acc · T(old → new), T = exp(Φ(old) − Φ(new)); a moment moves with its mass, a variance with its mean, a selection
+        with its extremum"""
         value, shift = old[definition.name], definition.shift
         if definition.extremum:
             before, now = (self._at(definition.extremum, definition, state) for state in (old, new))
             return torch.where(before == now, value, self._neutral(definition))
+        if definition.centre:
+            value = value + self._gained(definition, old, new)
         if shift is None:
             return value
         gone = torch.exp(self._phi(definition, old) - self._settled(definition, new))
@@ -126,6 +129,12 @@ class Online:
             delta = self._settled(definition, old) - self._settled(definition, new)
             value = value + delta * self._at(shift.mass, definition, old)
         return value * gone
+
+    def _gained(self, definition: Definition, old: State, new: State) -> torch.Tensor:
+        """What a sum of squares gains where its mean moves: δ² · mass"""
+        centre = definition.centre
+        before, now = (self._at(centre.mean, definition, state) for state in (old, new))
+        return self._at(centre.mass, definition, old) * (before - now) ** 2
 
     def _at(self, node: Node, definition: Definition, state: State) -> torch.Tensor:
         self.evaluator.state = state

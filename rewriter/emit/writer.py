@@ -28,6 +28,7 @@ class Writer(Inner):
         super().__init__(plan, names, origins)
         self.loop = Scope()
         self.sweep: Sweep | None = None
+        self.means: dict[Node, tuple[Text, Text]] = {}  # means and weights before a tile, by the mean
         self.segments: list[dict[str, list[Line]]] = []
         self.before: list[Scope] = []  # straight-line code before each sweep
         self.epilogue = self.prologue
@@ -74,6 +75,9 @@ class Writer(Inner):
         taken, holders = set(self.names.taken), dict(self.holders)
         known = set(straight.known)
         self.loop = Scope(straight, self.sweep.stream, tail=name == "tail", is_sweep=True)
+        self.means = {}
+        for definition in self.sweep.definitions:
+            self._note_mean(definition)
         for definition in _moments_first(self.sweep.definitions):
             self._accumulate(definition)
         for output in self.sweep.outputs:
@@ -290,7 +294,7 @@ class Writer(Inner):
         """acc · T(old → new)"""
         state = self.names.state[definition.name]
         if definition.shift is None:
-            return self._kept_state(definition)
+            return self._kept_state(definition) + self._gained(definition)
         key = Apply("exp2", (definition.shift.phi,), torch.float32)
         if key not in self.loop.known:
             settled = self._settled(definition)
@@ -301,10 +305,41 @@ class Writer(Inner):
             )
             self.loop.known[key] = Text(name, old.axes)
         alpha = spread(self.loop.known[key], self.tile(definition.axes))
+        if definition.centre:
+            return f"({state}{self._gained(definition)}) * {alpha}"
         if definition.shift.mass is None:
             return f"{state} * {alpha}"
         mass, moved = self.names.state[definition.shift.mass.name], self._moved(definition)
         return f"({state} + {spread(moved, self.tile(definition.axes))} * {mass}) * {alpha}"
+
+    def _note_mean(self, definition: Definition) -> None:
+        """Keeps what a sum of squares is about, and the weight of it, before this tile adds to them."""
+        centre = definition.centre
+        if centre is None or centre.mean in self.means:
+            return
+        scope = Scope(self.loop, self.sweep.stream, self.loop.tail, is_sweep=True)
+        kept = []
+        for wanted, node in (("mean", centre.mean), ("seen", centre.mass)):
+            text, name = self.value(node, scope), self.names.unique(wanted)
+            scope.lines.append(Line(f"{name} = {text.code}", self.shape(text.axes)))
+            kept.append(Text(name, text.axes))
+        self.loop.lines += scope.lines
+        self.means[centre.mean] = tuple(kept)
+
+    def _gained(self, definition: Definition) -> str:
+        """ + δ² · mass, where a mean has moved by δ"""
+        if definition.centre is None:
+            return ""
+        old, seen = self.means[definition.centre.mean]
+        new = self.value(definition.centre.mean, self.loop)
+        key = Apply("sub", (definition.centre.mean, definition.centre.mass), torch.float32)
+        if key not in self.loop.known:
+            name, axes = self.names.unique("delta"), self._joined([old, new])
+            self.loop.lines.append(Line(f"{name} = {operand(new, axes, 5)} - {spread(old, axes)}", self.shape(axes)))
+            self.loop.known[key] = Text(name, axes)
+        axes = self.tile(definition.axes)
+        delta = spread(self.loop.known[key], axes)
+        return f" + {delta} * {delta} * {spread(seen, axes)}"
 
     def _moved(self, definition: Definition) -> Text:
         """How far phi has moved: old − new, each 0 while still −inf"""

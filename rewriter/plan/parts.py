@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from rewriter.derive import Chain, Definition
+from rewriter.derive.chain import Centre
 from rewriter.derive.factors import depends_on
 from rewriter.ir import Axis, Load, Node, Output, Reduce, Ref, Tensor, index, transform, walk
 
@@ -145,12 +146,14 @@ def _moved(definition: Definition, moved: Callable[[Node], Node]) -> Definition:
     shift = definition.shift
     if shift:
         shift = replace(shift, phi=moved(shift.phi), exponent=moved(shift.exponent))
+    centre = definition.centre and Centre(moved(definition.centre.mean), definition.centre.mass)
     return replace(
         definition,
         predicate=moved(definition.predicate),
         rest=tuple(map(moved, definition.rest)),
         shift=shift,
         body=moved(definition.body),
+        centre=centre,
     )
 
 
