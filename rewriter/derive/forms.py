@@ -32,7 +32,7 @@ from rewriter.derive.factors import (
 )
 from rewriter.derive.selection import selected
 from rewriter.derive.variance import CentredSquare, centred_square, is_mean
-from rewriter.ir import TRUE, Apply, Axis, Const, Node, Ref, Where, apply, const, transform, walk, where
+from rewriter.ir import FALSE, TRUE, Apply, Axis, Const, Node, Ref, Where, apply, const, transform, walk, where
 from rewriter.ir.ops import neutral_of
 
 if TYPE_CHECKING:
@@ -264,6 +264,8 @@ class Form:
         made = square.total, mass
         if not is_mean(*map(self._definition, made), weights, square.value, predicate, shift):
             raise NotDerivable("a sum of squares about what is not proved to be their mean")
+        if square.empty is not FALSE and not (shift and square.empty is _sees_nothing(shift)):
+            raise NotDerivable("a sum of squares about a mean that is NaN in some rows")
         self._note("variance: where its mean moves by delta, a sum of squares gains delta² · the weight seen so far")
         mean = where(apply("eq", mass, const(0.0)), const(0.0), apply("div", *made))
         away = apply("sub", square.value, mean)
@@ -282,7 +284,7 @@ class Form:
         """A row whose shift is -inf saw only -inf: eager's exp(-inf + inf) is NaN there, where the kernel sums zeros."""
         if self.builder.empty_is_zero:
             return reduced
-        return where(apply("eq", shift.phi, const(-math.inf)), const(math.nan), reduced)
+        return where(_sees_nothing(shift), const(math.nan), reduced)
 
     def _shift(self, terms: list[Term], keep_mask: bool) -> tuple[Shift, Node]:
         """exp(e − Φ): Φ is what depends on running values; a −inf mask in e becomes a predicate."""
@@ -322,6 +324,11 @@ class Form:
         # By name alone: axes have none that would last.
         phi = re.sub(r"\[[^]]*\]", "", repr(shift.phi))
         self._note(f"shift: T(old → new) = exp(phi(old) - phi(new)), phi = {phi} at least every exponent seen so far")
+
+
+def _sees_nothing(shift: Shift) -> Node:
+    """Which rows have seen nothing but -inf."""
+    return apply("eq", shift.phi, const(-math.inf))
 
 
 def _without_logs(product: Product) -> Product:

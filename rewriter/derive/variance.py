@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
 from rewriter.derive.chain import Definition, Shift
 from rewriter.derive.factors import Product, as_product, as_terms, depends_on, is_running, multiply, total, without_cast
-from rewriter.ir import Apply, Axis, Const, Node, Ref
+from rewriter.ir import FALSE, Apply, Axis, Const, Node, Ref, Where, const
 
 
 @dataclass(frozen=True)
 class CentredSquare:
-    """weights · (value − total / mass)²; the mass is None where it is the number of positions."""
+    """weights · (value − total / mass)²; the mass is None where it is the number of positions.
+
+    `empty` says of which rows total and mass are NaN, if they are."""
 
     weights: Product
     value: Node
     total: Ref
     mass: Ref | None
+    empty: Node
 
 
 def centred_square(product: Product, stream: Axis) -> CentredSquare | None:
@@ -31,8 +35,8 @@ def centred_square(product: Product, stream: Axis) -> CentredSquare | None:
     return None
 
 
-def _less_a_mean(factor: Node, stream: Axis) -> tuple[Node, Ref, Ref | None] | None:
-    """(x, S, L) of x − S / L"""
+def _less_a_mean(factor: Node, stream: Axis) -> tuple[Node, Ref, Ref | None, Node] | None:
+    """(x, S, L, p) of x − S / L, or of x − where(p, NaN, S) / where(p, NaN, L)"""
     terms = as_terms(factor)
     running = [t for t in terms if is_running(t.node)]
     value = total([t for t in terms if t not in running])
@@ -41,12 +45,20 @@ def _less_a_mean(factor: Node, stream: Axis) -> tuple[Node, Ref, Ref | None] | N
     quotient = without_cast(running[0].node)
     if not (isinstance(quotient, Apply) and quotient.op == "div"):
         return None
-    above, below = map(without_cast, quotient.args)
+    above, below, empty = _of_rows(*map(without_cast, quotient.args))
     if not isinstance(above, Ref) or above.final:
         return None
     if isinstance(below, Ref) and not below.final:
-        return value, above, below
-    return (value, above, None) if _is_length(below, stream) else None
+        return value, above, below, empty
+    return (value, above, None, empty) if _is_length(below, stream) else None
+
+
+def _of_rows(above: Node, below: Node) -> tuple[Node, Node, Node]:
+    """Both without their NaN in the same rows, and which rows these are."""
+    nodes = above, below
+    if all(isinstance(n, Where) and n.then is const(math.nan) and n.predicate is above.predicate for n in nodes):
+        return above.other, below.other, above.predicate
+    return above, below, FALSE
 
 
 def _is_length(node: Node, stream: Axis) -> bool:

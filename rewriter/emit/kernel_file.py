@@ -126,7 +126,7 @@ class _KernelView:
         """One program's work, for the docstring."""
         names, plan = self.names.axes, self.plan
         rows = " x ".join(f"BLOCK_{names[a].upper()}" for a in plan.rows)
-        what = f"{rows} rows" if len(plan.rows) == 1 else f"{rows} positions" if rows else "everything"
+        what = f"{rows} rows" if len(plan.rows) == 1 else f"{rows} positions" if rows else "one row" if plan.grid else "everything"
         sweeps = len(plan.sweeps)
         along = " and ".join(dict.fromkeys(names[s.stream] for s in plan.sweeps))
         times = "" if sweeps < 2 else f", {'twice' if sweeps == 2 else f'{sweeps} times'}"

@@ -192,10 +192,26 @@ class Writer(Inner):
         if len(values) == 1 and self._is_product(definition, values[0]):
             self._matrix_sum(definition, state, rescale, self._weight(definition, weights), values[0])
             return
-        weight = self._weight(definition, list(definition.rest))
         axes = self.tile(definition.axes)
+        if self._counts(definition):
+            self.loop.lines.append(Line(f"{state} = {rescale} + {self._positions()}", self.shape(axes)))
+            return
+        weight = self._weight(definition, list(definition.rest))
         folded = self._folded("tl.sum", weight)
         self.loop.lines.append(Line(f"{state} = {rescale} + {operand(folded, axes, 6)}", self.shape(axes)))
+
+    def _counts(self, definition: Definition) -> bool:
+        """Whether each position of the stream adds 1."""
+        plain = definition.predicate is TRUE and definition.shift is None and not self.plan.steps
+        return plain and definition.body is const(1.0)
+
+    def _positions(self) -> str:
+        """How many positions of the stream are in the tile."""
+        block = self.block(self.sweep.stream)
+        if not self.loop.tail:
+            return block
+        start = "full" if "full" in self.plan.segments(self.sweep) else "0"
+        return f"({self.value(self.sweep.stream.extent, self.prologue).tight(5)} - {start})"
 
     def _is_product(self, definition: Definition, values: Node) -> bool:
         """Whether the weights' tile times the values' is a matrix product: the values do not depend on the row."""
