@@ -6,7 +6,7 @@ import torch
 
 from rewriter.derive import Definition
 from rewriter.derive.factors import multiply, without_cast
-from rewriter.emit.expr import ATOM, NotEmittable, TRITON_DTYPES, Text, operand, spread, spread_argument
+from rewriter.emit.expr import ATOM, NotEmittable, TRITON_DTYPES, Text, operand, spread, spread_argument, widened
 from rewriter.emit.inner import INTO, Inner, as_held, held_dtype, neutral_text, precision
 from rewriter.emit.names import Names
 from rewriter.emit.origins import Origins
@@ -126,7 +126,7 @@ class Writer(Inner):
             code = f"{name} = tl.where({keep}, {full}, {neutral})"
             self.loop.lines.append(Line(code, self.shape(axes), origin.source if origin else ""))
             self.holders[name] = (node, self.loop)
-            self.loop.known[key] = Text(name, axes)
+            self.loop.known[key] = Text(name, axes, narrow=value.narrow)
         return self.loop.known[key]
 
     @property
@@ -142,7 +142,7 @@ class Writer(Inner):
         axes = self._joined([text, Text("", self.tile(definition.axes)), Text("", self._lanes)])
         shape = self.shape(axes)
         if text.axes:
-            return Text(f"tl.broadcast_to({spread(text, axes)}, {shape})", axes)
+            return Text(f"tl.broadcast_to({spread(text, axes)}, {shape})", axes, narrow=text.narrow)
         return Text(f"tl.full({shape}, {text.code}, {self._held(definition)})", axes)
 
     # -- running reductions -----------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ class Writer(Inner):
         if self._counts(definition):
             self.loop.lines.append(Line(f"{state} = {rescale} + {self._positions()}", self.shape(axes)))
             return
-        weight = self._weight(definition, list(definition.rest))
+        (weight,) = widened([self._weight(definition, list(definition.rest))], calls=True)
         folded = self._folded("tl.sum", weight)
         self.loop.lines.append(Line(f"{state} = {rescale} + {operand(folded, axes, 6)}", self.shape(axes)))
 
@@ -275,6 +275,7 @@ class Writer(Inner):
         if not self._in_base_2(definition):
             return f"tl.exp({exponent.code} - {spread(shift, exponent.axes)})"
         scaled = spread(Text(f"({shift.code} * LOG2E)", shift.axes), exponent.axes)
+        (exponent,) = widened([exponent], calls=True)
         return f"tl.exp2({exponent.code} * LOG2E - {scaled})"
 
     def _in_base_2(self, definition: Definition) -> bool:
