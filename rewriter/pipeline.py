@@ -100,7 +100,7 @@ def rewrite_module(
     fused += derived(lone.regions)
     printed["derive"] = "\n\n".join(_show_chain(f.chain) for f in fused)
     if stop_after == "derive":
-        return Rewritten(traced, tuple(fused), None, tuple(unfused), printed, lone.refused)
+        return Rewritten(traced, tuple(fused), None, tuple(unfused), printed, _refused(lone, fused))
     progress("plan")
     names = iter(_kernel_names(module, fused))
     needed: dict[Dimension, Site | None] = {}
@@ -119,7 +119,7 @@ def rewrite_module(
         )
     printed["plan"] = "\n\n".join(_show_plan(f.plan) for f in fused)
     if stop_after == "plan":
-        return Rewritten(traced, tuple(fused), None, tuple(unfused), printed, lone.refused)
+        return Rewritten(traced, tuple(fused), None, tuple(unfused), printed, _refused(lone, fused))
     progress("emit")
     source = _source(module, title)
     fused = _each(
@@ -130,18 +130,26 @@ def rewrite_module(
     )
     printed["emit"] = "\n\n".join(f.kernel.text for f in fused)
     if stop_after == "emit" or not fused:
-        return Rewritten(traced, tuple(fused), None, tuple(unfused), printed, lone.refused)
+        return Rewritten(traced, tuple(fused), None, tuple(unfused), printed, _refused(lone, fused))
     progress("patch")
     regions = tuple(f.region for f in fused)
     patched = patch(traced, regions, [f.kernel for f in fused], source.title, lifted.broadcast)
     printed["patch"] = patched.text
-    return Rewritten(traced, tuple(fused), patched, tuple(unfused), printed, lone.refused)
+    return Rewritten(traced, tuple(fused), patched, tuple(unfused), printed, _refused(lone, fused))
 
 
 def _lone_rows(traced: TracedModule, fused: list[Fused], first: int) -> Rows:
     """The lone rows of what no chain has taken, as regions numbered from `first`."""
     taken = frozenset().union(*({*f.region.inside, *f.region.outputs} for f in fused))
     return lift_rows(traced, taken, first)
+
+
+def _refused(lone: Rows, fused: list[Fused]) -> dict[fx.Node, str]:
+    """Why nodes of lone rows are in no kernel; that of a later stage stands at the end of its rows."""
+    kept = [f.region for f in fused]
+    failed = [r for r in lone.regions if r not in kept]
+    nodes = [n for r in failed for n in (*r.inside, *r.outputs)]
+    return lone.refused | dict.fromkeys(nodes, "what it is computed with can't be fused")
 
 
 def _each(items, step: Callable, region_of: Callable, unfused: list[Reason]) -> list:

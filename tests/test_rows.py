@@ -1,6 +1,7 @@
-"""Lone rows, where `rows=True` asks for them: what is cut, that it is right, and what is left to PyTorch's kernels with its reason.
+"""Lone rows, where `rows=True` asks for them: what is cut, that it is right, and what is left, with its reason.
 
-A program of the zoo says the fewest sweeps and kernels it could take. `MORE` holds what planning takes where that is more.
+A program of the zoo says the fewest sweeps and kernels it could take. `MORE` holds what planning takes where that is
+more.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def test_right_in_as_few_sweeps_and_kernels_as_it_says(program):
     for sizes in (program.traced, *program.others):
         check_at(program, model, result, sizes, torch.float32)
     sweeps = sum(chain["passes"] for chain in result.report["chains"])
-    assert (sweeps, kernels_of(result.sources)) == MORE.get(program.name, (program.passes, program.kernels))
+    assert (sweeps, kernels_of(result.sources)) == MORE.get(
+        program.name, (program.passes, program.kernels)
+    )
 
 
 @pytest.mark.parametrize("program", [pytest.param(p, id=p.name) for p in PROGRAMS])
@@ -134,7 +137,7 @@ class Block(nn.Module):
 
 
 def test_rows_beside_chains_and_dense_layers():
-    """Attention is the chain it is without rows; each norm is a kernel with what is computed position by position around it."""
+    """Attention is the chain it is without rows; each norm is a kernel, with what is computed around it."""
     model = Block().eval()
     args = (r(2, 20, 16), r(2, 23, 16))
     result = rewrite(model, args, rows=True)
@@ -160,7 +163,11 @@ def test_what_is_read_elsewhere_too_is_written_once():
 LEFT = {
     "whole": (lambda x: x - x.mean(), (r(3, 37),), "all of the tensor is one row"),
     "short": (lambda x: F.layer_norm(x, (3,)), (r(5, 3),), "3 positions are no long row"),
-    "apart": (lambda x: x - x.mean((0, 2), keepdim=True), (r(3, 4, 5),), "several axes that do not lie together"),
+    "apart": (
+        lambda x: x - x.mean((0, 2), keepdim=True),
+        (r(3, 4, 5),),
+        "several axes that do not lie together",
+    ),
     "float64": (lambda x: x / x.double().sum(-1, keepdim=True).float(), (r(3, 37),), "float64"),
 }
 
@@ -174,7 +181,9 @@ def test_what_is_left_has_its_reason(name):
     assert reasons and all(why in reason for reason in reasons), reasons
 
 
-@pytest.mark.parametrize("program", [lambda x: x.sum(-1), lambda x: torch.relu(x) / 2, lambda x: x @ x.mT])
+@pytest.mark.parametrize(
+    "program", [lambda x: x.sum(-1), lambda x: torch.relu(x) / 2, lambda x: x @ x.mT]
+)
 def test_what_is_no_row_is_left_without_a_word(program):
     result = rewrite(program, (r(4, 8),), rows=True)
     assert result.report["unfused"] == [] and not result.sources

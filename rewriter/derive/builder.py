@@ -184,7 +184,8 @@ class Builder:
         name = f"{op}_{len(self.definitions)}"
         while name in self.taken:
             name = f"row_{name}"
-        self.definitions.append(Definition(name, op, axes, stream, sweep, predicate, rest, shift, body, extremum, centre))
+        made = Definition(name, op, axes, stream, sweep, predicate, rest, shift, body, extremum, centre)
+        self.definitions.append(made)
         return self.definitions[-1].ref
 
 

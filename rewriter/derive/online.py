@@ -114,8 +114,8 @@ class Online:
         return self.evaluator.value(node, (*definition.axes, definition.stream))
 
     def _moved(self, definition: Definition, old: State, new: State) -> torch.Tensor:
-        """acc · T(old → new), T = exp(Φ(old) − Φ(new)); a moment moves with its mass, a variance with its mean, a selection
-        with its extremum"""
+        """acc · T(old → new), T = exp(Φ(old) − Φ(new)); a moment moves with its mass, a variance with its mean, a
+        selection with its extremum"""
         value, shift = old[definition.name], definition.shift
         if definition.extremum:
             before, now = (self._at(definition.extremum, definition, state) for state in (old, new))

@@ -7,7 +7,16 @@ from collections import Counter
 from dataclasses import dataclass
 
 from rewriter.derive.chain import Definition, Shift
-from rewriter.derive.factors import Product, as_product, as_terms, depends_on, is_running, multiply, total, without_cast
+from rewriter.derive.factors import (
+    Product,
+    as_product,
+    as_terms,
+    depends_on,
+    is_running,
+    multiply,
+    total,
+    without_cast,
+)
 from rewriter.ir import FALSE, Apply, Axis, Const, Node, Ref, Where, const
 
 
@@ -56,7 +65,10 @@ def _less_a_mean(factor: Node, stream: Axis) -> tuple[Node, Ref, Ref | None, Nod
 def _of_rows(above: Node, below: Node) -> tuple[Node, Node, Node]:
     """Both without their NaN in the same rows, and which rows these are."""
     nodes = above, below
-    if all(isinstance(n, Where) and n.then is const(math.nan) and n.predicate is above.predicate for n in nodes):
+    if all(
+        isinstance(n, Where) and n.then is const(math.nan) and n.predicate is above.predicate
+        for n in nodes
+    ):
         return above.other, below.other, above.predicate
     return above, below, FALSE
 
@@ -69,14 +81,24 @@ def _is_length(node: Node, stream: Axis) -> bool:
 
 
 def is_mean(
-    sum_: Definition, mass: Definition, weights: list[Node], value: Node, predicate: Node, shift: Shift | None
+    sum_: Definition,
+    mass: Definition,
+    weights: list[Node],
+    value: Node,
+    predicate: Node,
+    shift: Shift | None,
 ) -> bool:
     """Whether sum_ / mass is the mean of `value` by the weights, as far as both have run."""
-    same = all(d.op == "sum" and d.predicate is predicate and d.shift == shift for d in (sum_, mass))
-    return same and _factors(mass.rest) == _factors(weights) and _factors(sum_.rest) == _factors([*weights, value])
+    same = all(
+        d.op == "sum" and d.predicate is predicate and d.shift == shift for d in (sum_, mass)
+    )
+    return (
+        same
+        and _factors(mass.rest) == _factors(weights)
+        and _factors(sum_.rest) == _factors([*weights, value])
+    )
 
 
 def _factors(nodes) -> tuple[Counter, Counter, Node]:
     product = as_product(multiply(list(nodes))) if nodes else Product()
     return Counter(product.over), Counter(product.under), product.predicate
-

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from rewriter.emit.expr import NotEmittable
 from rewriter.emit.names import Names
 from rewriter.emit.origins import Origins
 from rewriter.emit.reference import reference_of
@@ -126,7 +127,8 @@ class _KernelView:
         """One program's work, for the docstring."""
         names, plan = self.names.axes, self.plan
         rows = " x ".join(f"BLOCK_{names[a].upper()}" for a in plan.rows)
-        what = f"{rows} rows" if len(plan.rows) == 1 else f"{rows} positions" if rows else "one row" if plan.grid else "everything"
+        several = f"{rows} {'rows' if len(plan.rows) == 1 else 'positions'}"
+        what = several if rows else "one row" if plan.grid else "everything"
         sweeps = len(plan.sweeps)
         along = " and ".join(dict.fromkeys(names[s.stream] for s in plan.sweeps))
         times = "" if sweeps < 2 else f", {'twice' if sweeps == 2 else f'{sweeps} times'}"
@@ -282,7 +284,10 @@ class _FileView:
     def _output(self, output: Output, name: str, node: fx.Node) -> dict[str, str]:
         """Shape and allocation; dimensions lie in memory as eager lays them out, so that a `.view` after it still works."""
         extents = [self.text(a.extent) for a in output.axes]
-        order = list(range(len(extents))) if output.shape else memory_order(node.meta["val"])
+        order = memory_order(node.meta["val"])
+        if output.shape and order != sorted(order):
+            raise NotEmittable("what is written does not lie in memory as its rows do")
+        order = list(range(len(extents))) if output.shape else order
         made = f"torch.empty({_tuple([extents[d] for d in order])}, device={self._first()}.device, dtype={output.dtype})"
         if order != sorted(order):
             made += f".permute({', '.join(str(order.index(d)) for d in range(len(order)))})"

@@ -1,6 +1,6 @@
 """Rows of several axes as rows of one: pixels of a group of channels, in the order in which they lie in memory.
 
-    sum_{c, h, w} x[b, 16·g + c, h, w]  →  sum_i x'[b, g, i]   where x' is x seen as [B, G, 16·H·W]
+sum_{c, h, w} x[b, 16·g + c, h, w]  →  sum_i x'[b, g, i]   where x' is x seen as [B, G, 16·H·W]
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from rewriter.lift.views import reshaped
 
 @dataclass(frozen=True)
 class Flat:
-    """A tensor's shape with its row as one dimension, the `row`-th. Tensors of as many elements are read in that shape, too."""
+    """A tensor's shape with its row as one dimension, the `row`-th.
+
+    Other tensors of as many elements are read in that shape, too."""
 
     shape: tuple[Node, ...]
     row: int
@@ -43,21 +45,35 @@ class Flat:
 
     def _seen(self, node: Node) -> Node:
         """x[b, 16·g + i // HW, i // W % H, i % W]  →  x'[b, g, i]"""
-        if not isinstance(node, Load) or not proves("eq", product(node.tensor.shape), product(self.shape)):
+        if not isinstance(node, Load) or not proves(
+            "eq", product(node.tensor.shape), product(self.shape)
+        ):
             return node
         entries = tuple(reshaped(self.shape, node.tensor.shape, node.index))
-        if node.tensor.shape == self.shape or not all(isinstance(e, (Index, Const)) for e in entries):
+        if node.tensor.shape == self.shape or not all(
+            isinstance(e, (Index, Const)) for e in entries
+        ):
             return node
-        return Load(replace(node.tensor, shape=self.shape, given=node.tensor.given or node.tensor.shape), entries)
+        return Load(
+            replace(node.tensor, shape=self.shape, given=node.tensor.given or node.tensor.shape),
+            entries,
+        )
 
 
 def flat_of(shape: tuple[Node, ...], lengths: dict[int, Node]) -> Flat | None:
-    """The shape with the dimensions in `lengths`, by how far each runs along one row, as one; None where they do not lie together.
+    """The shape with the dimensions that run along a row as one; None where they do not lie together.
 
-    The first may be the row's in part: then what is left of it tells rows apart."""
+    lengths: how far a row runs along each. The first may be the row's in part: what is left of it tells rows apart.
+    """
     first, last = min(lengths), max(lengths)
-    parts = [apart for apart in (apply("floordiv", shape[first], lengths[first]),) if apart is not Const(1)]
-    if sorted(lengths) != list(range(first, last + 1)) or any(shape[d] is not lengths[d] for d in lengths if d > first):
+    parts = [
+        apart
+        for apart in (apply("floordiv", shape[first], lengths[first]),)
+        if apart is not Const(1)
+    ]
+    if sorted(lengths) != list(range(first, last + 1)) or any(
+        shape[d] is not lengths[d] for d in lengths if d > first
+    ):
         return None
     found = (*shape[:first], *parts, product(lengths.values()), *shape[last + 1 :])
     return Flat(found, first + len(parts)) if proves("eq", product(found), product(shape)) else None

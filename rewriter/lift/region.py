@@ -193,7 +193,10 @@ class Cutter:
         wide: tuple[fx.Node, ...],
         laid: Callable[[fx.Node, Lifted], Lifted],
     ) -> Region:
-        """A region of given nodes, and of what is cheaper generated than read. `laid` gives each value over the axes of the region."""
+        """A region of given nodes, and of what is cheaper generated than read.
+
+        laid: gives each value over the axes of the region.
+        """
         self.origins, self.memo, self.claimed = {}, {}, set(members)
         lifted = [(n, laid(n, self._inlined(n)), shape_of(n.meta["val"])) for n in outputs]
         written = [replace(self._output(n, v), shape=shape if v.shape != shape else ()) for n, v, shape in lifted]

@@ -1,7 +1,7 @@
-"""Finds lone rows, for `--rows`: reductions over an axis of something that meets the axis again, or that the next reads.
+"""Finds lone rows, for `--rows`: reductions over an axis, whose results meet the axis again or are read by another.
 
-Nothing here is wider than what is read. A region begins at one such reduction and takes in what costs nothing: reductions of the
-same rows, what is computed position by position from their results, and what is computed position by position for them alone.
+Nothing here is wider than what is read. A region begins at one such reduction and takes in what costs nothing:
+reductions of the same rows, and what is computed position by position from their results, or for them alone.
 """
 
 from __future__ import annotations
@@ -48,13 +48,14 @@ def lift_rows(traced: TracedModule, taken: frozenset[fx.Node], first: int) -> Ro
     """Regions around lone rows of what is not `taken` by other chains, numbered from `first`."""
     local = lift_locally(traced.graph)
     cutter = Cutter(traced, local, Tags(), user_names(traced.graph))
+    graph = _Graph(list(traced.graph.nodes), local)
     free = frozenset(moving_nodes(traced.graph, traced)) - taken
     regions: list[Region] = []
     refused: dict[fx.Node, str] = {}
-    for seed in traced.graph.nodes:
+    for seed in graph.nodes:
         if seed not in free or not _is_seed(seed, local):
             continue
-        growth = _Growth(traced.graph, local, free, seed)
+        growth = _Growth(graph, free, seed)
         if not growth.lines:
             continue
         name = f"chain_{first + len(regions)}"
@@ -71,7 +72,11 @@ def lift_rows(traced: TracedModule, taken: frozenset[fx.Node], first: int) -> Ro
 
 def _is_seed(node: fx.Node, local: dict[fx.Node, LocalLift]) -> bool:
     lifted = local[node].value if node in local else None
-    return isinstance(lifted, Lifted) and node.meta["val"].dtype.is_floating_point and _reduces_lone(lifted)
+    return (
+        isinstance(lifted, Lifted)
+        and node.meta["val"].dtype.is_floating_point
+        and _reduces_lone(lifted)
+    )
 
 
 def _reduces(node: Node) -> list[Reduce]:
@@ -96,24 +101,57 @@ def _is_row(program: Program, growth: _Growth) -> bool:
     return any(b.depth > 1 or (b.depth and growth.lines[n].along) for b, n in bodies)
 
 
+class _Graph:
+    """What is asked of a graph again and again."""
+
+    def __init__(self, nodes: list[fx.Node], local: dict[fx.Node, LocalLift]):
+        self.nodes = nodes
+        self.lifted = {n: x.value for n, x in local.items() if isinstance(x.value, Lifted)}
+        self.tuples = {n for n, x in local.items() if isinstance(x.value, tuple)}
+        self.by_name = {n.name: n for n in nodes}
+        self.reads = {n: sources(x, self.by_name) for n, x in self.lifted.items()}
+        self.reduces = {n: _reduces(x.body) for n, x in self.lifted.items()}
+        self.inputs = {n: [s for s, _ in self.reads.get(n, ())] or n.all_input_nodes for n in nodes}
+
+    def readers(self, node: fx.Node) -> frozenset[fx.Node]:
+        """What reads a value, beyond tuples; the graph's output, too."""
+        found: set[fx.Node] = set()
+        for user in node.users:
+            is_value = isinstance(user.meta.get("val"), (torch.Tensor, tuple, list))
+            if user.op == "output" or (is_value and not reads_shape_only(user)):
+                found |= self.readers(user) if user in self.tuples else {user}
+        return frozenset(found)
+
+    def is_convex(self, members: frozenset[fx.Node]) -> bool:
+        """Whether no member waits for something outside that waits for a member."""
+        waits: set[fx.Node] = set()
+        for node in self.nodes:
+            if any(n in waits for n in self.inputs[node]):
+                if node in members:
+                    return False
+                waits.add(node)
+            elif node not in members and any(n in members for n in self.inputs[node]):
+                waits.add(node)
+        return True
+
+
 class _Growth:
     """The members of one region, grown from a reduction.
 
     `lines` has those of members and of what they read at every position of a row.
     """
 
-    def __init__(self, graph: fx.Graph, local: dict[fx.Node, LocalLift], free: frozenset[fx.Node], seed: fx.Node):
-        self.graph, self.local, self.free = graph, local, free
-        self.by_name = {n.name: n for n in graph.nodes}
+    def __init__(self, graph: _Graph, free: frozenset[fx.Node], seed: fx.Node):
+        self.graph, self.free = graph, free
         self.members: frozenset[fx.Node] = frozenset()
         self.lines: dict[fx.Node, Line] = {}
-        lifted = local[seed].value
-        load = _operands(_reduces(lifted.body)[-1])[0]
+        lifted = graph.lifted[seed]
+        load = _operands(graph.reduces[seed][-1])[0]
         self.shape = load.tensor.shape
         self.size = product(self.shape)
         self.row = _line_of_operand(lifted, load)
         self.lengths = _lengths(lifted, load)
-        self.lines[self.by_name[load.tensor.name]] = self.row
+        self.lines[graph.by_name[load.tensor.name]] = self.row
         if self._added(seed):
             self._grow()
             self._trim()
@@ -127,7 +165,7 @@ class _Growth:
 
     @property
     def outputs(self) -> tuple[fx.Node, ...]:
-        return tuple(n for n in self._in_order() if self.readers(n) - self.members)
+        return tuple(n for n in self._in_order() if self.graph.readers(n) - self.members)
 
     @property
     def refusal(self) -> str:
@@ -154,29 +192,12 @@ class _Growth:
     @cached_property
     def _is_folded(self) -> bool:
         """Whether a row is several axes, of what is reduced or of what is written."""
-        several = any(len(r.axes) > 1 for n in self.members for r in _reduces(self.local[n].value.body))
+        several = any(len(r.axes) > 1 for n in self.members for r in self.graph.reduces[n])
         lines = [self.lines[n] for n in self.outputs]
         return several or any(len(line.along) > 1 or line.along & line.rows for line in lines)
 
-    def readers(self, node: fx.Node) -> frozenset[fx.Node]:
-        """What reads a value, beyond tuples; the graph's output, too."""
-        found: set[fx.Node] = set()
-        for user in node.users:
-            is_value = isinstance(user.meta.get("val"), (torch.Tensor, tuple, list))
-            if user.op != "output" and (not is_value or reads_shape_only(user)):
-                continue
-            if user in self.local and isinstance(self.local[user].value, tuple):
-                found |= self.readers(user)
-            else:
-                found.add(user)
-        return frozenset(found)
-
     def _in_order(self) -> Iterator[fx.Node]:
         return (n for n in self.graph.nodes if n in self.members)
-
-    def _reads(self, node: fx.Node) -> list[tuple[fx.Node, Load]]:
-        lifted = self.local[node].value if node in self.local else None
-        return sources(lifted, self.by_name) if isinstance(lifted, Lifted) else []
 
     # -- growing --------------------------------------------------------------------------------------------------
 
@@ -188,33 +209,36 @@ class _Growth:
             for node in self.graph.nodes:
                 if self._follows(node):
                     self._added(node)
-            for node in reversed(list(self.graph.nodes)):
+            for node in reversed(self.graph.nodes):
                 if self._precedes(node):
                     self._added(node)
 
     def _is_candidate(self, node: fx.Node) -> bool:
-        lifted = self.local[node].value if node in self.local and node in self.free else None
-        if node in self.members or not isinstance(lifted, Lifted):
+        if node in self.members or node not in self.free or node not in self.graph.lifted:
             return False
-        return not _reduces(lifted.body) or _reduces_lone(lifted)
+        return not self.graph.reduces[node] or _reduces_lone(self.graph.lifted[node])
 
     def _follows(self, node: fx.Node) -> bool:
         """Computed from a member; or another reduction of the rows that members read."""
         if not self._is_candidate(node):
             return False
-        reads = {source for source, _ in self._reads(node)}
-        reduces = bool(_reduces(self.local[node].value.body))
+        reads = {source for source, _ in self.graph.reads[node]}
+        reduces = bool(self.graph.reduces[node])
         return bool(reads & self.members) or (reduces and bool(reads & self.lines.keys()))
 
     def _precedes(self, node: fx.Node) -> bool:
         """Read by members alone: not written any more once it is a member."""
-        readers = self.readers(node)
+        readers = self.graph.readers(node)
         return bool(readers) and readers <= self.members and self._is_candidate(node)
 
     def _added(self, node: fx.Node) -> bool:
         """Makes a node a member, if it has a place in the rows."""
         line = self._line_of(node) or self.lines.get(node)
-        if line is None or not self._fits(node, line) or not self._is_convex(self.members | {node}):
+        if (
+            line is None
+            or not self._fits(node, line)
+            or not self.graph.is_convex(self.members | {node})
+        ):
             return False
         self.members |= {node}
         self.lines[node] = line
@@ -223,27 +247,43 @@ class _Growth:
 
     def _fits(self, node: fx.Node, line: Line) -> bool:
         """Whether a value has one number for each position, or one a row."""
-        lifted = self.local[node].value
+        lifted = self.graph.lifted[node]
         own = frozenset(k for k, a in enumerate(lifted.axes) if index(a).free)
-        if not all(self._is_whole(load) for reduce in _reduces(lifted.body) for load in _operands(reduce)):
+        if not all(
+            self._is_whole(load)
+            for reduce in self.graph.reduces[node]
+            for load in _operands(reduce)
+        ):
             return False
         if line.along:
             return own <= line.along | line.rows and proves("eq", product(lifted.shape), self.size)
-        results = [n for n, _ in self._reads(node) if n in self.lines and not self.lines[n].along]
-        same = all(proves("eq", product(lifted.shape), product(shape_of(n.meta["val"]))) for n in results)
+        results = [
+            n for n, _ in self.graph.reads[node] if n in self.lines and not self.lines[n].along
+        ]
+        same = all(
+            proves("eq", product(lifted.shape), product(shape_of(n.meta["val"]))) for n in results
+        )
         return own <= line.rows and same
 
     def _line_of(self, node: fx.Node) -> Line | None:
         """The line of a value, from what it reads of known lines; None where they disagree."""
-        lifted = self.local[node].value
-        bound = frozenset(a for r in _reduces(lifted.body) for a in r.axes)
+        lifted = self.graph.lifted[node]
+        bound = frozenset(a for r in self.graph.reduces[node] for a in r.axes)
         own = frozenset(a for a in lifted.axes if index(a).free)
         plain: set[tuple[frozenset[Axis], frozenset[Axis]]] = set()
         rows: frozenset[Axis] = frozenset()
-        known = [(self.lines[source], load) for source, load in self._reads(node) if source in self.lines]
+        known = [
+            (self.lines[source], load)
+            for source, load in self.graph.reads[node]
+            if source in self.lines
+        ]
         for line, load in known:
             along, apart = _axes_at(load, line.along), _axes_at(load, line.rows)
-            if any(not e.free for e, extent in zip(load.index, load.tensor.shape) if extent is not Const(1)):
+            if any(
+                not e.free
+                for e, extent in zip(load.index, load.tensor.shape)
+                if extent is not Const(1)
+            ):
                 return None
             if load.free & bound:
                 if not self._reduces_all(load, line, bound):
@@ -254,12 +294,16 @@ class _Growth:
         if len(plain) > 1 or not known:
             return None
         along, apart = next(iter(plain), (frozenset(), rows))
-        if not plain and own - rows and not bound:  # a result that meets something else as long as its row
+        if (
+            not plain and own - rows and not bound
+        ):  # a result that meets something else as long as its row
             along = own - rows
         if not rows <= apart:
             return None
         at = {a: k for k, a in enumerate(lifted.axes)}
-        return Line(frozenset(at[a] for a in along if a in at), frozenset(at[a] for a in apart if a in at))
+        return Line(
+            frozenset(at[a] for a in along if a in at), frozenset(at[a] for a in apart if a in at)
+        )
 
     def _reduces_all(self, load: Load, line: Line, bound: frozenset[Axis]) -> bool:
         """Whether a read inside a reduction goes over the whole row, and over nothing else."""
@@ -269,35 +313,24 @@ class _Growth:
 
     def _note_operands(self, node: fx.Node, line: Line) -> None:
         """The lines of what a new member reads at each of its positions."""
-        lifted = self.local[node].value
-        bound = frozenset(a for r in _reduces(lifted.body) for a in r.axes)
+        lifted = self.graph.lifted[node]
+        bound = frozenset(a for r in self.graph.reduces[node] for a in r.axes)
         along = frozenset(lifted.axes[d] for d in line.along)
         rows = frozenset(lifted.axes[d] for d in line.rows)
-        for source, load in self._reads(node):
+        for source, load in self.graph.reads[node]:
             is_result = line.rows and load.free and load.free <= rows
             if source in self.lines or not (is_result or self._is_whole(load)):
                 continue
             inside = bool(load.free & bound)
-            moved = frozenset(k for k, e in enumerate(load.index) if e.free & (bound if inside else along))
+            moved = frozenset(
+                k for k, e in enumerate(load.index) if e.free & (bound if inside else along)
+            )
             apart = frozenset(k for k, e in enumerate(load.index) if e.free & rows)
             self.lines[source] = Line(moved, apart)
 
     def _is_whole(self, load: Load) -> bool:
         """Whether what is read has a number for each position."""
         return proves("eq", product(load.tensor.shape), self.size)
-
-    def _is_convex(self, members: frozenset[fx.Node]) -> bool:
-        """Whether no member waits for something outside that waits for a member."""
-        waits: set[fx.Node] = set()
-        for node in self.graph.nodes:
-            reads = [source for source, _ in self._reads(node)] or node.all_input_nodes
-            if any(n in waits for n in reads):
-                if node in members:
-                    return False
-                waits.add(node)
-            elif node not in members and any(n in members for n in reads):
-                waits.add(node)
-        return True
 
     def _trim(self) -> None:
         """Leaves views at either end to eager: nothing is computed there."""
@@ -310,15 +343,21 @@ class _Growth:
 
     def _moves_only(self, node: fx.Node) -> bool:
         """Whether a value is another's, at other places."""
-        lifted = self.local[node].value
-        is_view = any(r.alias_info for r in getattr(getattr(node.target, "_schema", None), "returns", ()))
-        return is_view and any(load.index != positions(lifted.axes) for _, load in self._reads(node))
+        lifted = self.graph.lifted[node]
+        is_view = any(
+            r.alias_info for r in getattr(getattr(node.target, "_schema", None), "returns", ())
+        )
+        return is_view and any(
+            load.index != positions(lifted.axes) for _, load in self.graph.reads[node]
+        )
 
     def _is_at_an_end(self, node: fx.Node) -> bool:
         """Whether it begins or ends the region, and what it is a view of is read by nothing else there."""
-        reads = {source for source, _ in self._reads(node)}
-        is_first = not (reads & self.members) and all(self.readers(s) & self.members <= {node} for s in reads)
-        return is_first or not (self.readers(node) & self.members)
+        reads = {source for source, _ in self.graph.reads[node]}
+        is_first = not (reads & self.members) and all(
+            self.graph.readers(s) & self.members <= {node} for s in reads
+        )
+        return is_first or not (self.graph.readers(node) & self.members)
 
 
 def _axes_at(load: Load, dims: frozenset[int]) -> frozenset[Axis]:

@@ -43,13 +43,14 @@ def tile_rows(chain: Chain, rows: tuple[Axis, ...]) -> tuple[Axis, ...]:
 
 
 def lone_rows(chain: Chain, rows: tuple[Axis, ...]) -> tuple[Axis, ...] | None:
-    """The rows of a tile where nothing that is reduced is shared by rows; None where something is, or where rows are short.
+    """The rows of a tile where rows share nothing that is reduced; None where they do, or are short.
 
     A row that lies together in memory has a program for itself; else the rows that lie side by side make a tile."""
     streams = {d.stream for d in chain.definitions}
     if not streams or _leaves(chain) or not all(map(_is_long_row, streams)):
         return None
-    loads = [(n, d) for d in chain.definitions for n in walk(*d.roots) if isinstance(n, Load) and depends_on(n, d.stream)]
+    read = [(n, d) for d in chain.definitions for n in walk(*d.roots) if isinstance(n, Load)]
+    loads = [(n, d) for n, d in read if depends_on(n, d.stream)]
     if not loads or not all(set(d.axes) <= n.free for n, d in loads):
         return None
     last = {n.index[-1] for n, _ in loads}
