@@ -32,12 +32,15 @@ class Shift:
 
 @dataclass(frozen=True)
 class Centre:
-    """The running mean that a second moment is about, and the weight it is a mean of.
+    """The running mean that a moment is about, and the weight it is a mean of.
 
-    Where the mean moves by δ, the moment gains δ² · mass: what was summed about the old mean sums to 0 there."""
+    Where the mean falls by δ, a first moment gains δ · mass, a second one δ · (2 · first + δ · mass). The `first` beside a
+    second moment is what rounding leaves of it: without it a variance is as wrong as its mean is beside the deviation.
+    """
 
     mean: Node
     mass: Ref
+    first: Ref | None = None
 
 
 @dataclass(frozen=True)

@@ -266,11 +266,13 @@ class Form:
             raise NotDerivable("a sum of squares about what is not proved to be their mean")
         if square.empty is not FALSE and not (shift and square.empty is _sees_nothing(shift)):
             raise NotDerivable("a sum of squares about a mean that is NaN in some rows")
-        self._note("variance: where its mean moves by delta, a sum of squares gains delta² · the weight seen so far")
+        self._note("variance: where its mean falls by delta, a sum of squares gains delta · (2 · first moment + delta · weight)")
         mean = where(apply("eq", mass, const(0.0)), const(0.0), apply("div", *made))
         away = apply("sub", square.value, mean)
+        body = multiply([*factors, away])
+        first = self._add("sum", predicate, (*weights, away), shift, body, Centre(mean, mass))
         body = multiply([*factors, away, away])
-        reduced = self._add("sum", predicate, (*weights, away, away), shift, body, Centre(mean, mass))
+        reduced = self._add("sum", predicate, (*weights, away, away), shift, body, Centre(mean, mass, first))
         return reduced if shift is None or shift.settled else self._of_empty_rows(reduced, shift)
 
     def _moment(self, mass: Node, rest: list[Node], shift: Shift, predicate: Node, inner: Node) -> Node:

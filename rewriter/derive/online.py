@@ -131,10 +131,13 @@ class Online:
         return value * gone
 
     def _gained(self, definition: Definition, old: State, new: State) -> torch.Tensor:
-        """What a sum of squares gains where its mean moves: δ² · mass"""
+        """What a moment about a mean gains where that falls by δ: δ · mass, δ · (2 · first + δ · mass)"""
         centre = definition.centre
         before, now = (self._at(centre.mean, definition, state) for state in (old, new))
-        return self._at(centre.mass, definition, old) * (before - now) ** 2
+        delta, mass = before - now, self._at(centre.mass, definition, old)
+        if centre.first is None:
+            return delta * mass
+        return delta * (2 * self._at(centre.first, definition, old) + delta * mass)
 
     def _at(self, node: Node, definition: Definition, state: State) -> torch.Tensor:
         self.evaluator.state = state

@@ -344,7 +344,7 @@ class Writer(Inner):
         self.means[centre.mean] = tuple(kept)
 
     def _gained(self, definition: Definition) -> str:
-        """ + δ² · mass, where a mean has moved by δ"""
+        """ + δ · mass, or + δ · (2 · first + δ · mass), where a mean has fallen by δ"""
         if definition.centre is None:
             return ""
         old, seen = self.means[definition.centre.mean]
@@ -352,11 +352,13 @@ class Writer(Inner):
         key = Apply("sub", (definition.centre.mean, definition.centre.mass), torch.float32)
         if key not in self.loop.known:
             name, axes = self.names.unique("delta"), self._joined([old, new])
-            self.loop.lines.append(Line(f"{name} = {operand(new, axes, 5)} - {spread(old, axes)}", self.shape(axes)))
+            self.loop.lines.append(Line(f"{name} = {operand(old, axes, 5)} - {operand(new, axes, 6)}", self.shape(axes)))
             self.loop.known[key] = Text(name, axes)
         axes = self.tile(definition.axes)
-        delta = spread(self.loop.known[key], axes)
-        return f" + {delta} * {delta} * {spread(seen, axes)}"
+        delta, mass = spread(self.loop.known[key], axes), spread(seen, axes)
+        if definition.centre.first is None:
+            return f" + {delta} * {mass}"
+        return f" + {delta} * (2.0 * {self.names.state[definition.centre.first.name]} + {delta} * {mass})"
 
     def _moved(self, definition: Definition) -> Text:
         """How far phi has moved: old − new, each 0 while still −inf"""
@@ -420,9 +422,11 @@ def _is_bounded(node: Node) -> bool:
 
 
 def _moments_first(definitions: tuple[Definition, ...]) -> list[Definition]:
-    """A moment moves with the mass as it was: it is updated before its mass."""
+    """A moment moves with the lower ones as they were: it is updated before them."""
     out = list(definitions)
-    for moment in [d for d in definitions if d.shift and d.shift.mass]:
-        out.remove(moment)
-        out.insert(next(k for k, d in enumerate(out) if d.name == moment.shift.mass.name), moment)
+    for moment in definitions:
+        lower = moment.shift and moment.shift.mass or moment.centre and moment.centre.first
+        if lower:
+            out.remove(moment)
+            out.insert(next(k for k, d in enumerate(out) if d.name == lower.name), moment)
     return out

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from rewriter.derive import Chain, Definition
-from rewriter.derive.chain import Centre
 from rewriter.derive.factors import depends_on
 from rewriter.ir import Axis, Load, Node, Output, Reduce, Ref, Tensor, index, transform, walk
 
@@ -146,7 +145,7 @@ def _moved(definition: Definition, moved: Callable[[Node], Node]) -> Definition:
     shift = definition.shift
     if shift:
         shift = replace(shift, phi=moved(shift.phi), exponent=moved(shift.exponent))
-    centre = definition.centre and Centre(moved(definition.centre.mean), definition.centre.mass)
+    centre = definition.centre and replace(definition.centre, mean=moved(definition.centre.mean))
     return replace(
         definition,
         predicate=moved(definition.predicate),
