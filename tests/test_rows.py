@@ -17,6 +17,11 @@ from rewriter.api import rewrite
 PROGRAMS = [p for p in programs(part=2) if p.rows]
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.mark.parametrize("program", [pytest.param(p, id=p.name) for p in PROGRAMS])
 def test_right_in_as_few_sweeps_and_kernels_as_it_says(program):
     model = built(program, torch.float32)
@@ -27,6 +32,27 @@ def test_right_in_as_few_sweeps_and_kernels_as_it_says(program):
         check_at(program, model, result, sizes, torch.float32)
     sweeps = sum(chain["passes"] for chain in result.report["chains"])
     assert (sweeps, kernels_of(result.sources)) == (program.passes, program.kernels)
+
+
+HALF = (
+    "rows_softmax",
+    "rows_log_softmax",
+    "rows_layer_norm_by_hand",
+    "rows_rms_norm_call",
+    "rows_group_norm",
+)
+
+
+@pytest.mark.parametrize(
+    "program", [pytest.param(p, id=p.name) for p in PROGRAMS if p.name in HALF]
+)
+def test_right_in_half_precision(program):
+    """In as few sweeps as in fp32: a row's own maximum or mean is taken off without a rounding between."""
+    model = built(program, torch.float16)
+    args = at_dtype(program.inputs(program.traced, model), torch.float16)
+    result = rewrite(model, args, rows=True)
+    assert sum(chain["passes"] for chain in result.report["chains"]) == program.passes
+    check_at(program, model, result, program.others[0], torch.float16)
 
 
 @pytest.mark.parametrize("program", [pytest.param(p, id=p.name) for p in PROGRAMS])
@@ -85,6 +111,12 @@ def test_one_kernel_at_any_length(function):
     assert result.report["unfused"] == [] and kernels_of(result.sources) == 1
     for size in (first, *others):
         assert_right(result, function, (r(*size),))
+
+
+def test_sums_in_half_precision_are_in_fp32():
+    result = rewrite(normed_by_hand, (r(2, 3, 37).half(),), rows=True)
+    (text,) = (text for name, text in result.sources.items() if name.endswith("by_hand.py"))
+    assert "tl.sum(x.to(tl.float32), 0)" in text and "tl.sum(x, 0)" not in text
 
 
 def test_strides_are_the_caller_s():
