@@ -349,18 +349,9 @@ def _has_both(load: Load, sides) -> bool:
 
 def _live_outputs(nodes: list[fx.Node], wide: set[fx.Node]) -> list[fx.Node]:
     """Those that something outside the others, and outside the region's wide values, reads."""
-    known = set(nodes)
-
-    def is_live(node: fx.Node) -> bool:
-        return any(not _leads_only_to(u, known, wide) for u in node.users)
-
-    return [n for n in nodes if is_live(n)]
-
-
-def _leads_only_to(user: fx.Node, known: set[fx.Node], wide: set[fx.Node]) -> bool:
-    """True where a use ends in another result of the region."""
-    if user in known or user in wide:
-        return True
-    if user.op == "output":
-        return False
-    return bool(user.users) and all(_leads_only_to(u, known, wide) for u in user.users)
+    inside: set[fx.Node] = set()  # nodes all of whose uses end in another result of the region, or in what is wide
+    for node in reversed(nodes[0].graph.nodes if nodes else ()):
+        leads_back = bool(node.users) and node.op != "output" and all(u in inside for u in node.users)
+        if node in wide or node in nodes or leads_back:
+            inside.add(node)
+    return [n for n in nodes if any(u not in inside for u in n.users)]
