@@ -66,7 +66,7 @@ def rewrite(
     if masked_rows not in MASKED_ROWS:
         raise ValueError(f"masked_rows is {masked_rows!r}, not one of {', '.join(MASKED_ROWS)}")
     program, args, kwargs = _as_dtype(program, _call(args, kwargs), TORCH_DTYPES.get(dtype, dtype))
-    rewritten = rewrite_module(program, args, kwargs, masked_rows=masked_rows)
+    rewritten = rewrite_module(program, args, kwargs, masked_rows=masked_rows, rows=rows)
     name = getattr(program, "__name__", type(program).__name__)
     title = f"`{name}`, its reduction chains as Triton kernels."
     report = report_on(rewritten, title, name, left_alone(rewritten, rows=rows))

@@ -18,14 +18,14 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from rewriter.derive import Chain, NotDerivable, derive
 from rewriter.emit import KernelFile, NotEmittable, Source, emit_kernel, render
 from rewriter.errors import ExitCode, Reason, RewriteError, Site
 from rewriter.ir.printer import show_output, show_program
-from rewriter.lift import Region, lift
+from rewriter.lift import Region, Rows, lift, lift_rows
 from rewriter.lift.region import site_of
 from rewriter.options import STAGES
 from rewriter.patch import Patched, patch
@@ -52,6 +52,7 @@ class Rewritten:
     patched: Patched | None
     unfused: tuple[Reason, ...]
     printed: dict[str, str] = field(default_factory=dict)
+    refused_rows: dict[fx.Node, str] = field(default_factory=dict)
 
     @property
     def kernels(self) -> list[KernelFile]:
@@ -65,11 +66,14 @@ def rewrite_module(
     *,
     title: str = "",
     masked_rows: str = "match",
+    rows: bool = False,
     stop_after: str | None = None,
     progress: Callable[[str], None] = lambda stage: None,
     bound: Mapping[Dimension, Site | None] = MappingProxyType({}),
 ) -> Rewritten:
     """trace → lift → derive → plan → emit → patch. What does not get through a stage is reported and stays eager.
+
+    rows: lone rows of what no chain has taken are lifted, too.
 
     Planning finds which sizes a kernel keeps whole; where they are not fixed yet, tracing starts again with them `bound`, each
     by the line of the chain that wants it.
@@ -87,11 +91,16 @@ def rewrite_module(
     if stop_after == "lift":
         return Rewritten(traced, (), None, tuple(unfused), printed)
     progress("derive")
-    fused = _each(lifted.regions, lambda r: Fused(r, derive(r.program, masked_rows)), lambda r: r, unfused)
-    fused = [f for f in fused if not f.region.tentative or f.chain.beats_dense]
+    derived = lambda regions: _each(  # noqa: E731
+        regions, lambda r: Fused(r, derive(r.program, masked_rows)), lambda r: r, unfused
+    )
+    fused = [f for f in derived(lifted.regions) if not f.region.tentative or f.chain.beats_dense]
+    lone = _lone_rows(traced, fused, len(lifted.regions)) if rows else Rows((), {})
+    printed["lift"] = "\n\n".join(show_program(r.program) for r in (*lifted.regions, *lone.regions))
+    fused += derived(lone.regions)
     printed["derive"] = "\n\n".join(_show_chain(f.chain) for f in fused)
     if stop_after == "derive":
-        return Rewritten(traced, tuple(fused), None, tuple(unfused), printed)
+        return Rewritten(traced, tuple(fused), None, tuple(unfused), printed, _refused(lone, fused))
     progress("plan")
     names = iter(_kernel_names(module, fused))
     needed: dict[Dimension, Site | None] = {}
@@ -103,13 +112,14 @@ def rewrite_module(
             kwargs,
             title=title,
             masked_rows=masked_rows,
+            rows=rows,
             stop_after=stop_after,
             progress=progress,
             bound={**needed, **bound},
         )
     printed["plan"] = "\n\n".join(_show_plan(f.plan) for f in fused)
     if stop_after == "plan":
-        return Rewritten(traced, tuple(fused), None, tuple(unfused), printed)
+        return Rewritten(traced, tuple(fused), None, tuple(unfused), printed, _refused(lone, fused))
     progress("emit")
     source = _source(module, title)
     fused = _each(
@@ -120,13 +130,27 @@ def rewrite_module(
     )
     printed["emit"] = "\n\n".join(f.kernel.text for f in fused)
     if stop_after == "emit" or not fused:
-        return Rewritten(traced, tuple(fused), None, tuple(unfused), printed)
+        return Rewritten(traced, tuple(fused), None, tuple(unfused), printed, _refused(lone, fused))
     progress("patch")
     regions = tuple(f.region for f in fused)
     unfused += dict.fromkeys(reason for region in regions for reason in region.materialised)
     patched = patch(traced, regions, [f.kernel for f in fused], source.title, lifted.broadcast)
     printed["patch"] = patched.text
-    return Rewritten(traced, tuple(fused), patched, tuple(unfused), printed)
+    return Rewritten(traced, tuple(fused), patched, tuple(unfused), printed, _refused(lone, fused))
+
+
+def _lone_rows(traced: TracedModule, fused: list[Fused], first: int) -> Rows:
+    """The lone rows of what no chain has taken, as regions numbered from `first`."""
+    taken = frozenset().union(*({*f.region.inside, *f.region.outputs} for f in fused))
+    return lift_rows(traced, taken, first)
+
+
+def _refused(lone: Rows, fused: list[Fused]) -> dict[fx.Node, str]:
+    """Why nodes of lone rows are in no kernel; that of a later stage stands at the end of its rows."""
+    kept = [f.region for f in fused]
+    failed = [r for r in lone.regions if r not in kept]
+    nodes = [n for r in failed for n in (*r.inside, *r.outputs)]
+    return lone.refused | dict.fromkeys(nodes, "what it is computed with can't be fused")
 
 
 def _each(items, step: Callable, region_of: Callable, unfused: list[Reason]) -> list:
@@ -257,6 +281,7 @@ def run(loaded, options, progress: Callable[[str], None]) -> Outcome:
             loaded.kwargs,
             title=title,
             masked_rows=options.masked_rows,
+            rows=options.rows,
             stop_after=options.stop_after,
             progress=progress,
         )

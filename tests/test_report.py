@@ -85,15 +85,20 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("asked", [False, True])
 @pytest.mark.parametrize("name, program", ROWS.items(), ids=ROWS)
-def test_lone_rows_are_left_alone_and_named(name, program, asked):
-    result = rewrite(program, (torch.randn(4, 8),), rows=asked)
+def test_lone_rows_are_left_alone_and_named(name, program):
+    result = rewrite(program, (torch.randn(4, 8),))
     (left,) = result.report["unfused"]
     assert left["where"].startswith("test_report.py:") and f"a lone row of {name} " in left["reason"]
-    assert ("--rows asks for it" in left["reason"]) != asked
-    assert ("can't be rewritten yet" in left["reason"]) == asked
+    assert "--rows asks for it" in left["reason"]
     assert not result.sources
+
+
+@pytest.mark.parametrize("name, program", ROWS.items(), ids=ROWS)
+def test_lone_rows_that_are_asked_for_are_chains_like_others(name, program):
+    report = rewrite(program, (torch.randn(4, 8),), rows=True).report
+    (chain,) = report["chains"]
+    assert report["unfused"] == [] and chain["file"] == "test_report.py" and chain["lines"]
 
 
 @pytest.mark.parametrize(
@@ -127,16 +132,23 @@ def get_inputs():
 """
 
 
-@pytest.mark.parametrize("flags", [[], ["--rows"]])
-def test_the_command_says_so_too(flags, tmp_path, monkeypatch, capsys):
+def test_the_command_says_so_too(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m.py").write_text(LONE)
-    assert main(["m.py", "-q", *flags]) == 4
+    assert main(["m.py", "-q"]) == 4
     captured = capsys.readouterr()
     first, second = captured.err.splitlines()
     assert first.startswith("m.py:4: no chain") and second.startswith("m.py:6: ")
     assert "a lone row of softmax" in second and captured.out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["m.py"]
+
+
+def test_the_command_rewrites_rows_that_are_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.py").write_text(LONE)
+    assert main(["m.py", "-q", "--rows"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and "m_flashlight/kernels/model.py" in captured.out.splitlines()
 
 
 def test_the_report_is_json_of_what_the_issue_names(plain):

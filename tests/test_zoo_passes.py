@@ -5,12 +5,10 @@ A program says the fewest it could take, and why not fewer. `OTHERS` holds what 
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from zoo import Program, programs
-from zoo_checks import built, check_at, rewritten
+from zoo_checks import built, check_at, kernels_of, rewritten
 
 FUSED = [p for p in programs(part=2) if p.fused and not p.rows]
 OTHERS = {
@@ -94,7 +92,3 @@ def test_right_in_as_few_sweeps_and_kernels_as_it_says(program):
         check_at(program, model, result, sizes, torch.float32)
     sweeps = sum(chain["passes"] for chain in result.report["chains"])
     assert (sweeps, kernels_of(result.sources)) == OTHERS.get(program.name, (program.passes, program.kernels))
-
-
-def kernels_of(sources: dict[str, str]) -> int:
-    return sum(len(re.findall(r"^def \w+_kernel\(", text, re.M)) for text in sources.values())

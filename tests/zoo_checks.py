@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -85,3 +86,8 @@ def check_at(program: Program, model, result: Rewrite, sizes: Sizes, dtype: torc
     for got, own, ref in zip(*leaves):
         verdict = compare(got, own, ref, dtype)
         assert verdict.ok, f"{sizes}: {verdict.reason}"
+
+
+def kernels_of(sources: dict[str, str]) -> int:
+    """How many kernels there are in emitted files."""
+    return sum(len(re.findall(r"^def \w+_kernel\(", text, re.M)) for text in sources.values())

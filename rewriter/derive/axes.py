@@ -6,6 +6,8 @@ Two are taken for the same where they index the same dimension of a tensor.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rewriter.ir import Axis, Index, Load, Node, Output, fresh_axis, index, substitute, walk
 
 Place = tuple[str, int]  # a dimension of a tensor
@@ -53,7 +55,7 @@ class Axes:
             hint = axis.name.split("%")[0]
             taken.append(self.named(axis, (output.body,), frozenset(taken), hint))
         by = {a: index(b) for a, b in zip(output.axes, taken)}
-        return Output(output.name, tuple(taken), substitute(output.body, by), output.dtype)
+        return replace(output, axes=tuple(taken), body=substitute(output.body, by))
 
 
 def places_of(axis: Axis, nodes: tuple[Node, ...]) -> set[Place]:

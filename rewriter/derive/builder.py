@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from rewriter.derive.axes import Axes
-from rewriter.derive.chain import Definition, Shift
+from rewriter.derive.chain import Centre, Definition, Shift
 from rewriter.derive.factors import is_running
 from rewriter.derive.forms import Form, NotDerivable
 from rewriter.ir import (
@@ -172,6 +172,7 @@ class Builder:
         shift: Shift | None,
         body: Node,
         extremum: Ref | None,
+        centre: Centre | None = None,
     ) -> Node:
         """The `Ref` of a new definition, or of an equal one."""
         for known in self.definitions:
@@ -183,7 +184,8 @@ class Builder:
         name = f"{op}_{len(self.definitions)}"
         while name in self.taken:
             name = f"row_{name}"
-        self.definitions.append(Definition(name, op, axes, stream, sweep, predicate, rest, shift, body, extremum))
+        made = Definition(name, op, axes, stream, sweep, predicate, rest, shift, body, extremum, centre)
+        self.definitions.append(made)
         return self.definitions[-1].ref
 
 

@@ -31,6 +31,19 @@ class Shift:
 
 
 @dataclass(frozen=True)
+class Centre:
+    """The running mean that a moment is about, and the weight it is a mean of.
+
+    Where the mean falls by δ, a first moment gains δ · mass, a second one δ · (2 · first + δ · mass). The `first` beside a
+    second moment is what rounding leaves of it: without it a variance is as wrong as its mean is beside the deviation.
+    """
+
+    mean: Node
+    mass: Ref
+    first: Ref | None = None
+
+
+@dataclass(frozen=True)
 class Definition:
     """`name[axes] = ⊕_stream | predicate: weight`, where weight = exp(shift.exponent − shift.phi) · rest or just rest.
 
@@ -50,6 +63,7 @@ class Definition:
     shift: Shift | None
     body: Node
     extremum: Ref | None = None
+    centre: Centre | None = None
 
     @property
     def ref(self) -> Ref:

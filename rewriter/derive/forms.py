@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from rewriter.derive.chain import Definition, Shift
+from rewriter.derive.chain import Centre, Definition, Shift
 from rewriter.derive.factors import (
     Product,
     Term,
@@ -31,7 +31,8 @@ from rewriter.derive.factors import (
     without_cast,
 )
 from rewriter.derive.selection import selected
-from rewriter.ir import TRUE, Apply, Axis, Const, Node, Ref, Where, apply, const, transform, walk, where
+from rewriter.derive.variance import CentredSquare, centred_square, is_mean
+from rewriter.ir import FALSE, TRUE, Apply, Axis, Const, Node, Ref, Where, apply, const, transform, walk, where
 from rewriter.ir.ops import neutral_of
 
 if TYPE_CHECKING:
@@ -72,13 +73,21 @@ class Form:
         _, others = selected(predicate, self._definition)
         return any(map(is_running, others))
 
-    def _add(self, op: str, predicate: Node, rest: tuple[Node, ...], shift: Shift | None, body: Node) -> Node:
+    def _add(
+        self,
+        op: str,
+        predicate: Node,
+        rest: tuple[Node, ...],
+        shift: Shift | None,
+        body: Node,
+        centre: Centre | None = None,
+    ) -> Node:
         extremum, _ = selected(predicate, self._definition)
         if extremum and shift and is_running(shift.phi):
             raise NotDerivable("exponentials shifted by a running value, of what has an extremum")
         if extremum:
             self._note(f"selection: T(old → new) keeps a state where {extremum.name} has not moved, and empties it elsewhere")
-        return self.builder.add(op, self.stream, self.sweep, predicate, rest, shift, body, extremum)
+        return self.builder.add(op, self.stream, self.sweep, predicate, rest, shift, body, extremum, centre)
 
     def _note(self, text: str) -> None:
         self.builder.notes.append(text)
@@ -111,7 +120,9 @@ class Form:
     def _sum(self, body: Node, predicate: Node) -> Node:
         """sum_n | p: over/under → (row factors) · sum_n | p: (stream factors)"""
         product = as_product(body) if predicate is TRUE else as_product(body).where(predicate)
-        parts = [_without_logs(p) for p in self._distributed(self._selecting(product))]
+        product = _without_logs(self._selecting(product))
+        centred = centred_square(product, self.stream)
+        parts = [centred.weights] if centred else self._distributed(product)
         if len(parts) > 1:
             terms = [Term(1, self._sum(quotient(p.over, p.under), p.predicate)) for p in parts]
             return total(terms)
@@ -123,7 +134,7 @@ class Form:
             self._note(
                 "hoist: factors that do not depend on the stream are taken out of the sum"
             )
-        return self._hoisted(self._one_sum(over, under, rest), row_over, row_under, product.guards)
+        return self._hoisted(self._one_sum(over, under, rest, centred), row_over, row_under, product.guards)
 
     def _selecting(self, product: Product) -> Product:
         """float(x == R) · v  →  where(x == R, v, 0) where R is the running extremum of x"""
@@ -217,7 +228,7 @@ class Form:
         sums = isinstance(factor, Apply) and factor.op in ("add", "sub")
         return sums and is_running(factor) and depends_on(factor, self.stream)
 
-    def _one_sum(self, over: list[Node], under: list[Node], predicate: Node) -> Node:
+    def _one_sum(self, over: list[Node], under: list[Node], predicate: Node, centred: CentredSquare | None) -> Node:
         rest = [f for f in over if not is_exp(f)]
         exponent = [t for f in over if is_exp(f) for t in as_terms(f.args[0])]
         lever = next((f for f in rest if exponent and _same_terms(f, exponent)), None)
@@ -226,6 +237,8 @@ class Form:
             raise NotDerivable("a sum whose terms depend on a running value other than through exp")
         if under:
             rest.append(apply("div", const(1.0), multiply(under)))
+        if centred:
+            return self._second_moment(centred, exponent, rest, predicate)
         if not exponent:
             return self._add("sum", predicate, tuple(rest), None, multiply(rest) or const(1.0))
         return self._exponential(exponent, rest, lever, predicate)
@@ -246,6 +259,36 @@ class Form:
             reduced = self._moment(reduced, rest, shift, predicate, inner)
         return reduced if shift.settled else self._of_empty_rows(reduced, shift)
 
+    def _second_moment(self, square: CentredSquare, exponent: list[Term], rest: list[Node], predicate: Node) -> Node:
+        """sum w·(x − mean)² with mean = sum w·x / sum w, all of them running, and w never negative"""
+        shift = None
+        if exponent:
+            shift, mask = self._shift(exponent, keep_mask=False)
+            predicate = apply("and", predicate, mask)
+            inner = shift.exponent if shift.phi is const(0.0) else apply("sub", shift.exponent, shift.phi)
+            rest = [apply("exp", inner), *rest]
+        if shift and is_running(shift.phi):
+            self._check_shift(shift, predicate)
+            weights, factors = rest[1:], rest
+        else:
+            shift, weights, factors = None, rest, rest
+        if not all(is_exp(f) or is_truth_cast(f) for f in weights):
+            raise NotDerivable("a variance by weights that may be negative")
+        mass = square.mass or self._add("sum", predicate, (), None, const(1.0))
+        made = square.total, mass
+        if not is_mean(*map(self._definition, made), weights, square.value, predicate, shift):
+            raise NotDerivable("a sum of squares about what is not proved to be their mean")
+        if square.empty is not FALSE and not (shift and square.empty is _sees_nothing(shift)):
+            raise NotDerivable("a sum of squares about a mean that is NaN in some rows")
+        self._note("variance: where its mean falls by delta, a sum of squares gains delta · (2 · first moment + delta · weight)")
+        mean = where(apply("eq", mass, const(0.0)), const(0.0), apply("div", *made))
+        away = apply("sub", square.value, mean)
+        body = multiply([*factors, away])
+        first = self._add("sum", predicate, (*weights, away), shift, body, Centre(mean, mass))
+        body = multiply([*factors, away, away])
+        reduced = self._add("sum", predicate, (*weights, away, away), shift, body, Centre(mean, mass, first))
+        return reduced if shift is None or shift.settled else self._of_empty_rows(reduced, shift)
+
     def _moment(self, mass: Node, rest: list[Node], shift: Shift, predicate: Node, inner: Node) -> Node:
         """sum exp(x)·x with x = e − Φ: where Φ moves by δ, the moment gains −δ times the mass sum exp(x)"""
         self._note("moment: T(old → new)(t) = exp(phi(old) - phi(new)) · (t + (phi(old) - phi(new)) · mass)")
@@ -257,7 +300,7 @@ class Form:
         """A row whose shift is -inf saw only -inf: eager's exp(-inf + inf) is NaN there, where the kernel sums zeros."""
         if self.builder.empty_is_zero:
             return reduced
-        return where(apply("eq", shift.phi, const(-math.inf)), const(math.nan), reduced)
+        return where(_sees_nothing(shift), const(math.nan), reduced)
 
     def _shift(self, terms: list[Term], keep_mask: bool) -> tuple[Shift, Node]:
         """exp(e − Φ): Φ is what depends on running values; a −inf mask in e becomes a predicate."""
@@ -297,6 +340,11 @@ class Form:
         # By name alone: axes have none that would last.
         phi = re.sub(r"\[[^]]*\]", "", repr(shift.phi))
         self._note(f"shift: T(old → new) = exp(phi(old) - phi(new)), phi = {phi} at least every exponent seen so far")
+
+
+def _sees_nothing(shift: Shift) -> Node:
+    """Which rows have seen nothing but -inf."""
+    return apply("eq", shift.phi, const(-math.inf))
 
 
 def _without_logs(product: Product) -> Product:

@@ -96,7 +96,7 @@ class Online:
         inner = exponent - self._settled(definition, state)[..., None]
         weight = torch.exp(inner)
         if shift.mass:
-            weight = torch.where(exponent == -math.inf, 0.0, weight * inner)
+            weight = torch.where(self._over_block(definition, definition.predicate), weight * inner, 0.0)
         for factor in definition.rest:
             weight = weight * self._over_block(definition, factor)
         return self._reduced(definition, weight)
@@ -114,11 +114,14 @@ class Online:
         return self.evaluator.value(node, (*definition.axes, definition.stream))
 
     def _moved(self, definition: Definition, old: State, new: State) -> torch.Tensor:
-        """acc · T(old → new), T = exp(Φ(old) − Φ(new)); a moment moves with its mass, a selection with its extremum"""
+        """acc · T(old → new), T = exp(Φ(old) − Φ(new)); a moment moves with its mass, a variance with its mean, a
+        selection with its extremum"""
         value, shift = old[definition.name], definition.shift
         if definition.extremum:
             before, now = (self._at(definition.extremum, definition, state) for state in (old, new))
             return torch.where(before == now, value, self._neutral(definition))
+        if definition.centre:
+            value = value + self._gained(definition, old, new)
         if shift is None:
             return value
         gone = torch.exp(self._phi(definition, old) - self._settled(definition, new))
@@ -126,6 +129,15 @@ class Online:
             delta = self._settled(definition, old) - self._settled(definition, new)
             value = value + delta * self._at(shift.mass, definition, old)
         return value * gone
+
+    def _gained(self, definition: Definition, old: State, new: State) -> torch.Tensor:
+        """What a moment about a mean gains where that falls by δ: δ · mass, δ · (2 · first + δ · mass)"""
+        centre = definition.centre
+        before, now = (self._at(centre.mean, definition, state) for state in (old, new))
+        delta, mass = before - now, self._at(centre.mass, definition, old)
+        if centre.first is None:
+            return delta * mass
+        return delta * (2 * self._at(centre.first, definition, old) + delta * mass)
 
     def _at(self, node: Node, definition: Definition, state: State) -> torch.Tensor:
         self.evaluator.state = state

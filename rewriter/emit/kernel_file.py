@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from rewriter.emit.expr import NotEmittable
 from rewriter.emit.names import Names
 from rewriter.emit.origins import Origins
 from rewriter.emit.reference import reference_of
@@ -126,7 +127,8 @@ class _KernelView:
         """One program's work, for the docstring."""
         names, plan = self.names.axes, self.plan
         rows = " x ".join(f"BLOCK_{names[a].upper()}" for a in plan.rows)
-        what = f"{rows} rows" if len(plan.rows) == 1 else f"{rows} positions" if rows else "everything"
+        several = f"{rows} {'rows' if len(plan.rows) == 1 else 'positions'}"
+        what = several if rows else "one row" if plan.grid else "everything"
         sweeps = len(plan.sweeps)
         along = " and ".join(dict.fromkeys(names[s.stream] for s in plan.sweeps))
         times = "" if sweeps < 2 else f", {'twice' if sweeps == 2 else f'{sweeps} times'}"
@@ -188,7 +190,7 @@ class _FileView:
         """Where each named size is read off a tensor's shape, and the sizes the caller must pass."""
         shapes: dict[Node, str] = {}
         for tensor, name in self.inputs.items():
-            for k, extent in enumerate(tensor.shape):
+            for k, extent in enumerate(tensor.given or tensor.shape):
                 shapes.setdefault(extent, f"{name}.shape[{k}]")
         known = {n: shapes[n] for n in self.names.sizes if n in shapes}
         passed = [n for n in self.names.sizes if n not in known and isinstance(n, Param)]
@@ -223,6 +225,7 @@ class _FileView:
             "arguments": self._arguments(),
             "sizes": [(names.sizes[p], e) for p, e in self.known_sizes.items()],
             "passed_sizes": [names.sizes.get(p, p.name) for p in self.passed_sizes],
+            "seen": [(n, _tuple([self.text(e) for e in t.shape])) for t, n in self.inputs.items() if t.given],
             "results": [self._result(t) for t in self.plan.results],
             "outputs": [self._output(o, names.outputs[o.name], nodes[o.name]) for o in self.chain.outputs],
             "reference": reference_of(self.region, names, self.known_sizes),
@@ -266,7 +269,7 @@ class _FileView:
         return [
             Argument(
                 n,
-                f"({', '.join(map(self.text, t.shape))}{',' * (len(t.shape) == 1)})",
+                _tuple([self.text(e) for e in t.given or t.shape]),
                 str(t.dtype),
                 _axes_doc(t),
             )
@@ -282,10 +285,15 @@ class _FileView:
         """Shape and allocation; dimensions lie in memory as eager lays them out, so that a `.view` after it still works."""
         extents = [self.text(a.extent) for a in output.axes]
         order = memory_order(node.meta["val"])
+        if output.shape and order != sorted(order):
+            raise NotEmittable("what is written does not lie in memory as its rows do")
+        order = list(range(len(extents))) if output.shape else order
         made = f"torch.empty({_tuple([extents[d] for d in order])}, device={self._first()}.device, dtype={output.dtype})"
         if order != sorted(order):
             made += f".permute({', '.join(str(order.index(d)) for d in range(len(order)))})"
-        return {"name": name, "shape": _tuple(extents), "dtype": str(output.dtype), "made": made}
+        shape = _tuple([self.text(e) for e in output.shape] or extents)
+        view = f".view({shape})" if output.shape else ""
+        return {"name": name, "shape": shape, "dtype": str(output.dtype), "made": made, "view": view}
 
     def _first(self) -> str:
         return next(iter(self.inputs.values()))
@@ -321,7 +329,7 @@ def _typical(size: torch.SymInt | int) -> int:
 
 
 def _axes_doc(tensor: Tensor) -> str:
-    return ", ".join(show(s) for s in tensor.shape)
+    return ", ".join(show(s) for s in tensor.given or tensor.shape)
 
 
 def commented(lines: list[Line]) -> list[Line]:

@@ -100,7 +100,8 @@ def _stored(definition: Definition) -> str:
 
 def _all_nodes(plan: ChainPlan) -> list[Node]:
     chain = plan.chain
-    shapes = [s for t in chain.tensors for s in t.shape] + [a.extent for o in chain.outputs for a in o.axes]
+    shapes = [s for t in chain.tensors for s in (*t.given, *t.shape)]
+    shapes += [s for o in chain.outputs for s in (*o.shape, *(a.extent for a in o.axes))]
     return chain.roots + shapes
 
 

@@ -6,7 +6,7 @@ import torch
 
 from rewriter.derive import Definition
 from rewriter.derive.factors import multiply, without_cast
-from rewriter.emit.expr import ATOM, NotEmittable, TRITON_DTYPES, Text, operand, spread, spread_argument
+from rewriter.emit.expr import ATOM, NotEmittable, TRITON_DTYPES, Text, operand, spread, spread_argument, widened
 from rewriter.emit.inner import INTO, Inner, as_held, held_dtype, neutral_text, precision
 from rewriter.emit.names import Names
 from rewriter.emit.origins import Origins
@@ -28,6 +28,7 @@ class Writer(Inner):
         super().__init__(plan, names, origins)
         self.loop = Scope()
         self.sweep: Sweep | None = None
+        self.means: dict[Node, tuple[Text, Text]] = {}  # means and weights before a tile, by the mean
         self.segments: list[dict[str, list[Line]]] = []
         self.before: list[Scope] = []  # straight-line code before each sweep
         self.epilogue = self.prologue
@@ -74,6 +75,9 @@ class Writer(Inner):
         taken, holders = set(self.names.taken), dict(self.holders)
         known = set(straight.known)
         self.loop = Scope(straight, self.sweep.stream, tail=name == "tail", is_sweep=True)
+        self.means = {}
+        for definition in self.sweep.definitions:
+            self._note_mean(definition)
         for definition in _moments_first(self.sweep.definitions):
             self._accumulate(definition)
         for output in self.sweep.outputs:
@@ -122,7 +126,7 @@ class Writer(Inner):
             code = f"{name} = tl.where({keep}, {full}, {neutral})"
             self.loop.lines.append(Line(code, self.shape(axes), origin.source if origin else ""))
             self.holders[name] = (node, self.loop)
-            self.loop.known[key] = Text(name, axes)
+            self.loop.known[key] = Text(name, axes, narrow=value.narrow)
         return self.loop.known[key]
 
     @property
@@ -138,7 +142,7 @@ class Writer(Inner):
         axes = self._joined([text, Text("", self.tile(definition.axes)), Text("", self._lanes)])
         shape = self.shape(axes)
         if text.axes:
-            return Text(f"tl.broadcast_to({spread(text, axes)}, {shape})", axes)
+            return Text(f"tl.broadcast_to({spread(text, axes)}, {shape})", axes, narrow=text.narrow)
         return Text(f"tl.full({shape}, {text.code}, {self._held(definition)})", axes)
 
     # -- running reductions -----------------------------------------------------------------------------------------
@@ -188,10 +192,26 @@ class Writer(Inner):
         if len(values) == 1 and self._is_product(definition, values[0]):
             self._matrix_sum(definition, state, rescale, self._weight(definition, weights), values[0])
             return
-        weight = self._weight(definition, list(definition.rest))
         axes = self.tile(definition.axes)
+        if self._counts(definition):
+            self.loop.lines.append(Line(f"{state} = {rescale} + {self._positions()}", self.shape(axes)))
+            return
+        (weight,) = widened([self._weight(definition, list(definition.rest))], calls=True)
         folded = self._folded("tl.sum", weight)
         self.loop.lines.append(Line(f"{state} = {rescale} + {operand(folded, axes, 6)}", self.shape(axes)))
+
+    def _counts(self, definition: Definition) -> bool:
+        """Whether each position of the stream adds 1."""
+        plain = definition.predicate is TRUE and definition.shift is None and not self.plan.steps
+        return plain and definition.body is const(1.0)
+
+    def _positions(self) -> str:
+        """How many positions of the stream are in the tile."""
+        block = self.block(self.sweep.stream)
+        if not self.loop.tail:
+            return block
+        start = "full" if "full" in self.plan.segments(self.sweep) else "0"
+        return f"({self.value(self.sweep.stream.extent, self.prologue).tight(5)} - {start})"
 
     def _is_product(self, definition: Definition, values: Node) -> bool:
         """Whether the weights' tile times the values' is a matrix product: the values do not depend on the row."""
@@ -240,10 +260,12 @@ class Writer(Inner):
         return Text(name, axes)
 
     def _lever(self, definition: Definition, score: Text) -> Text:
-        """exponent − phi, 0 where that is masked"""
+        """exponent − phi, 0 for what takes no part; an exponent of −inf gives NaN, as 0 · −inf does in eager"""
         name = self.names.unique("x")
         shift = spread(Text(self._settled(definition), self._phi_axes(definition)), score.axes)
-        code = f"{name} = tl.where({score.code} == NEG_INF, 0.0, {score.code} - {shift})"
+        code = f"{name} = {score.code} - {shift}"
+        if definition.predicate is not TRUE or self.loop.tail:
+            code = f"{name} = tl.where({self._keep(definition, score.axes)}, {score.code} - {shift}, 0.0)"
         self.loop.lines.append(Line(code, self.shape(score.axes)))
         return Text(name, score.axes)
 
@@ -253,6 +275,7 @@ class Writer(Inner):
         if not self._in_base_2(definition):
             return f"tl.exp({exponent.code} - {spread(shift, exponent.axes)})"
         scaled = spread(Text(f"({shift.code} * LOG2E)", shift.axes), exponent.axes)
+        (exponent,) = widened([exponent], calls=True)
         return f"tl.exp2({exponent.code} * LOG2E - {scaled})"
 
     def _in_base_2(self, definition: Definition) -> bool:
@@ -288,7 +311,7 @@ class Writer(Inner):
         """acc · T(old → new)"""
         state = self.names.state[definition.name]
         if definition.shift is None:
-            return self._kept_state(definition)
+            return self._kept_state(definition) + self._gained(definition)
         key = Apply("exp2", (definition.shift.phi,), torch.float32)
         if key not in self.loop.known:
             settled = self._settled(definition)
@@ -299,10 +322,43 @@ class Writer(Inner):
             )
             self.loop.known[key] = Text(name, old.axes)
         alpha = spread(self.loop.known[key], self.tile(definition.axes))
+        if definition.centre:
+            return f"({state}{self._gained(definition)}) * {alpha}"
         if definition.shift.mass is None:
             return f"{state} * {alpha}"
         mass, moved = self.names.state[definition.shift.mass.name], self._moved(definition)
         return f"({state} + {spread(moved, self.tile(definition.axes))} * {mass}) * {alpha}"
+
+    def _note_mean(self, definition: Definition) -> None:
+        """Keeps what a sum of squares is about, and the weight of it, before this tile adds to them."""
+        centre = definition.centre
+        if centre is None or centre.mean in self.means:
+            return
+        scope = Scope(self.loop, self.sweep.stream, self.loop.tail, is_sweep=True)
+        kept = []
+        for wanted, node in (("mean", centre.mean), ("seen", centre.mass)):
+            text, name = self.value(node, scope), self.names.unique(wanted)
+            scope.lines.append(Line(f"{name} = {text.code}", self.shape(text.axes)))
+            kept.append(Text(name, text.axes))
+        self.loop.lines += scope.lines
+        self.means[centre.mean] = tuple(kept)
+
+    def _gained(self, definition: Definition) -> str:
+        """ + δ · mass, or + δ · (2 · first + δ · mass), where a mean has fallen by δ"""
+        if definition.centre is None:
+            return ""
+        old, seen = self.means[definition.centre.mean]
+        new = self.value(definition.centre.mean, self.loop)
+        key = Apply("sub", (definition.centre.mean, definition.centre.mass), torch.float32)
+        if key not in self.loop.known:
+            name, axes = self.names.unique("delta"), self._joined([old, new])
+            self.loop.lines.append(Line(f"{name} = {operand(old, axes, 5)} - {operand(new, axes, 6)}", self.shape(axes)))
+            self.loop.known[key] = Text(name, axes)
+        axes = self.tile(definition.axes)
+        delta, mass = spread(self.loop.known[key], axes), spread(seen, axes)
+        if definition.centre.first is None:
+            return f" + {delta} * {mass}"
+        return f" + {delta} * (2.0 * {self.names.state[definition.centre.first.name]} + {delta} * {mass})"
 
     def _moved(self, definition: Definition) -> Text:
         """How far phi has moved: old − new, each 0 while still −inf"""
@@ -366,9 +422,11 @@ def _is_bounded(node: Node) -> bool:
 
 
 def _moments_first(definitions: tuple[Definition, ...]) -> list[Definition]:
-    """A moment moves with the mass as it was: it is updated before its mass."""
+    """A moment moves with the lower ones as they were: it is updated before them."""
     out = list(definitions)
-    for moment in [d for d in definitions if d.shift and d.shift.mass]:
-        out.remove(moment)
-        out.insert(next(k for k, d in enumerate(out) if d.name == moment.shift.mass.name), moment)
+    for moment in definitions:
+        lower = moment.shift and moment.shift.mass or moment.centre and moment.centre.first
+        if lower:
+            out.remove(moment)
+            out.insert(next(k for k, d in enumerate(out) if d.name == lower.name), moment)
     return out

@@ -2,7 +2,7 @@
 
 sympy keeps `floor(j / h)` although 0 ≤ j < h, so the rules that need ranges are here:
 
-    (a·D + r) // D  →  a + r // D          r // D  →  0   where 0 ≤ r < D
+    (a·D + r) // D  →  a + r // D          r // D  →  0   where 0 ≤ r < D,   -1   where -D ≤ r < 0
     (a·D + r) %  D  →  r % D               r %  D  →  r   where 0 ≤ r < D
     (x // A) // B   →  x // (A·B)          (x % (A·B)) // A  stays
     min(x, y)       →  x                   where x ≤ y
@@ -237,6 +237,8 @@ def floordiv(a: Node, b: Node) -> Node:
         quotient, rest = split
         if nonnegative(rest) and nonnegative(plus(plus(pb, rest, -1), {(): 1}, -1)):
             return from_poly(quotient)
+        if nonnegative(plus(pb, rest)) and nonnegative(plus({(): -1}, rest, -1)):
+            return from_poly(plus(quotient, {(): -1}))
         if quotient:
             return from_poly(plus(quotient, to_poly(floordiv(from_poly(rest), b))))
     a = from_poly(pa)

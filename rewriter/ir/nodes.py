@@ -85,11 +85,15 @@ def fresh_axis(extent: Node, hint: str = "i") -> Axis:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A strided tensor the kernel reads: what crosses the frontier of a region."""
+    """A strided tensor the kernel reads: what crosses the frontier of a region.
+
+    Where it is read in another shape than it has, `given` is the one it has.
+    """
 
     name: str
     shape: tuple[Node, ...]
     dtype: torch.dtype
+    given: tuple[Node, ...] = ()
 
     def __repr__(self) -> str:
         return self.name
@@ -203,12 +207,13 @@ FALSE = Const(False, torch.bool)
 
 @dataclass(frozen=True)
 class Output:
-    """One result of a program: `name[axes] = body`."""
+    """One result of a program: `name[axes] = body`; where the result has another shape than its axes, `shape`."""
 
     name: str
     axes: tuple[Axis, ...]
     body: Node
     dtype: torch.dtype
+    shape: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,5 +2,6 @@
 
 from rewriter.lift.local import lift_locally
 from rewriter.lift.region import LiftResult, Region, lift
+from rewriter.lift.rows import Rows, lift_rows
 
-__all__ = ["LiftResult", "Region", "lift", "lift_locally"]
+__all__ = ["LiftResult", "Region", "Rows", "lift", "lift_locally", "lift_rows"]

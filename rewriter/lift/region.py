@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -17,6 +18,7 @@ from rewriter.lift.tags import Moving, Origins, Tags, tag
 from rewriter.lift.values import Lifted
 from rewriter.trace import Dimension, TracedModule
 from rewriter.trace.calls import VIEWS, call_name, value_inputs
+from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import origin_of, user_names
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +55,7 @@ def lift(traced: TracedModule) -> LiftResult:
     """Finds every wide region of a traced module."""
     graph = traced.graph
     local = lift_locally(graph)
-    moving = _moving(graph, traced)
+    moving = moving_nodes(graph, traced)
     names = user_names(graph)
     regions: list[Region] = []
     for kind in Origins:
@@ -68,7 +70,7 @@ def lift(traced: TracedModule) -> LiftResult:
 
 
 def _cut_all(traced, local, tags: Tags, names, first: int = 0, tentative: bool = False) -> list[Region]:
-    cutter = _Cutter(traced, local, tags, names)
+    cutter = Cutter(traced, local, tags, names)
     stages = [s for roots in _components(tags, cutter.reads_of) for s in _stages(traced.graph, roots, local)]
     groups = [g for g in stages if cutter.saves(g)]
     if tentative:  # a dense layer that is written anyway, normalised, is better computed once
@@ -84,7 +86,7 @@ def site_of(node: fx.Node) -> Site | None:
     return Site(origin.file, origin.line) if origin.file else None
 
 
-def _moving(graph: fx.Graph, traced: TracedModule) -> Moving:
+def moving_nodes(graph: fx.Graph, traced: TracedModule) -> Moving:
     """Nodes whose value depends on a tensor the caller gives, and those that are as long as one."""
     given: set[fx.Node] = set()
     names = {name for name in traced.inputs if name}
@@ -133,7 +135,7 @@ def _stages(graph: fx.Graph, roots: list[fx.Node], local: dict[fx.Node, LocalLif
     return list(groups.values())
 
 
-class _Cutter:
+class Cutter:
     """Inlines what a region computes and stops at what it reads."""
 
     def __init__(
@@ -188,9 +190,33 @@ class _Cutter:
         inside = frozenset(self.memo) - {n for n in self.memo if n.op == "placeholder"}
         inputs = tuple(dict.fromkeys(self.by_name[t.name] for t in program.tensors))
         wide = tuple(n for n in self.memo if self.tags.is_wide(n))
-        display = {n.name: name for n, name in self.names.items()} | {n.name: self._shown(n) for n in inputs}
         kept = self._kept(inputs)
+        display = self._display(inputs)
         return Region(program, tuple(outputs), inputs, inside - set(inputs), wide, display, tentative, kept)
+
+    def cut_members(
+        self,
+        name: str,
+        outputs: tuple[fx.Node, ...],
+        members: frozenset[fx.Node],
+        wide: tuple[fx.Node, ...],
+        laid: Callable[[fx.Node, Lifted], Lifted],
+    ) -> Region:
+        """A region of given nodes, and of what is cheaper generated than read.
+
+        laid: gives each value over the axes of the region.
+        """
+        self.origins, self.memo, self.claimed = {}, {}, set(members)
+        lifted = [(n, laid(n, self._inlined(n)), shape_of(n.meta["val"])) for n in outputs]
+        written = [replace(self._output(n, v), shape=shape if v.shape != shape else ()) for n, v, shape in lifted]
+        origins = {laid(n, v).body: self.origins[v.body] for n, v in self.memo.items() if v.body in self.origins}
+        program = Program(name, tuple(written), origins)
+        inputs = tuple(dict.fromkeys(self.by_name[t.name] for t in program.tensors))
+        inside = frozenset(n for n in self.memo if n.op != "placeholder") - set(inputs)
+        return Region(program, outputs, inputs, inside, wide, self._display(inputs), False, {})
+
+    def _display(self, inputs: tuple[fx.Node, ...]) -> dict[str, str]:
+        return {n.name: name for n, name in self.names.items()} | {n.name: self._shown(n) for n in inputs}
 
     def _shown(self, node: fx.Node) -> str:
         """The user's name for a tensor, or for what it is a view of; a parameter's own name."""
@@ -300,18 +326,9 @@ def _has_both(load: Load, sides) -> bool:
 
 def _live_outputs(nodes: list[fx.Node], wide: set[fx.Node]) -> list[fx.Node]:
     """Those that something outside the others, and outside the region's wide values, reads."""
-    known = set(nodes)
-
-    def is_live(node: fx.Node) -> bool:
-        return any(not _leads_only_to(u, known, wide) for u in node.users)
-
-    return [n for n in nodes if is_live(n)]
-
-
-def _leads_only_to(user: fx.Node, known: set[fx.Node], wide: set[fx.Node]) -> bool:
-    """True where a use ends in another result of the region."""
-    if user in known or user in wide:
-        return True
-    if user.op == "output":
-        return False
-    return bool(user.users) and all(_leads_only_to(u, known, wide) for u in user.users)
+    inside: set[fx.Node] = set()  # nodes all of whose uses end in another result of the region, or in what is wide
+    for node in reversed(nodes[0].graph.nodes if nodes else ()):
+        leads_back = bool(node.users) and node.op != "output" and all(u in inside for u in node.users)
+        if node in wide or node in nodes or leads_back:
+            inside.add(node)
+    return [n for n in nodes if any(u not in inside for u in n.users)]

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from rewriter.ir import Apply, Const, Load, Node, Reduce, apply, transform, walk
+from rewriter.ir import Apply, Const, Load, Node, Reduce, Tensor, apply, transform, walk
 
 LARGE = 2.0**13  # from here on fp16 rounds a sum with a score to multiples of 8 or more
 
@@ -21,10 +21,22 @@ def absorbing(node: Node) -> Node:
 
     Rounding between operations may be skipped, but not here: eager's fp16 swallows s, so that a row filled throughout has
     equal weights, where fp32 registers would keep s apart. (In fp32 and bf16 a least finite number swallows s anyway.)
+    A row's own maximum or mean is the same all along the row, so that there is nothing to keep apart.
     """
     if not (isinstance(node, Apply) and node.op in ("add", "sub") and node.dtype is torch.float16):
         return node
-    return apply("round16", node) if any(_is_fill(a) for a in node.args) else node
+    pairs = (node.args, node.args[::-1])
+    return apply("round16", node) if any(_is_fill(a) and not _is_of_rows(b, a) for a, b in pairs) else node
+
+
+def _is_of_rows(value: Node, fill: Node) -> bool:
+    """Whether a value is made of reductions of the fill itself: it is the same along what they go over."""
+    reduced = walk(*(n for n in walk(value) if isinstance(n, Reduce)))
+    return value.free < fill.free and _tensors(fill) <= _tensors(*reduced)
+
+
+def _tensors(*nodes: Node) -> set[Tensor]:
+    return {n.tensor for n in walk(*nodes) if isinstance(n, Load)}
 
 
 def _is_fill(node: Node) -> bool:

@@ -81,10 +81,22 @@ class _Partition:
 
 def features_of(chain: Chain) -> frozenset[Axis]:
     """Axes that of all that is streamed only the last operand (the values) carries: kept whole in a tile."""
-    scored = _scored(chain)
+    others = _scored(chain) | _everywhere(chain)
     streams = {d.stream for d in chain.definitions}
-    own = [[a for a in d.axes if a not in scored and a not in streams] for d in chain.definitions]
+    own = [[a for a in d.axes if a not in others and a not in streams] for d in chain.definitions]
     return frozenset(axes[-1] for axes in own if axes)
+
+
+def _everywhere(chain: Chain) -> frozenset[Axis]:
+    """Axes that all that is streamed carries: they tell rows apart, and no weight is shared along them."""
+    streamed = [n.free for d in chain.definitions for n in _parts(d) if depends_on(n, d.stream)]
+    return frozenset.intersection(*streamed) if streamed else frozenset()
+
+
+def _parts(definition: Definition) -> tuple[Node, ...]:
+    """What a reduction multiplies, and where it does."""
+    exponent = (definition.shift.exponent,) if definition.shift else ()
+    return (definition.predicate, *exponent, *(definition.rest or (definition.body,)))
 
 
 def _scored(chain: Chain) -> frozenset[Axis]:
@@ -133,12 +145,14 @@ def _moved(definition: Definition, moved: Callable[[Node], Node]) -> Definition:
     shift = definition.shift
     if shift:
         shift = replace(shift, phi=moved(shift.phi), exponent=moved(shift.exponent))
+    centre = definition.centre and replace(definition.centre, mean=moved(definition.centre.mean))
     return replace(
         definition,
         predicate=moved(definition.predicate),
         rest=tuple(map(moved, definition.rest)),
         shift=shift,
         body=moved(definition.body),
+        centre=centre,
     )
 
 

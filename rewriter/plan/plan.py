@@ -8,10 +8,13 @@ import torch
 
 from rewriter.derive import Chain
 from rewriter.derive.factors import depends_on
-from rewriter.ir import Axis, Output, Param, Ref, Tensor, index, walk
+from rewriter.ir import Axis, Const, Output, Param, Ref, Tensor, index, walk
 from rewriter.plan.kernel import ChainPlan, Config, KernelPlan, Sweep, padded
 from rewriter.plan.parts import Part, chains_of, features_of, parts_of
-from rewriter.plan.roles import MAX_FEATURE, inner_reductions, tile_rows
+from rewriter.plan.roles import MAX_FEATURE, inner_reductions, lone_rows, tile_rows
+
+
+LONGEST_TILE = 1024  # positions of one row in a tile
 
 
 class NotPlannable(Exception):
@@ -46,7 +49,8 @@ class _Roles:
     def __init__(self, chain: Chain, part: Part, features: frozenset[Axis]):
         ordered = tuple(a for a in chain.axes if a in part.rows)
         streams = tuple(dict.fromkeys(d.stream for d in chain.definitions))
-        self.rows = tile_rows(chain, ordered)
+        self.lone = lone_rows(chain, ordered)
+        self.rows = tile_rows(chain, ordered) if self.lone is None else self.lone
         self.grid = tuple(a for a in ordered if a not in self.rows)
         tiles = self.rows if len(self.rows) > 1 else (*self.rows, *streams)
         self.dots, self.loops = inner_reductions(chain, tiles)
@@ -122,8 +126,11 @@ def _config(chain: Chain, roles: _Roles, dtype: torch.dtype) -> Config:
     width = max((padded(f) for f in roles.features), default=16)
     if _is_deep(chain, roles):
         return Config(16, 16, 4, 1)
+    if roles.lone:  # the rows of a tile lie side by side in memory
+        return Config(64, 32, 4, 2)
     if not roles.dots:
-        return Config(16, 64, 4, 2) if roles.rows else Config(1, 1024, 4, 1)
+        lengths = [_whole(d.stream) for d in chain.definitions]
+        return Config(16, 64, 4, 2) if roles.rows else Config(1, max(lengths, default=LONGEST_TILE), 4, 1)
     if roles.loops or any(d.long for d in roles.dots):
         return Config(64, 64, 4, 2) if width <= 128 else Config(32, 32, 4, 2)
     if dtype is torch.float32:
@@ -131,6 +138,11 @@ def _config(chain: Chain, roles: _Roles, dtype: torch.dtype) -> Config:
     if width <= 64:
         return Config(128, 64, 8, 2)
     return Config(128, 64, 4, 2) if width <= 128 else Config(64, 32, 4, 2)
+
+
+def _whole(stream: Axis) -> int:
+    """The power of two that holds a stream, or the longest tile."""
+    return min(LONGEST_TILE, padded(stream)) if isinstance(stream.extent, Const) else LONGEST_TILE
 
 
 def _is_deep(chain: Chain, roles: _Roles) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from rewriter.derive import Chain, Definition
 from rewriter.derive.factors import as_product, depends_on, multiply
-from rewriter.ir import TRUE, Axis, Const, Load, Node, Reduce, fresh_axis, open_reduce, reduce, walk
+from rewriter.ir import TRUE, Axis, Const, Index, Load, Node, Reduce, fresh_axis, open_reduce, reduce, walk
 from rewriter.plan.kernel import Dot, Loop
 from rewriter.plan.parts import is_operand
 
 MAX_FEATURE = 256
+SHORT_ROW = 256  # positions of which several rows make a tile
 
 
 def outermost(*nodes: Node) -> list[Reduce]:
@@ -39,6 +40,27 @@ def tile_rows(chain: Chain, rows: tuple[Axis, ...]) -> tuple[Axis, ...]:
             return tuple(sorted(among_rows or rows[-2:], key=rows.index))
     row = _row(chain, tuple(a for a in rows if a in paired) or rows, streams)
     return (row,) if row else ()
+
+
+def lone_rows(chain: Chain, rows: tuple[Axis, ...]) -> tuple[Axis, ...] | None:
+    """The rows of a tile where rows share nothing that is reduced; None where they do, or are short.
+
+    A row that lies together in memory has a program for itself; else the rows that lie side by side make a tile."""
+    streams = {d.stream for d in chain.definitions}
+    if not streams or _leaves(chain) or not all(map(_is_long_row, streams)):
+        return None
+    read = [(n, d) for d in chain.definitions for n in walk(*d.roots) if isinstance(n, Load)]
+    loads = [(n, d) for n, d in read if depends_on(n, d.stream)]
+    if not loads or not all(set(d.axes) <= n.free for n, d in loads):
+        return None
+    last = {n.index[-1] for n, _ in loads}
+    if last <= {Index(s) for s in streams}:
+        return ()
+    return next(((a,) for a in rows if last == {Index(a)}), None)
+
+
+def _is_long_row(stream: Axis) -> bool:
+    return not isinstance(stream.extent, Const) or stream.extent.value > SHORT_ROW
 
 
 def _leaves(chain: Chain) -> list[Reduce]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,25 +27,27 @@ def left_alone(rewritten: Rewritten, *, rows: bool) -> tuple[Reason, ...]:
     rows: whether lone rows were asked for.
     """
     said = list(rewritten.unfused)
-    said += _lone_rows(rewritten.traced, [f.region for f in rewritten.fused], said, asked=rows)
+    why = _whys(rewritten) if rows else None
+    said += _lone_rows(rewritten.traced, [f.region for f in rewritten.fused], said, why)
     if not (rewritten.fused or said):
         said += _not_lifted(rewritten.traced)
     return tuple(said)
 
 
 def _lone_rows(
-    traced: TracedModule, regions: Iterable[Region], said: Iterable[Reason], *, asked: bool
+    traced: TracedModule, regions: Iterable[Region], said: Iterable[Reason], why: Mapping[fx.Node, str] | None
 ) -> list[Reason]:
     """A reason per line for every softmax or norm, by call or by hand, that is part of no chain.
 
     said: what is left alone for other reasons; its lines are not named again.
+    why: where rows were asked for, what kept a node from being rewritten.
     """
     taken = frozenset().union(*({*r.inside, *r.outputs} for r in regions))
     known = {r.site for r in said}
     out: dict = {}
     for node in traced.graph.nodes:
         if not _is_taken(node, taken) and site_of(node) not in known and _is_row(node):
-            out.setdefault(site_of(node), Reason(_text(call_name(node), asked), site_of(node)))
+            out.setdefault(site_of(node), Reason(_text(node, why), site_of(node)))
     return list(out.values())
 
 
@@ -54,11 +56,17 @@ def _is_taken(node: fx.Node, taken: frozenset[fx.Node]) -> bool:
     return node in taken or any(call_name(u) == "getitem" and u in taken for u in node.users)
 
 
-def _text(name: str, asked: bool) -> str:
-    row = f"a lone row of {name}"
-    if asked:
-        return f"--rows: {row} can't be rewritten yet, only chains that keep a wide tensor from being written"
-    return f"{row} is left to PyTorch's kernel; --rows asks for it"
+def _whys(rewritten: Rewritten) -> dict[fx.Node, str]:
+    """What kept nodes from being rewritten as rows: they are not expressed, or a kernel would not help."""
+    lifted = lift_locally(rewritten.traced.graph)
+    return {n: x.reason for n, x in lifted.items() if x.value is None} | dict(rewritten.refused_rows)
+
+
+def _text(node: fx.Node, why: Mapping[fx.Node, str] | None) -> str:
+    row = f"a lone row of {call_name(node)} is left to PyTorch's kernel"
+    if why is None:
+        return f"{row}; --rows asks for it"
+    return f"{row} in spite of --rows: {why.get(node, 'it is no row of one tensor')}"
 
 
 def _is_row(node: fx.Node) -> bool:
