@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
+from rewriter import rewrite
 from rewriter.lift import lift
 from rewriter.trace import capture
 
@@ -89,3 +91,26 @@ def test_what_an_opaque_op_reads_is_written_by_the_chain():
     (region,) = lifted.regions
     assert [n.name for n in region.outputs] == ["div"]
     assert any("cumsum" in reason.text for reason in lifted.unfused)
+
+
+class Layer(nn.Module):
+    """Attention and a gated layer, each after a norm and added to what it read."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(2 * dim, dim)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norms[0](x)).chunk(3, -1)
+        x = x + self.out(torch.softmax(q @ k.mT, -1) @ v)
+        gate, up = self.up(self.norms[1](x)).chunk(2, -1)
+        return x + self.down(gate.sigmoid() * up)
+
+
+def test_layers_are_not_computed_again_by_those_after_them():
+    """x + f(norm(x)): the dense layer that x comes from is normalised, and written all the same."""
+    model = nn.Sequential(*(Layer(16) for _ in range(3)), nn.LayerNorm(16)).eval().requires_grad_(False)
+    found = [chain["passes"] for chain in rewrite(model, (r(2, 9, 16),)).report["chains"]]
+    assert found == [1, 1, 1]

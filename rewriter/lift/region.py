@@ -73,8 +73,8 @@ def _cut_all(traced, local, tags: Tags, names, first: int = 0, tentative: bool =
     cutter = Cutter(traced, local, tags, names)
     stages = [s for roots in _components(tags, cutter.reads_of) for s in _stages(traced.graph, roots, local)]
     groups = [g for g in stages if cutter.saves(g)]
-    if tentative:  # a dense layer that is written anyway, normalised, is better computed once
-        groups = [g for g in groups if set(g) - set(tags.written)]
+    if tentative:
+        groups = [g for g in groups if cutter.holds_layer(g)]
     groups.sort(key=lambda g: max(map(cutter.order.__getitem__, g)))
     later = [set().union(*groups[k + 1 :]) for k in range(len(groups))]
     cut = [cutter.cut(g, f"chain_{first + k}", tentative, later[k]) for k, g in enumerate(groups)]
@@ -162,6 +162,11 @@ class Cutter:
         return any(n in self.tags.wide and n not in self.tags.written for r in roots for n in self._wide_below(r)) or any(
             isinstance(n, Reduce) and n.depth > 1 for body in held for n in walk(body)
         )
+
+    def holds_layer(self, roots: list[fx.Node]) -> bool:
+        """Whether a dense layer is computed inside: one that is written anyway, normalised, is better computed once."""
+        inside = set().union(*map(self._wide_below, roots))
+        return bool(set(roots) - set(self.tags.written)) and bool(inside & self.tags.origins)
 
     def _wide_below(self, root: fx.Node) -> set[fx.Node]:
         """The values of the region that a root is computed from."""

@@ -52,12 +52,13 @@ class Moving:
 class Tags:
     """`dims[node]` holds a set of tags per dimension; `roots`, `wide` and `written` in graph order.
 
-    `written` are wide values that a chain gives as they are, because something outside reads them; `stored` those that are
+    `origins` are the nodes that wide values begin with. `written` are wide values that a chain gives as they are, because something outside reads them; `stored` those that are
     read from memory by what follows. `derived[node]` are the origins that a value has been reduced over, or follows from one
     that has.
     """
 
     dims: dict[fx.Node, tuple[frozenset[Tag], ...]] = field(default_factory=dict)
+    origins: set[fx.Node] = field(default_factory=set)
     wide: list[fx.Node] = field(default_factory=list)
     roots: list[fx.Node] = field(default_factory=list)
     written: list[fx.Node] = field(default_factory=list)
@@ -71,6 +72,10 @@ class Tags:
     def is_derived(self, node: fx.Node) -> bool:
         """Whether a wide value follows from a reduction of its own rows × stream."""
         return bool(self.derived.get(node, frozenset()) & _origins(self.dims.get(node, ())))
+
+    def behind(self, node: fx.Node) -> frozenset[int]:
+        """The origins that what is computed from a node follows from."""
+        return self.derived.get(node, frozenset()) | _origins(self.dims.get(node, ()))
 
     def is_wide(self, node: fx.Node) -> bool:
         return node not in self.stored and self.has_both_sides(node)
@@ -106,6 +111,8 @@ def tag(
     for order, node in enumerate(graph.nodes):
         lifted = local[node].value if node in local else None
         if not isinstance(lifted, Lifted) or node in stopped:
+            if kind is not Origins.MOVING:
+                tags.derived[node] = frozenset().union(*map(tags.behind, node.all_input_nodes))
             continue
         reads = sources(lifted, by_name)
         dims = _inherited(lifted, reads, tags.dims)
@@ -114,19 +121,38 @@ def tag(
             tags.roots.append(node)
             tags.derived[node] = before.union(*(_origins(tags.dims.get(y, ())) for y, _ in reads))
             continue
+        joined = _joined_again(lifted, dims, reads, tags)
+        if joined:
+            tags.derived[node] = before
+            for source in joined:
+                _store(source, tags, "it is joined by what follows from it")
+            continue
         half_fixed = kind is not Origins.MOVING and _is_half_fixed(lifted, reads, moving)
         alive = {n for n, _ in reads} if half_fixed else moving
         narrow = {n for n in alive if not tags.has_both_sides(n)}
         sides = _sides(lifted, reads, narrow)
         if not sides and not _origins(dims):
             sides = _sides_of_repeated(repeated.written_out(lifted), by_name, narrow)
-        if sides and not ahead.is_worth(order, sides, kind):
-            sides = None
-        tags.dims[node] = _with_origin(order, lifted, dims, ahead.narrowed(order, sides)) if sides else dims
+        if sides and ahead.is_worth(order, sides, kind):
+            tags.origins.add(node)
+            dims = _with_origin(order, lifted, dims, ahead.narrowed(order, sides))
+        tags.dims[node] = dims
         tags.derived[node] = before | _reduced_origins(lifted, reads, tags)
         if tags.has_both_sides(node):
             _place_wide(node, local, tags)
     return tags
+
+
+def _joined_again(lifted: Lifted, dims: tuple[frozenset[Tag], ...], reads, tags: Tags) -> list[fx.Node]:
+    """Wide values that meet something as large that was computed from what they were reduced to: x in x + f(norm(x)). A chain
+    would compute x again for whatever follows, layer after layer."""
+    by_axis = dict(zip(lifted.axes, dims))
+    back: set[int] = set()
+    for source, load in reads:
+        sides = [tag for axis in load.free & by_axis.keys() for tag in by_axis[axis]]
+        earlier = tags.derived.get(source, frozenset()) - _origins(tags.dims.get(source, ()))
+        back |= {o for o in earlier if {(o, "rows"), (o, "stream")} <= set(sides)}
+    return [source for source, _ in reads if _origins(tags.dims.get(source, ())) & back]
 
 
 def _place_wide(node: fx.Node, local: dict[fx.Node, LocalLift], tags: Tags) -> None:
@@ -138,14 +164,21 @@ def _place_wide(node: fx.Node, local: dict[fx.Node, LocalLift], tags: Tags) -> N
         tags.wide.append(node)
     if reader is None:
         return
-    returned = reader == ""
-    if derived:
+    if reader == "" and derived:
         tags.written.append(node)
-    if not (derived and returned):
-        tags.stored.add(node)
-    is_only_returned = returned and (derived or all(u.op == "output" for u in node.users))
-    if not is_only_returned:
-        tags.reasons[node] = f"written, because it is {'returned' if returned else f'read by an op that stays eager ({reader})'}"
+    elif reader == "":
+        _store(node, tags, "it is returned")
+        if all(u.op == "output" for u in node.users):
+            del tags.reasons[node]
+    else:
+        _store(node, tags, f"it is read by an op that stays eager ({reader})")
+
+
+def _store(node: fx.Node, tags: Tags, why: str) -> None:
+    if tags.is_derived(node) and node not in tags.written:
+        tags.written.append(node)
+    tags.stored.add(node)
+    tags.reasons[node] = f"written, because {why}"
 
 
 def _reduced_origins(lifted: Lifted, reads, tags: Tags) -> set[int]:

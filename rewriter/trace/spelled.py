@@ -72,7 +72,7 @@ def getitem(x: torch.Tensor, at: Any) -> torch.Tensor:
         return _getitem(x, at)
     for k, dim in _dimensions(entries, x.dim()).items():
         start, stop = entries[k].start or 0, x.shape[dim] if entries[k].stop is None else entries[k].stop
-        if entries[k].step in (None, 1) and all(map(_is_nonnegative, (start, stop - start, x.shape[dim] - stop))):
+        if entries[k] != slice(None) and entries[k].step in (None, 1) and all(map(_is_nonnegative, (start, stop - start, x.shape[dim] - stop))):
             x, entries[k] = x.narrow(dim, start, stop - start), slice(None)
     return _getitem(x, tuple(entries))
 
