@@ -19,7 +19,6 @@ from rewriter.ir import Axis, Const, Node, Output, Param, Tensor, walk
 from rewriter.ir.printer import show, show_output
 from rewriter.lift import Region
 from rewriter.plan import ChainPlan, KernelPlan
-from rewriter.plan.kernel import LONG_BLOCK
 from rewriter.trace.sizes import renamed
 
 NAMESPACE = "flashlight"
@@ -145,11 +144,7 @@ class _KernelView:
         }
 
     def _blocks(self) -> list[tuple[str, int]]:
-        plan, config = self.plan, self.plan.config
-        sizes = {a: config.block_m for a in plan.rows[:1]} | {a: config.block_n for a in plan.rows[1:]}
-        sizes |= {} if plan.steps else {a: config.block_n for a in plan.streams}
-        sizes |= {a: plan.padded(a) for a in plan.features} | {a: LONG_BLOCK for a in plan.long_axes}
-        return [(f"BLOCK_{self.names.axes[a].upper()}", size) for a, size in sizes.items()]
+        return [(f"BLOCK_{self.names.axes[a].upper()}", size) for a, size in self.plan.sizes.items()]
 
     def _params(self) -> list[str]:
         params = [f"{n}_ptr" for n in (*self.tensors.values(), *self.outputs.values())]

@@ -1,0 +1,62 @@
+"""What is estimated of a kernel: what a program holds, and how long the kernel takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+REGISTERS = 255  # a thread may have
+SHARED = 166_912  # bytes a program may have on every Nvidia GPU from sm_80 on
+
+
+@dataclass(frozen=True)
+class Registers:
+    """A thread's wish: `hot` values are used for every tile, `cold` ones are addresses, spilled first and at little cost."""
+
+    hot: float
+    cold: float
+
+    @property
+    def wanted(self) -> int:
+        return round(self.hot + self.cold)
+
+    @property
+    def spilled(self) -> int:
+        """How many do not fit."""
+        return max(0, self.wanted - REGISTERS)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a program holds: registers that a thread wants, bytes of shared memory, and how many programs fit at once.
+
+    `asynchronous` are products by wgmma.
+    """
+
+    registers: Registers
+    shared: int
+    residents: int
+    asynchronous: bool
+
+
+@dataclass(frozen=True)
+class KernelCost:
+    """One kernel: its time at nominal sizes, the unit that is busiest, and what a program holds."""
+
+    seconds: float
+    bound: str
+    held: Held
+
+    @property
+    def excess(self) -> float:
+        """By how much it is no candidate: 0 where tiles stay in registers for the greater part, and a program fits at all."""
+        if self.held.shared > SHARED:
+            return float("inf")
+        spilled = self.held.registers.spilled
+        return spilled if spilled > REGISTERS else 0
+
+    @property
+    def unfit(self) -> str:
+        """The same in words."""
+        if self.held.shared > SHARED:
+            return f"wants {self.held.shared / 1024:.0f} KiB of shared memory, of {SHARED // 1024}"
+        return f"spills {self.held.registers.spilled} registers a thread" if self.excess else ""
