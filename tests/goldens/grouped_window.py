@@ -196,7 +196,7 @@ def reference(query, key, value):
     sub = i - j
     lt = sub < 128
     seen = le_2 & lt
-    where = torch.ops.aten.where.ScalarOther(seen, scores, float("-inf"))
+    where = torch.where(seen, scores, float("-inf"))
     weights = where.softmax(-1)
     einsum_1 = torch.einsum("bhmn,bnhd->bmhd", [weights, value_2])
     return einsum_1
