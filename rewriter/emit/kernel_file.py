@@ -206,7 +206,7 @@ class _FileView:
             "name": self.plan.name,
             "namespace": NAMESPACE,
             "math": self._math(),
-            "derivation": [self._with_state(line) for line in self.chain.derivation],
+            "derivation": [*map(self._with_state, self.chain.derivation), *self._apart()],
             "sweeps": self.plan.sweeps,
             "fixed": self._fixed(),
             "dynamic": [f"{name} ({self.known_sizes.get(p, 'passed')})" for p, name in names.sizes.items()],
@@ -238,6 +238,11 @@ class _FileView:
         contracted = [d.axis for k in self.plan.kernels for d in k.dots[:1]]
         table |= {"r0_0": self.names.axes[a] for a in contracted[:1]}
         return [renamed(line, table) for line in lines]
+
+    def _apart(self) -> list[str]:
+        """Why one sweep became several, in kernels of their own."""
+        apart = self.plan.candidates[0].apart if self.plan.candidates else ""
+        return [f"kernels: {len(self.plan.kernels)}, since {apart} (estimated)"] if apart else []
 
     def _with_state(self, line: str) -> str:
         """Prose, with the running state called as in this file."""

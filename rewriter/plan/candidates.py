@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from rewriter.ir import Tensor
 from rewriter.plan.estimates import KernelCost
 from rewriter.plan.kernel import Candidate, KernelPlan
 
+T = TypeVar("T")
 MARGIN = 0.15  # of its time another must save: estimates of candidates closer than that don't tell them apart
 
 
@@ -36,7 +38,7 @@ def choose(structures: Sequence[Options]) -> list[Candidate]:
     """The chosen candidate, then the others, best first. Of structures, as of options, the first is preferred."""
     picks = [[_pick(options) for options in s.kernels] for s in structures]
     whole = [_candidate(s, pick) for s, pick in zip(structures, picks)]
-    winner = whole[_best([(c.excess, c.seconds) for c in whole])]
+    winner = _best(whole, whole)
     others = [
         _candidate(s, [*pick[:k], option, *pick[k + 1 :]])
         for s, pick in zip(structures, picks)
@@ -47,9 +49,10 @@ def choose(structures: Sequence[Options]) -> list[Candidate]:
     ranked = sorted(rest, key=lambda c: (c.excess, c.seconds))
     firsts = [_candidate(s, [options[0] for options in s.kernels]) for s in structures]
     preferred = firsts[whole.index(winner)]
-    reasons = [*_why_structure(winner, whole[0]), *_why_tiles(winner, preferred)]
+    apart = _why_apart(winner, whole[0])
+    reasons = [*filter(None, [apart]), *_why_tiles(winner, preferred)]
     reason = "; ".join(reasons) or f"preferred, and no other saves {MARGIN:.0%}"
-    return [replace(winner, reason=reason), *(replace(c, reason=_why_not(c, winner)) for c in ranked)]
+    return [replace(winner, reason=reason, apart=apart), *(replace(c, reason=_why_not(c, winner)) for c in ranked)]
 
 
 def _candidate(structure: Options, options: Sequence[Option]) -> Candidate:
@@ -57,22 +60,27 @@ def _candidate(structure: Options, options: Sequence[Option]) -> Candidate:
 
 
 def _pick(options: Sequence[Option]) -> Option:
-    return options[_best([(o.cost.excess, o.cost.seconds) for o in options])]
+    return _best(options, [o.cost for o in options])
 
 
-def _best(costs: Sequence[tuple[float, float]]) -> int:
-    """Of (excess, seconds) the first, unless it does not fit as well as another, or another saves more than MARGIN."""
-    best = min(range(len(costs)), key=costs.__getitem__)
-    (excess, seconds), (least, fastest) = costs[0], costs[best]
-    return 0 if excess == least and fastest >= seconds * (1 - MARGIN) else best
+def _best(items: Sequence[T], costs: Sequence[KernelCost | Candidate]) -> T:
+    """The first, unless it does not fit as well as another, or another saves more than MARGIN.
+
+    No other is considered that does not fit an AMD GPU where the first does.
+    """
+    first = costs[0]
+    allowed = [k for k, c in enumerate(costs) if c.portable or not first.portable]
+    best = min(allowed, key=lambda k: (costs[k].excess, costs[k].seconds))
+    stays = first.excess == costs[best].excess and costs[best].seconds >= first.seconds * (1 - MARGIN)
+    return items[0 if stays else best]
 
 
-def _why_structure(winner: Candidate, plain: Candidate) -> list[str]:
-    """What speaks for kernels apart."""
+def _why_apart(winner: Candidate, plain: Candidate) -> str:
+    """What speaks for more kernels than the fewest."""
     if len(winner.kernels) == len(plain.kernels):
-        return []
+        return ""
     how = f"takes {plain.seconds / winner.seconds:.2f} times as long" if not plain.excess else _unfit(plain)
-    return [f"{_count(plain)} {how}"]
+    return f"{_count(plain)} {how}"
 
 
 def _count(candidate: Candidate) -> str:
@@ -88,7 +96,8 @@ def _why_tiles(winner: Candidate, preferred: Candidate) -> list[str]:
         other = preferred.costs[k]
         how = other.unfit or f"takes {other.seconds / cost.seconds:.2f} times as long"
         config = preferred.kernels[k].config
-        out.append(f"{config.block_m} x {config.block_n} in {config.num_warps} warps {how}")
+        which = f"in kernel {k + 1} " if len(winner.kernels) > 1 else ""
+        out.append(f"{which}{config.block_m} x {config.block_n} in {config.num_warps} warps {how}")
     return out
 
 
@@ -96,7 +105,8 @@ def _why_not(candidate: Candidate, winner: Candidate) -> str:
     if candidate.excess:
         return _unfit(candidate)
     ratio = candidate.seconds / winner.seconds
-    return f"{ratio:.2f} times as long" if ratio >= 1.005 else f"{ratio:.2f} times as long: too near to tell"
+    why = "" if ratio >= 1 else ": too near to tell" if candidate.portable or not winner.portable else ": fits no AMD GPU"
+    return f"{ratio:.2f} times as long{why}"
 
 
 def _unfit(candidate: Candidate) -> str:

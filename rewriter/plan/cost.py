@@ -22,6 +22,7 @@ from rewriter.ir import Apply, Axis, Const, Node, Param, Tensor, walk
 from rewriter.plan.estimates import REGISTERS, Held, KernelCost, Registers
 from rewriter.plan.kernel import KernelPlan
 from rewriter.plan.resources import (
+    AMD,
     REGISTER_FILE,
     SHARED_OF_SM,
     elements,
@@ -150,7 +151,7 @@ def _spilling(plan: KernelPlan, tile: Work, cost: Held, at_once: float) -> Work:
 def _held(plan: KernelPlan, tapes: list[Tape]) -> Held:
     wanted, bytes_ = registers(plan, tapes), shared(plan, tapes)
     units = {unit(plan, s) for t in tapes for s in t.steps if s.kind == "product"}
-    return Held(wanted, bytes_, _residents(plan, wanted, bytes_), "wgmma" in units)
+    return Held(wanted, bytes_, shared(plan, tapes, AMD), _residents(plan, wanted, bytes_), "wgmma" in units)
 
 
 # -- sizes ----------------------------------------------------------------------------------------------------------

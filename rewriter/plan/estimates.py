@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 REGISTERS = 255  # a thread may have
 SHARED = 166_912  # bytes a program may have on every Nvidia GPU from sm_80 on
+SHARED_AMD = 65_536  # and on an AMD one of the gfx9 family
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,12 @@ class Registers:
 class Held:
     """What a program holds: registers that a thread wants, bytes of shared memory, and how many programs fit at once.
 
-    `asynchronous` are products by wgmma.
+    `asynchronous` are products by wgmma. `shared_amd` are the bytes on an AMD GPU.
     """
 
     registers: Registers
     shared: int
+    shared_amd: int
     residents: int
     asynchronous: bool
 
@@ -60,3 +62,8 @@ class KernelCost:
         if self.held.shared > SHARED:
             return f"wants {self.held.shared / 1024:.0f} KiB of shared memory, of {SHARED // 1024}"
         return f"spills {self.held.registers.spilled} registers a thread" if self.excess else ""
+
+    @property
+    def portable(self) -> bool:
+        """Whether a program fits on AMD GPUs too."""
+        return self.held.shared_amd <= SHARED_AMD

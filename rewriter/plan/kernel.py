@@ -129,12 +129,16 @@ class KernelPlan:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to compute a chain: its kernels, what each costs, what they hand on, and why it was chosen or not."""
+    """One way to compute a chain: its kernels, what each costs, what they hand on, and why it was chosen or not.
+
+    `apart` says why there are more kernels than the fewest, if there are.
+    """
 
     kernels: tuple[KernelPlan, ...]
     costs: tuple[KernelCost, ...]
     results: tuple[Tensor, ...] = ()
     reason: str = ""
+    apart: str = ""
 
     @property
     def seconds(self) -> float:
@@ -144,10 +148,14 @@ class Candidate:
     def excess(self) -> float:
         return max(c.excess for c in self.costs)
 
+    @property
+    def portable(self) -> bool:
+        return all(c.portable for c in self.costs)
+
 
 @dataclass(frozen=True)
 class ChainPlan:
-    """The kernels of a chain, in the order they run. `results` are what one writes for those after it, a value per row.
+    """The kernels of a chain, in the order they run. `results` are what one writes for those after it, row by row.
 
     `candidates` are what was considered: the one that was chosen, then the others, best first.
     """

@@ -150,56 +150,75 @@ def _fragments(plan: KernelPlan, step: Step) -> float:
 # -- shared memory --------------------------------------------------------------------------------------------------
 
 
-def shared(plan: KernelPlan, tapes: list[Tape]) -> int:
+@dataclass(frozen=True)
+class Machine:
+    """What differs in how Triton places operands. `rows` are those of one matrix instruction of a warp (a warpgroup)."""
+
+    asynchronous: bool  # wgmma reads operands where they lie, and weights as they are
+    rows: int
+
+
+HOPPER, AMD = Machine(True, 16), Machine(False, 32)
+
+
+def shared(plan: KernelPlan, tapes: list[Tape], machine: Machine = HOPPER) -> int:
     """Bytes of one program: tiles of its busiest sweep, or of the results on their way out."""
     loads = {s.key: s for t in tapes for s in t.steps if s.kind == "load"}
-    return max(*(_shared_of(plan, t, loads) for t in tapes), 1024)
+    return max(*(_Placed(plan, t, loads, machine).bytes for t in tapes), 1024)
 
 
-def _shared_of(plan: KernelPlan, tape: Tape, loads: dict[Key, Step]) -> int:
-    products = [s for s in tape.steps if s.kind == "product"]
-    operands: dict[Key, int] = {}
-    for step in products:
-        for key in step.reads:
-            if key in loads:
-                operands[key] = _copies(plan, step, loads[key], products)
-    fixed = [k for k in operands if not loads[k].moves and not loads[k].inner]
-    moving = [k for k in operands if k not in fixed]
+class _Placed:
+    """The tiles of a sweep in shared memory."""
 
-    def total(keys: list[Key]) -> int:
-        return sum(operands[k] * _bytes(plan, loads[k]) for k in keys)
+    def __init__(self, plan: KernelPlan, tape: Tape, loads: dict[Key, Step], machine: Machine):
+        self.plan, self.tape, self.loads, self.machine = plan, tape, loads, machine
+        self.products = [s for s in tape.steps if s.kind == "product"]
+        self.operands = {key: s for s in self.products for key in s.reads if key in loads}
 
-    inside, around = ([k for k in moving if bool(loads[k].inner) is deep] for deep in (True, False))
-    together = sum if plan.config.num_stages > 1 else max  # one after the other where nothing is loaded ahead
-    streamed = max(together([0, *(total([k]) for k in group)]) for group in (inside, around))
-    return total(fixed) + streamed + _computed(plan, products, loads) + _staged(plan, tape, operands)
+    @property
+    def bytes(self) -> int:
+        if self.tape.sweep is None:
+            return max((self._size(s) for s in self.tape.steps if s.kind in ("load", "store") and len(s.axes) > 1), default=0)
+        fixed = [k for k in self.operands if not self._moves(k)]
+        return sum(self._size(self.loads[k]) for k in fixed) + self._streamed() + self._weights() + self._staged()
 
+    def _moves(self, key: Key) -> bool:
+        return self.loads[key].moves or bool(self.loads[key].inner)
 
-def _bytes(plan: KernelPlan, step: Step) -> int:
-    return elements(plan, step.axes) * step.bytes
+    def _size(self, step: Step) -> int:
+        return elements(self.plan, step.axes) * step.bytes
 
+    def _streamed(self) -> int:
+        """Operands of the loop around, or of the loops inside a tile: only the innermost is pipelined."""
+        together = sum if self.plan.config.num_stages > 1 else max  # one after the other where nothing is loaded ahead
+        moving = [k for k in self.operands if self._moves(k)]
+        groups = [[k for k in moving if bool(self.loads[k].inner) is deep] for deep in (True, False)]
+        return max(together([0, *(self._copies(k) * self._size(self.loads[k]) for k in group)]) for group in groups)
 
-def _copies(plan: KernelPlan, product: Step, load: Step, products: list[Step]) -> int:
-    """Buffers of an operand: wgmma reads one while the next are written, other units have it in registers by then."""
-    if not (load.moves or load.inner):
-        return 1
-    if any(p.inner for p in products) and not load.inner:
-        return 1  # only the innermost loop is pipelined
-    return max(1, plan.config.num_stages - (unit(plan, product) != "wgmma"))
+    def _copies(self, key: Key) -> int:
+        """Buffers of an operand: wgmma reads one while the next are written, other units have it in registers by then."""
+        if any(p.inner for p in self.products) and not self.loads[key].inner:
+            return 1
+        return max(1, self.plan.config.num_stages - (not self._in_place(self.operands[key])))
 
+    def _in_place(self, product: Step) -> bool:
+        return self.machine.asynchronous and unit(self.plan, product) == "wgmma"
 
-def _computed(plan: KernelPlan, products: list[Step], loads: dict[Key, Step]) -> int:
-    """The largest tile of weights that changes its layout by way of shared memory: wgmma takes them as they are."""
-    left = [(s, s.over - (s.axes & set(plan.features))) for s in products if s.reads[0] not in loads]
-    return max((elements(plan, tile) * s.bytes for s, tile in left if unit(plan, s) != "wgmma"), default=0)
+    def _weights(self) -> int:
+        """The largest tile of weights that changes its layout on the way to its product."""
+        computed = [s for s in self.products if s.reads[0] not in self.loads and self._moved(s)]
+        tiles = [elements(self.plan, s.over - (s.axes & set(self.plan.features))) * s.bytes for s in computed]
+        return max(tiles, default=0)
 
+    def _moved(self, product: Step) -> bool:
+        """Where warps have rows of their own they keep them, on AMD; Hopper's wgmma takes weights from where they are."""
+        if self.machine.asynchronous:
+            return not self._in_place(product)
+        return product.bytes > 2 or self.plan.config.block_m < self.machine.rows * self.plan.config.num_warps
 
-def _staged(plan: KernelPlan, tape: Tape, operands: dict[Key, int]) -> int:
-    """Other tiles that are loaded ahead: biases."""
-    if plan.config.num_stages < 2:
-        return 0
-    return sum(
-        _bytes(plan, s) * (plan.config.num_stages - 1)
-        for s in tape.steps
-        if _streams(s) and s.key not in operands and s.bytes > 1
-    )
+    def _staged(self) -> int:
+        """Other tiles that are loaded ahead: biases."""
+        if self.plan.config.num_stages < 2 or not self.machine.asynchronous:
+            return 0
+        others = [s for s in self.tape.steps if _streams(s) and s.key not in self.operands and s.bytes > 1]
+        return sum(self._size(s) for s in others) * (self.plan.config.num_stages - 1)
