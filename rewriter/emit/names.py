@@ -27,7 +27,8 @@ class Names:
         self.outputs = {o.name: self.unique("out" if single else f"out_{o.name}") for o in plan.chain.outputs}
         self.state = self._state(plan)
         for result in plan.results:
-            self.tensors[result] = self.outputs[result.name] = self.unique(_stored(plan.chain.definition(result.name), self.state))
+            called = self.unique(_stored(plan.chain.definition(result.name), self.state))
+            self.tensors[result] = self.outputs[result.name] = called
 
     def for_kernel(self) -> Names:
         """The same names, with room of its own for the variables of one kernel."""

@@ -1,7 +1,7 @@
 """Choosing among the ways to compute a chain: the preferred one, unless estimates tell another to be faster.
 
-A structure says which kernel computes what; each of its kernels has options, roles of axes and tiles, the preferred first.
-Kernels run one after the other, so each is chosen by itself, and structures by the sum.
+A structure says which kernel computes what; each of its kernels has options, roles of axes and tiles, the preferred
+first. Kernels run one after the other, so each is chosen by itself, and structures by the sum.
 """
 
 from __future__ import annotations
@@ -105,8 +105,10 @@ def _why_not(candidate: Candidate, winner: Candidate) -> str:
     if candidate.excess:
         return _unfit(candidate)
     ratio = candidate.seconds / winner.seconds
-    why = "" if ratio >= 1 else ": too near to tell" if candidate.portable or not winner.portable else ": fits no AMD GPU"
-    return f"{ratio:.2f} times as long{why}"
+    if ratio >= 1:
+        return f"{ratio:.2f} times as long"
+    lost = winner.portable and not candidate.portable
+    return f"{ratio:.2f} times as long: {'fits no AMD GPU' if lost else 'too near to tell'}"
 
 
 def _unfit(candidate: Candidate) -> str:

@@ -1,14 +1,21 @@
 """What a plan costs: a roofline of one multiprocessor, over estimates of what its kernels do and hold.
 
-A kernel's time is that of one tile of the stream, times tiles, times programs a multiprocessor. A tile keeps several units
-busy: matrix products, arithmetic, special functions (exp), shared memory, and the way from L2. Programs that share a
-multiprocessor overlap: one multiplies while another takes exponentials. So with c of them a tile takes what its busiest unit
-needs and the c-th part of the rest; a program alone does one after the other. How many fit follows from registers and shared
-memory (`resources`). What does not fit in registers is spilled: addresses cost a load a tile; tiles are stored and loaded, and
-keep products from running on their own. Nothing is faster than memory brings every tensor once.
+A kernel's time is that of one tile of the stream, times tiles, times programs a multiprocessor. A tile keeps several
+units busy: matrix products, arithmetic, special functions (exp), shared memory, and the way from L2. Programs that
+share a multiprocessor overlap: one multiplies while another takes exponentials. So with c of them a tile takes what
+its busiest unit needs and the c-th part of the rest; a program alone does one after the other. How many fit follows
+from registers and shared memory (`resources`). What does not fit in registers is spilled: addresses cost a load a
+tile; tiles are stored and loaded, and keep products from running on their own. Nothing is faster than memory brings
+every tensor once.
 
-Compared with `ptxas -v` for sm_90 over 95 kernels of the zoo, fp16 and fp32, at the tiles planned and others
-(tests/test_cost.py): SEE BELOW.
+How good it is. Against `ptxas -v` for sm_90 (Triton 3.7.1), 98 kernels of the zoo in fp16 and fp32, at the tiles
+planned and others: shared memory is within 25% or 8 KiB for 95% of them, exact to the KiB for 86%; registers of what
+does not spill have a median error of 12%, above 45% for a tenth, mostly too few. All that spill more than 512 bytes
+are predicted to spill, and all that are predicted to spill 64 registers or more do. Of 30 other kernels, which no
+number here was set by: 97%, and 11%. Times are 10 to 27% shorter than those measured on an H200 (vanilla and softcap,
+width 64 and 128). tests/test_cost.py asserts what it says of memory, registers and spills. What is not seen: operands
+whose rows are not aligned, which are not loaded ahead; the layout changes of three-dimensional tiles; tiles that a
+mask empties.
 """
 
 from __future__ import annotations
@@ -137,7 +144,7 @@ def _residents(plan: KernelPlan, wanted: Registers, held: int) -> int:
 
 
 def _spilling(plan: KernelPlan, tile: Work, cost: Held, at_once: float) -> Work:
-    """A tile's work with what spilling adds: an address is loaded again, a value stored too, through L1 as far as they fit."""
+    """A tile's work with what spilling adds: an address is loaded again, a value stored too, in L1 as far as they fit."""
     wanted = cost.registers
     hot = max(0.0, wanted.hot - REGISTERS)
     moved = (wanted.spilled + hot) * 4 * threads(plan)
@@ -229,8 +236,8 @@ def _of_step(plan: KernelPlan, step: Step, in_shared: bool) -> Work:
 def _operand_bytes(plan: KernelPlan, step: Step) -> float:
     """What a product reads from shared memory.
 
-    wgmma multiplies 64 rows at a time, each time reading the whole right operand; warps that have no rows of their own split
-    the columns, and read the left operand again. Other units read both for every thread's or warp's part of the result.
+    wgmma multiplies 64 rows at a time, each time reading the whole right operand; warps that have no rows of their own
+    split the columns, and read the left operand again. Other units read both for every thread's or warp's part.
     """
     depth = elements(plan, step.over - step.axes)
     rows = elements(plan, step.axes & set(plan.rows[:1]))

@@ -72,7 +72,7 @@ class Structure:
         return _kernel(self.names[k], self.chains[k], roles, self.results)
 
     def _other_rows(self, k: int, own: KernelPlan) -> list[KernelPlan]:
-        """The same with another grid axis as the rows, where that leaves every matrix product one, and tiles as flat."""
+        """The same with another grid axis as rows, where every matrix product stays one, and tiles stay as flat."""
         if len(own.rows) != 1:
             return []
         roles = [_Roles(self.chains[k], self.parts[k], self.features, (axis,)) for axis in own.grid]

@@ -1,8 +1,9 @@
 """Estimates of what one program of a kernel holds: registers a thread, and shared memory.
 
-Both follow from how Triton places tiles. A thread holds its share of every tile that is alive at once: running state, scores
-between the product that makes them and the last use of their weights, fragments of operands where the matrix unit takes them
-from registers. The operands of products lie in shared memory, those that move with the stream as often as they are buffered.
+Both follow from how Triton places tiles. A thread holds its share of every tile that is alive at once: running state,
+scores between the product that makes them and the last use of their weights, fragments of operands where the matrix
+unit takes them from registers. The operands of products lie in shared memory, those that move with the stream as
+often as they are buffered.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ WARP = 32  # threads
 REGISTER_FILE = 65_536  # registers of a multiprocessor
 SHARED_OF_SM = 233_472  # bytes that the programs on one multiprocessor share, on sm_90
 
-ADDRESSES = 40  # registers of a thread for positions, strides, loop counters and what is on its way through an operation
+ADDRESSES = 40  # registers of a thread for positions, strides, counters and what is on its way through an operation
 VECTOR = 16  # bytes that one load of a thread brings
 QUAD = 4  # threads that hold the same number of a row, in the layout of matrix products
 
@@ -30,7 +31,7 @@ def threads(plan: KernelPlan) -> int:
 
 
 def unit(plan: KernelPlan, step: Step) -> str:
-    """What computes a product: Hopper's `wgmma` for 64 rows and more, `mma` for fewer, `fma` for fp32, which isn't rounded."""
+    """What computes a product: Hopper's `wgmma` for 64 rows and more, `mma` for fewer, `fma` in fp32."""
     if step.bytes > 2:
         return "fma"
     return "wgmma" if plan.config.block_m >= 64 and plan.config.num_warps >= 4 else "mma"
@@ -84,8 +85,8 @@ def _address_registers(plan: KernelPlan, step: Step) -> float:
 def _peak(plan: KernelPlan, tape: Tape) -> float:
     """The most that tiles take which are alive at once.
 
-    Pointwise steps are free: they go element by element. What counts is alive across a product or a reduction, which needs
-    a whole tile.
+    Pointwise steps are free: they go element by element. What counts is alive across a product or a reduction, which
+    needs a whole tile.
     """
     lives = _lives(tape)
     barriers = [(at, s) for at, s in enumerate(tape.steps) if s.kind in ("product", "fold")]
@@ -152,7 +153,7 @@ def _fragments(plan: KernelPlan, step: Step) -> float:
 
 @dataclass(frozen=True)
 class Machine:
-    """What differs in how Triton places operands. `rows` are those of one matrix instruction of a warp (a warpgroup)."""
+    """What differs in how Triton places operands; `rows` are those of one matrix instruction of a warp."""
 
     asynchronous: bool  # wgmma reads operands where they lie, and weights as they are
     rows: int
@@ -178,7 +179,8 @@ class _Placed:
     @property
     def bytes(self) -> int:
         if self.tape.sweep is None:
-            return max((self._size(s) for s in self.tape.steps if s.kind in ("load", "store") and len(s.axes) > 1), default=0)
+            passing = [s for s in self.tape.steps if s.kind in ("load", "store") and len(s.axes) > 1]
+            return max(map(self._size, passing), default=0)
         fixed = [k for k in self.operands if not self._moves(k)]
         return sum(self._size(self.loads[k]) for k in fixed) + self._streamed() + self._weights() + self._staged()
 
@@ -196,7 +198,7 @@ class _Placed:
         return max(together([0, *(self._copies(k) * self._size(self.loads[k]) for k in group)]) for group in groups)
 
     def _copies(self, key: Key) -> int:
-        """Buffers of an operand: wgmma reads one while the next are written, other units have it in registers by then."""
+        """Buffers of an operand: wgmma reads one while the next is written, other units have it in registers by then."""
         if any(p.inner for p in self.products) and not self.loads[key].inner:
             return 1
         return max(1, self.plan.config.num_stages - (not self._in_place(self.operands[key])))
@@ -211,7 +213,7 @@ class _Placed:
         return max(tiles, default=0)
 
     def _moved(self, product: Step) -> bool:
-        """Where warps have rows of their own they keep them, on AMD; Hopper's wgmma takes weights from where they are."""
+        """wgmma takes weights from where they are; on AMD warps keep them where they have rows of their own."""
         if self.machine.asynchronous:
             return not self._in_place(product)
         return product.bytes > 2 or self.plan.config.block_m < self.machine.rows * self.plan.config.num_warps

@@ -6,7 +6,7 @@ from rewriter.plan.cost import LONG, SHORT
 from rewriter.plan.estimates import KernelCost
 from rewriter.plan.kernel import Candidate, ChainPlan, KernelPlan
 
-MOST_SHOWN = 8  # candidates
+MOST_SHOWN = 8  # candidates, beside the best for each choice of kernels and rows
 
 
 def show_plan(plan: ChainPlan) -> str:
@@ -16,7 +16,8 @@ def show_plan(plan: ChainPlan) -> str:
 
 def show_kernel(plan: KernelPlan) -> str:
     config = plan.config
-    roles = {"grid": plan.grid, "rows": plan.rows, "streams": tuple(s.stream for s in plan.sweeps), "features": plan.features}
+    streams = tuple(s.stream for s in plan.sweeps)
+    roles = {"grid": plan.grid, "rows": plan.rows, "streams": streams, "features": plan.features}
     shown = "; ".join(f"{role} {', '.join(a.name for a in axes)}" for role, axes in roles.items())
     return (
         f"{plan.name}: {shown}; tiles {config.block_m} x {config.block_n}, "
@@ -30,14 +31,15 @@ def show_candidates(plan: ChainPlan) -> list[str]:
     rows  streams  tile            ms     bound by  registers  spilled  KiB  at once
     """
     header = ("", "rows", "streams", "tile", "ms", "bound by", "registers", "spilled", "KiB", "at once", "")
-    shown = plan.candidates[:MOST_SHOWN]
+    firsts = {tuple(k.rows for k in c.kernels): c for c in reversed(plan.candidates)}
+    shown = [c for k, c in enumerate(plan.candidates) if k < MOST_SHOWN or c in firsts.values()]
     lines = [line for k, candidate in enumerate(shown) for line in _lines(candidate, "*" if k == 0 else "")]
     left = len(plan.candidates) - len(shown)
     sizes = f"{LONG} rows and stream positions, {SHORT} of every other axis, where a size is not known"
     return [
         f"candidates, estimated for {sizes}; * is the one chosen",
         *_table([header, *lines]),
-        *([f"and {left} more, slower or unfit"] if left else []),
+        *([f"and {left} more that are slower or do not fit"] if left else []),
     ]
 
 

@@ -5,7 +5,7 @@ A value is known by its node, so that what two definitions share is computed onc
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -48,7 +48,7 @@ class Step:
 
 @dataclass
 class Tape:
-    """The steps of one sweep, or, where `sweep` is None, of what follows the last; `states` are definitions kept in registers."""
+    """The steps of one sweep, or, where `sweep` is None, of what follows the last. `states` are held in registers."""
 
     sweep: Sweep | None
     steps: list[Step] = field(default_factory=list)
@@ -98,7 +98,18 @@ class _Recorder:
     def _index(self, sweep: Sweep | None) -> int:
         return self.plan.sweeps.index(sweep) if sweep else len(self.plan.sweeps)
 
-    def _write(self, key: Key, kind: str, free, reads=(), op: str = "", over=(), size: int = 4, moves: bool | None = None) -> Key:
+    def _write(
+        self,
+        key: Key,
+        kind: str,
+        free: Iterable[Axis],
+        reads: Iterable[Key] = (),
+        op: str = "",
+        over: Iterable[Axis] = (),
+        size: int = 4,
+        moves: bool | None = None,
+    ) -> Key:
+        """A step; unless told, it moves where the stream is among its axes."""
         axes = self.tiles & frozenset(free)
         moves = self.stream is not None and (self.stream in free) if moves is None else moves
         inner = tuple((a, turn) for a, turn in self.inner if a in free or kind == "product")
@@ -170,7 +181,8 @@ class _Recorder:
     def _accumulate(self, definition: Definition) -> None:
         values = weighted_values(self.plan, definition) if definition.op == "sum" else None
         factors = [f for f in definition.rest if f is not values]
-        weight = self._weight(definition, factors) if definition.op == "sum" else self._masked(definition, definition.body)
+        summed = definition.op == "sum"
+        weight = self._weight(definition, factors) if summed else self._masked(definition, definition.body)
         state = ("state", definition.name)
         if values is None:
             lanes = frozenset(definition.axes) | ({self.stream} if not self.plan.steps else set())
@@ -178,7 +190,8 @@ class _Recorder:
             return
         size = operand_dtype(self.plan, values).itemsize
         reads = [weight, *self._values(values)]
-        self._write(("sum", definition.name), "product", definition.axes, reads, over=[self.stream], size=size, moves=True)
+        key = ("sum", definition.name)
+        self._write(key, "product", definition.axes, reads, over=[self.stream], size=size, moves=True)
         if definition.shift:
             self._write(("moved", definition.name), "op", definition.axes, [state], "mul", moves=True)
 
@@ -207,7 +220,8 @@ class _Recorder:
             self._write(key, "op", free, [scaled], "exp2", moves=True)
         terms = [key]
         if shift.mass:
-            terms.append(self._write(("lever", definition.name), "op", free, [score, *self._values(shift.phi)], "sub", moves=True))
+            reads = [score, *self._values(shift.phi)]
+            terms.append(self._write(("lever", definition.name), "op", free, reads, "sub", moves=True))
         return self._times(definition, [*terms, *self._values(*factors)], factors, free)
 
     def _times(self, definition: Definition, keys: list[Key], factors: list[Node], free=frozenset()) -> Key:
