@@ -50,8 +50,8 @@ def half_dtype(program: Program) -> torch.dtype:
     return torch.float16 if "fp16" in program.dtypes else torch.bfloat16
 
 
-def rewritten(program: Program, model: Any, folder: Path) -> Half:
-    args = at_dtype(program.inputs(program.traced, model), half_dtype(program))
+def rewritten(program: Program, model: Any, folder: Path, dtype: torch.dtype | None = None) -> Half:
+    args = at_dtype(program.inputs(program.traced, model), dtype or half_dtype(program))
     result = rewrite_module(model, args, {})
     assert result.patched, result.unfused
     sources = package_files(result, program.name)
