@@ -144,7 +144,7 @@ def _residents(plan: KernelPlan, wanted: Registers, held: int) -> int:
 
 
 def _spilling(plan: KernelPlan, tile: Work, cost: Held, at_once: float) -> Work:
-    """A tile's work with what spilling adds: an address is loaded again, a value stored too, in L1 as far as they fit."""
+    """A tile's work with what spilling adds: addresses are loaded again, values stored too, in L1 while they fit."""
     wanted = cost.registers
     hot = max(0.0, wanted.hot - REGISTERS)
     moved = (wanted.spilled + hot) * 4 * threads(plan)

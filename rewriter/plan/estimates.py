@@ -11,7 +11,7 @@ SHARED_AMD = 65_536  # and on an AMD one of the gfx9 family
 
 @dataclass(frozen=True)
 class Registers:
-    """A thread's wish: `hot` values are used for every tile; `cold` ones are addresses, spilled first, at little cost."""
+    """A thread's wish: `hot` values are used for every tile; `cold` ones, addresses, are spilled first."""
 
     hot: float
     cold: float
@@ -50,7 +50,7 @@ class KernelCost:
 
     @property
     def excess(self) -> float:
-        """By how much it is no candidate: 0 where a program fits, and its tiles stay in registers for the greater part."""
+        """By how much it is no candidate: 0 where a program fits, and most of its tiles stay in registers."""
         if self.held.shared > SHARED:
             return float("inf")
         spilled = self.held.registers.spilled

@@ -46,7 +46,7 @@ def independent_groups(chain: Chain, parts: list[Part]) -> dict[str, int]:
 
 
 def _things(definition: Definition, names: set[str]) -> set[object]:
-    """What ties a definition to others: its value, those of `names` it reads, contractions, which would be done again."""
+    """What ties a definition to others: its value, those of `names` it reads, contractions, else done again."""
     nodes = list(walk(*definition.roots))
     read = {n.name for n in nodes if isinstance(n, Ref)} & names
     return {definition.name, *read, *(n for n in nodes if isinstance(n, Reduce) and n.depth == 1)}

@@ -10,7 +10,7 @@ from rewriter.plan.kernel import KernelPlan
 
 
 def weighted_values(plan: KernelPlan, definition: Definition) -> Node | None:
-    """The values v of sum_n weight[m, n] · v[n, e] where that is a matrix product of tiles: v does not depend on rows."""
+    """The values v of sum_n weight[m, n] · v[n, e] where that is a matrix product: v does not depend on rows."""
     values = [f for f in definition.rest if any(a in plan.features for a in f.free)]
     if len(values) != 1 or plan.steps or not set(plan.rows) & set(definition.axes):
         return None

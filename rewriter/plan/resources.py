@@ -90,7 +90,7 @@ def _peak(plan: KernelPlan, tape: Tape) -> float:
     """
     lives = _lives(tape)
     barriers = [(at, s) for at, s in enumerate(tape.steps) if s.kind in ("product", "fold")]
-    return max((_alive(plan, tape, lives, at) + _fragments(plan, step) for at, step in barriers), default=0)
+    return max((_alive(plan, lives, at) + _fragments(plan, step) for at, step in barriers), default=0)
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ def _lives(tape: Tape) -> list[_Life]:
     ]
 
 
-def _alive(plan: KernelPlan, tape: Tape, lives: list[_Life], at: int) -> float:
-    """Registers for tiles made up to `at` and read after it; what does not move with the stream lives throughout."""
+def _alive(plan: KernelPlan, lives: list[_Life], at: int) -> float:
+    """Registers for tiles made by step `at` and read from it on; what does not move lives throughout."""
     total = 0.0
     for life in lives:
         if len(life.step.axes) < 2 or life.step.bytes == 1:  # masks are computed where they are used
@@ -198,7 +198,7 @@ class _Placed:
         return max(together([0, *(self._copies(k) * self._size(self.loads[k]) for k in group)]) for group in groups)
 
     def _copies(self, key: Key) -> int:
-        """Buffers of an operand: wgmma reads one while the next is written, other units have it in registers by then."""
+        """Buffers of an operand: wgmma reads one while the next is written; others have it in registers by then."""
         if any(p.inner for p in self.products) and not self.loads[key].inner:
             return 1
         return max(1, self.plan.config.num_stages - (not self._in_place(self.operands[key])))
