@@ -56,16 +56,17 @@ MEASURED = (
     ("euclidean_attention", 256, 4, torch.float16, ()),
     ("vanilla_einsum", 64, 4, torch.float32, ()),
     ("vanilla_einsum", 256, 4, torch.float32, SINGLE_TILES),
-    ("vanilla_einsum", 512, 4, torch.float32, (Config(16, 32, 4, 1),)),
+    ("vanilla_einsum", 512, 4, torch.float32, (Config(16, 32, 4, 1), Config(32, 32, 4, 1))),
 )
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A kernel at one tile: what is estimated, and what was compiled for sm_90."""
+    """A kernel at one tile: what is estimated, and what was compiled for sm_90. `planned`: the tile chosen."""
 
     name: str
-    config: Config
+    plan: KernelPlan
+    planned: bool
     registers: Registers
     shared: int
     result: CompileResult
@@ -107,7 +108,8 @@ def measured(folder: Path) -> list[Measured]:
                     (result,) = compiler.compile([asked])
                     assert result.ok, result.error
                     tapes = tapes_of(tiled)
-                    out.append(Measured(name, config, registers(tiled, tapes), shared(tiled, tapes), result))
+                    estimates = registers(tiled, tapes), shared(tiled, tapes)
+                    out.append(Measured(name, tiled, config == plan.config, *estimates, result))
     return out
 
 
@@ -117,6 +119,7 @@ def test_estimates_are_near_what_is_compiled(tmp_path):
     assert_shared_memory_is_near(found)
     assert_registers_are_near(found)
     assert_spills_are_predicted(found)
+    assert_fp32_does_not_spill([m for m in found if m.plan.dtype is torch.float32])
 
 
 def assert_shared_memory_is_near(found: list[Measured]) -> None:
@@ -137,6 +140,12 @@ def assert_spills_are_predicted(found: list[Measured]) -> None:
         if m.registers.spilled >= 64:
             assert m.result.spills, m
     assert any(m.result.spill_store_bytes > 512 for m in found)
+
+
+def assert_fp32_does_not_spill(found: list[Measured]) -> None:
+    """At widths 64 and 128 the preferred tile does, and another is chosen for that."""
+    assert all(m.result.spills != m.planned for m in found if m.planned or m.plan.config == preferred(m.plan))
+    assert sum(m.plan.config == preferred(m.plan) and not m.planned for m in found) == 2
 
 
 def test_limits_are_those_of_the_targets():
@@ -160,16 +169,6 @@ def planned(name: str, dim: int, heads: int, dtype: torch.dtype = torch.float16)
 def test_the_tiles_measured_on_an_h200_are_kept(name, width, tile):
     (kernel,) = planned(name, 4 * width, 4).kernels
     assert kernel.config == Config(*tile) == preferred(kernel)
-
-
-@pytest.mark.parametrize("width", [64, 128])
-def test_fp32_does_not_spill(width, tmp_path):
-    ((plan, request),) = requests_of("vanilla_einsum", 4 * width, 4, torch.float32, tmp_path)
-    assert plan.config != preferred(plan)
-    with check_compile.compiler(workers=1) as compiler:
-        (own,) = compiler.compile([request])
-        (other,) = compiler.compile([at_tile(plan, request, preferred(plan))[1]])
-    assert other.spills and not own.spills
 
 
 @pytest.mark.parametrize("values, kernels", [(64, 1), (128, 1), (256, 2)])

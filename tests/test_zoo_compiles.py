@@ -52,7 +52,8 @@ def half_dtype(program: Program) -> torch.dtype:
 
 def rewritten(program: Program, model: Any, folder: Path, dtype: torch.dtype | None = None) -> Half:
     args = at_dtype(program.inputs(program.traced, model), dtype or half_dtype(program))
-    result = rewrite_module(model, args, {})
+    # A title of its own: kernels of the same text are one op, whose launches the first recorder would get.
+    result = rewrite_module(model, args, {}, title=f"Kernels of {folder.name}.")
     assert result.patched, result.unfused
     sources = package_files(result, program.name)
     for name, text in sources.items():
