@@ -29,7 +29,8 @@ from rewriter.lift import Region, Rows, lift, lift_rows
 from rewriter.lift.region import site_of
 from rewriter.options import STAGES
 from rewriter.patch import Patched, patch
-from rewriter.plan import ChainPlan, KernelPlan, NeedsFixed, NotPlannable, plan
+from rewriter.plan import ChainPlan, NeedsFixed, NotPlannable, plan
+from rewriter.plan.show import show_plan
 from rewriter.trace import Dimension, TracedModule, capture
 
 
@@ -117,7 +118,7 @@ def rewrite_module(
             progress=progress,
             bound={**needed, **bound},
         )
-    printed["plan"] = "\n\n".join(_show_plan(f.plan) for f in fused)
+    printed["plan"] = "\n\n".join(show_plan(f.plan) for f in fused)
     if stop_after == "plan":
         return Rewritten(traced, tuple(fused), None, tuple(unfused), printed, _refused(lone, fused))
     progress("emit")
@@ -208,20 +209,6 @@ def _is_free(name: str) -> bool:
 def _show_chain(chain: Chain) -> str:
     lines = [f"{d.show({})}    (sweep {d.sweep + 1})" for d in chain.definitions]
     return "\n".join([*lines, *(show_output(o) for o in chain.outputs), *chain.derivation])
-
-
-def _show_plan(plan: ChainPlan) -> str:
-    return "\n".join(map(_show_kernel, plan.kernels))
-
-
-def _show_kernel(plan: KernelPlan) -> str:
-    config = plan.config
-    roles = {"grid": plan.grid, "rows": plan.rows, "streams": tuple(s.stream for s in plan.sweeps), "features": plan.features}
-    shown = "; ".join(f"{role} {', '.join(a.name for a in axes)}" for role, axes in roles.items())
-    return (
-        f"{plan.name}: {shown}; tiles {config.block_m} x {config.block_n}, "
-        f"{config.num_warps} warps, {config.num_stages} stages"
-    )
 
 
 def _source(module: Callable, title: str) -> Source:

@@ -50,9 +50,10 @@ def half_dtype(program: Program) -> torch.dtype:
     return torch.float16 if "fp16" in program.dtypes else torch.bfloat16
 
 
-def rewritten(program: Program, model: Any, folder: Path) -> Half:
-    args = at_dtype(program.inputs(program.traced, model), half_dtype(program))
-    result = rewrite_module(model, args, {})
+def rewritten(program: Program, model: Any, folder: Path, dtype: torch.dtype | None = None) -> Half:
+    args = at_dtype(program.inputs(program.traced, model), dtype or half_dtype(program))
+    # A title of its own: kernels of the same text are one op, whose launches the first recorder would get.
+    result = rewrite_module(model, args, {}, title=f"Kernels of {folder.name}.")
     assert result.patched, result.unfused
     sources = package_files(result, program.name)
     for name, text in sources.items():

@@ -9,9 +9,10 @@ import torch
 from rewriter.emit.expr import ATOM, TRITON_DTYPES, NotEmittable, Text, operand, spread_argument
 from rewriter.emit.scope import Line, Scope
 from rewriter.emit.values import Values
-from rewriter.ir import TRUE, Axis, Index, Load, Node, Reduce, walk
+from rewriter.ir import TRUE, Axis, Index, Load, Node, Reduce
 from rewriter.ir.ops import MONOIDS, neutral_of
 from rewriter.plan import Dot, Loop
+from rewriter.plan.products import operand_dtype
 
 INTO = {
     "max": "tl.maximum({0}, {1})",
@@ -44,7 +45,7 @@ class Inner(Values):
         return Text(f"{code} * {factors}", axes, 6)
 
     def _product(self, dot: Dot, scope: Scope, onto: str = "") -> str:
-        stored = self._operand_dtype(dot.left, dot.right)
+        stored = operand_dtype(self.plan, dot.left, dot.right)
         left = self._tile_operand(dot.left, (dot.rows, dot.axis), scope, stored)
         right = self._tile_operand(dot.right, (dot.columns, dot.axis), scope, stored)
         return f"tl.dot({left}, tl.trans({right}){onto}{precision(stored)})"
@@ -98,11 +99,6 @@ class Inner(Values):
         if isinstance(node, Load) and node.dtype is stored:
             return text.code
         return f"{text.tight(ATOM)}.to({TRITON_DTYPES[stored]})"
-
-    def _operand_dtype(self, *operands: Node) -> torch.dtype:
-        """The widest floating type that the operands of one product are stored in."""
-        floats = [n.dtype for n in walk(*operands) if isinstance(n, Load) and n.dtype.is_floating_point]
-        return max(floats, key=lambda d: d.itemsize, default=self.plan.dtype)
 
 
 def held_dtype(body: Node) -> torch.dtype:

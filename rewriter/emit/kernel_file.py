@@ -20,7 +20,6 @@ from rewriter.ir import Axis, Const, Node, Output, Param, Tensor, walk
 from rewriter.ir.printer import show, show_output
 from rewriter.lift import Region
 from rewriter.plan import ChainPlan, KernelPlan
-from rewriter.plan.kernel import LONG_BLOCK
 from rewriter.trace.sizes import renamed
 
 NAMESPACE = "flashlight"
@@ -147,11 +146,7 @@ class _KernelView:
         }
 
     def _blocks(self) -> list[tuple[str, int]]:
-        plan, config = self.plan, self.plan.config
-        sizes = {a: config.block_m for a in plan.rows[:1]} | {a: config.block_n for a in plan.rows[1:]}
-        sizes |= {} if plan.steps else {a: config.block_n for a in plan.streams}
-        sizes |= {a: plan.padded(a) for a in plan.features} | {a: LONG_BLOCK for a in plan.long_axes}
-        return [(f"BLOCK_{self.names.axes[a].upper()}", size) for a, size in sizes.items()]
+        return [(f"BLOCK_{self.names.axes[a].upper()}", size) for a, size in self.plan.sizes.items()]
 
     def _params(self) -> list[str]:
         params = [f"{n}_ptr" for n in (*self.tensors.values(), *self.outputs.values())]
@@ -213,7 +208,7 @@ class _FileView:
             "name": self.plan.name,
             "namespace": NAMESPACE,
             "math": self._math(),
-            "derivation": [self._with_state(line) for line in self.chain.derivation],
+            "derivation": [*map(self._with_state, self.chain.derivation), *self._apart()],
             "sweeps": self.plan.sweeps,
             "fixed": self._fixed(),
             "dynamic": [f"{name} ({self.known_sizes.get(p, 'passed')})" for p, name in names.sizes.items()],
@@ -246,6 +241,11 @@ class _FileView:
         contracted = [d.axis for k in self.plan.kernels for d in k.dots[:1]]
         table |= {"r0_0": self.names.axes[a] for a in contracted[:1]}
         return [renamed(line, table) for line in lines]
+
+    def _apart(self) -> list[str]:
+        """Why one sweep became several, in kernels of their own."""
+        apart = self.plan.candidates[0].apart if self.plan.candidates else ""
+        return [f"kernels: {len(self.plan.kernels)}, since {apart} (estimated)"] if apart else []
 
     def _with_state(self, line: str) -> str:
         """Prose, with the running state called as in this file."""

@@ -28,7 +28,8 @@ class Names:
         self.outputs = {o.name: self.unique("out" if single else f"out_{o.name}") for o in plan.chain.outputs}
         self.state = self._state(plan)
         for result in plan.results:
-            self.tensors[result] = self.outputs[result.name] = self.unique(_stored(plan.chain.definition(result.name)))
+            called = self.unique(_stored(plan.chain.definition(result.name), self.state))
+            self.tensors[result] = self.outputs[result.name] = called
 
     def for_kernel(self) -> Names:
         """The same names, with room of its own for the variables of one kernel."""
@@ -93,9 +94,9 @@ def _base(definition: Definition, features: set[Axis]) -> str:
     return {"max": "m_i", "sum": "l_i"}.get(definition.op, f"{definition.op}_i")
 
 
-def _stored(definition: Definition) -> str:
-    """What one kernel writes for the next: a value per row of its own."""
-    return f"row_{definition.op}"
+def _stored(definition: Definition, state: dict[str, str]) -> str:
+    """What one kernel writes for the next: for each of its own rows a value, or the features of an accumulator."""
+    return "row_acc" if state[definition.name].startswith("acc") else f"row_{definition.op}"
 
 
 def _all_nodes(plan: ChainPlan) -> list[Node]:

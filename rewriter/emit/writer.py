@@ -14,6 +14,7 @@ from rewriter.emit.scope import Line, Scope
 from rewriter.ir import TRUE, Apply, Axis, Const, Index, Load, Node, Output, Param, Where, const
 from rewriter.lift.rounding import has_fill
 from rewriter.plan import KernelPlan, Sweep
+from rewriter.plan.products import operand_dtype, weighted_values
 
 FOLD = {"max": "tl.max", "min": "tl.min", "sum": "tl.sum"}
 
@@ -187,10 +188,10 @@ class Writer(Inner):
     def _running_sum(self, definition: Definition) -> None:
         state = self.names.state[definition.name]
         rescale = self._rescaled(definition)
-        values = [f for f in definition.rest if any(a in self.plan.features for a in f.free)]
-        weights = [f for f in definition.rest if f not in values]
-        if len(values) == 1 and self._is_product(definition, values[0]):
-            self._matrix_sum(definition, state, rescale, self._weight(definition, weights), values[0])
+        values = weighted_values(self.plan, definition)
+        if values is not None:
+            weights = [f for f in definition.rest if f is not values]
+            self._matrix_sum(definition, state, rescale, self._weight(definition, weights), values)
             return
         axes = self.tile(definition.axes)
         if self._counts(definition):
@@ -213,17 +214,9 @@ class Writer(Inner):
         start = "full" if "full" in self.plan.segments(self.sweep) else "0"
         return f"({self.value(self.sweep.stream.extent, self.prologue).tight(5)} - {start})"
 
-    def _is_product(self, definition: Definition, values: Node) -> bool:
-        """Whether the weights' tile times the values' is a matrix product: the values do not depend on the row."""
-        if self.plan.steps or not set(self.plan.rows) & set(definition.axes):
-            return False
-        lanes = self.tile(values.free)
-        features = [a for a in lanes if a in self.plan.features]
-        return len(features) == 1 and lanes == (self.sweep.stream, *features)
-
     def _matrix_sum(self, definition: Definition, state: str, rescale: str, weight: Text, values: Node) -> None:
         axes = self.tile(definition.axes)
-        stored = self._operand_dtype(values)
+        stored = operand_dtype(self.plan, values)
         value = self._tile_operand(values, self.tile(values.free), self.loop, stored)
         left, mode = f"{weight.code}.to({TRITON_DTYPES[stored]})", precision(stored)
         if stored is torch.float16 and not _is_at_most_one(definition):

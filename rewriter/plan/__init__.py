@@ -1,9 +1,10 @@
 """Stage plan: a chain → the kernels that compute it."""
 
-from rewriter.plan.kernel import ChainPlan, Config, Dot, KernelPlan, Loop, Sweep, padded
+from rewriter.plan.kernel import Candidate, ChainPlan, Config, Dot, KernelPlan, Loop, Sweep, padded
 from rewriter.plan.plan import NeedsFixed, NotPlannable, plan
 
 __all__ = [
+    "Candidate",
     "ChainPlan",
     "Config",
     "Dot",

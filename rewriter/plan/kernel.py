@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from rewriter.derive import Chain, Definition
 from rewriter.ir import Axis, Const, Node, Output, Reduce, Tensor
+from rewriter.plan.estimates import KernelCost
 
 
 LONG_BLOCK = 64  # positions of a long contraction in one block
@@ -83,6 +84,13 @@ class KernelPlan:
         return padded(axis)
 
     @property
+    def sizes(self) -> dict[Axis, int]:
+        """Positions of every tile axis that one tile has."""
+        sizes = {a: self.config.block_m for a in self.rows[:1]} | {a: self.config.block_n for a in self.rows[1:]}
+        sizes |= {} if self.steps else {a: self.config.block_n for a in self.streams}
+        return sizes | {a: self.padded(a) for a in self.features} | {a: LONG_BLOCK for a in self.long_axes}
+
+    @property
     def streams(self) -> tuple[Axis, ...]:
         return tuple(dict.fromkeys(s.stream for s in self.sweeps))
 
@@ -120,13 +128,43 @@ class KernelPlan:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """One way to compute a chain: its kernels, what each costs, what they hand on, and why it was chosen or not.
+
+    `apart` says why there are more kernels than the fewest, if there are.
+    """
+
+    kernels: tuple[KernelPlan, ...]
+    costs: tuple[KernelCost, ...]
+    results: tuple[Tensor, ...] = ()
+    reason: str = ""
+    apart: str = ""
+
+    @property
+    def seconds(self) -> float:
+        return sum(c.seconds for c in self.costs)
+
+    @property
+    def excess(self) -> float:
+        return max(c.excess for c in self.costs)
+
+    @property
+    def portable(self) -> bool:
+        return all(c.portable for c in self.costs)
+
+
+@dataclass(frozen=True)
 class ChainPlan:
-    """The kernels of a chain, in the order they run. `results` are what one writes for those after it, a value per row."""
+    """The kernels of a chain, in the order they run. `results` are what one writes for those after it, row by row.
+
+    `candidates` are what was considered: the one that was chosen, then the others, best first.
+    """
 
     name: str
     chain: Chain
     kernels: tuple[KernelPlan, ...]
     results: tuple[Tensor, ...] = ()
+    candidates: tuple[Candidate, ...] = field(default=(), compare=False)
 
     @property
     def sweeps(self) -> int:

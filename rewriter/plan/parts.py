@@ -21,14 +21,41 @@ class Part:
     outputs: list[Output] = field(default_factory=list)
 
 
-def parts_of(chain: Chain) -> list[Part]:
-    """The parts of a chain in an order in which they can run."""
-    return _Partition(chain).parts
+def parts_of(chain: Chain, groups: dict[str, int] | None = None) -> list[Part]:
+    """The parts of a chain in an order in which they can run; definitions of different `groups` share none."""
+    return _Partition(chain, groups or {}).parts
+
+
+def independent_groups(chain: Chain, parts: list[Part]) -> dict[str, int]:
+    """The group of each definition: within a part, those that read each other or the same contraction belong together.
+
+    Two softmaxes over one stream, each with scores of its own, are two groups.
+    """
+    groups: dict[str, int] = {}
+    for part in parts:
+        touched: list[tuple[set[object], list[str]]] = []
+        for definition in part.definitions:
+            things, names = _things(definition, {d.name for d in part.definitions}), [definition.name]
+            for other in [t for t in touched if t[0] & things]:
+                touched.remove(other)
+                things, names = things | other[0], other[1] + names
+            touched.append((things, names))
+        for _, names in touched:
+            groups |= dict.fromkeys(names, len(set(groups.values())))
+    return groups
+
+
+def _things(definition: Definition, names: set[str]) -> set[object]:
+    """What ties a definition to others: its value, those of `names` it reads, contractions, else done again."""
+    nodes = list(walk(*definition.roots))
+    read = {n.name for n in nodes if isinstance(n, Ref)} & names
+    return {definition.name, *read, *(n for n in nodes if isinstance(n, Reduce) and n.depth == 1)}
 
 
 class _Partition:
-    def __init__(self, chain: Chain):
+    def __init__(self, chain: Chain, groups: dict[str, int]):
         self.chain = chain
+        self.groups = groups
         self.features = features_of(chain)
         self.parts: list[Part] = []
         self.place: dict[str, int] = {}
@@ -43,7 +70,8 @@ class _Partition:
     def _add_definition(self, definition: Definition) -> None:
         rows = self._rows(definition.axes)
         first = self._earliest(definition.roots, rows)
-        at = next((k for k in range(first, len(self.parts)) if self._shares(k, rows, definition.stream)), None)
+        open_parts = (k for k in range(first, len(self.parts)) if self._shares(k, rows, definition.stream))
+        at = next((k for k in open_parts if self._in_group(k, definition)), None)
         if at is None:
             at = len(self.parts)
             self.parts.append(Part(rows))
@@ -57,6 +85,10 @@ class _Partition:
         own = self.parts[at].rows
         streams = {stream, *(d.stream for d in self.parts[at].definitions)}
         return (own <= rows or rows <= own) and not (own | rows) & streams
+
+    def _in_group(self, at: int, definition: Definition) -> bool:
+        group = self.groups.get(definition.name)
+        return all(self.groups.get(d.name) == group for d in self.parts[at].definitions)
 
     def _earliest(self, nodes: tuple[Node, ...], rows: frozenset[Axis]) -> int:
         """The first part in which all that is read is at hand: in registers, at the same rows, or in memory."""

@@ -1,20 +1,21 @@
-"""From a chain to kernel plans: which kernels there are, the roles of axes in each, tile sizes from the features' width."""
+"""From a chain to kernel plans: which kernels there may be, the roles of axes in each, and of these the cheapest."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import torch
 
 from rewriter.derive import Chain
-from rewriter.derive.factors import depends_on
-from rewriter.ir import Axis, Const, Output, Param, Ref, Tensor, index, walk
-from rewriter.plan.kernel import ChainPlan, Config, KernelPlan, Sweep, padded
-from rewriter.plan.parts import Part, chains_of, features_of, parts_of
+from rewriter.ir import Axis, Output, Param, Ref, Tensor, index, walk
+from rewriter.plan.candidates import Option, Options, choose
+from rewriter.plan.cost import Nominal, cost_of
+from rewriter.plan.kernel import ChainPlan, Config, KernelPlan, Sweep
+from rewriter.plan.parts import Part, chains_of, features_of, independent_groups, parts_of
 from rewriter.plan.roles import MAX_FEATURE, inner_reductions, lone_rows, tile_rows
-
-
-LONGEST_TILE = 1024  # positions of one row in a tile
+from rewriter.plan.tape import tapes_of
+from rewriter.plan.tiles import configs
 
 
 class NotPlannable(Exception):
@@ -30,27 +31,75 @@ class NeedsFixed(Exception):
 
 
 def plan(chain: Chain, name: str) -> ChainPlan:
-    """The kernels of a chain. Raises NotPlannable, NeedsFixed."""
+    """The kernels of a chain. Raises NotPlannable, NeedsFixed.
+
+    Sizes are settled for the plain structure; what else is considered needs no other.
+    """
     parts = parts_of(chain)
-    features = features_of(chain)
-    chains, results = chains_of(chain, parts)
-    names = [name] if len(parts) == 1 else [f"{name}_{k + 1}" for k in range(len(parts))]
-    roles = [_Roles(own, part, features) for part, own in zip(parts, chains)]
-    free = _to_be_fixed(chain).union(*(_sizes_kept_whole(r) for r in roles))
+    plain = Structure(chain, name, parts)
+    free = _to_be_fixed(chain).union(*(_sizes_kept_whole(r) for r in plain.roles))
     if free:
         raise NeedsFixed(free)
-    kernels = tuple(_kernel(called, own, r, results) for called, own, r in zip(names, chains, roles))
-    return ChainPlan(name, chain, kernels, results)
+    groups = independent_groups(chain, parts)
+    structures = [plain]
+    if len(set(groups.values())) > len({groups[p.definitions[0].name] for p in parts if p.definitions}):
+        structures.append(Structure(chain, name, parts_of(chain, groups)))
+    nominal = Nominal(chain, [a for r in plain.roles for a in r.rows])
+    ranked = choose([s.options(nominal) for s in structures])
+    return ChainPlan(name, chain, ranked[0].kernels, ranked[0].results, tuple(ranked))
+
+
+class Structure:
+    """Which kernel computes what, before tiles are chosen. `results` are what one writes for those after it."""
+
+    def __init__(self, chain: Chain, name: str, parts: list[Part]):
+        self.chains, self.results = chains_of(chain, parts)
+        self.features = features_of(chain)
+        self.parts = parts
+        self.names = [name] if len(parts) == 1 else [f"{name}_{k + 1}" for k in range(len(parts))]
+        self.roles = [_Roles(own, part, self.features) for part, own in zip(parts, self.chains)]
+
+    def options(self, nominal: Nominal) -> Options:
+        """For each kernel what it may be: with its own roles first, each with the tiles for its situation."""
+        return Options([self._options_of(k, nominal) for k in range(len(self.parts))], self.results)
+
+    def _options_of(self, k: int, nominal: Nominal) -> list[Option]:
+        own = self._kernel(k, self.roles[k])
+        kernels = [own, *self._other_rows(k, own)]
+        return [option for kernel in kernels for option in _tiled(kernel, nominal)]
+
+    def _kernel(self, k: int, roles: _Roles) -> KernelPlan:
+        return _kernel(self.names[k], self.chains[k], roles, self.results)
+
+    def _other_rows(self, k: int, own: KernelPlan) -> list[KernelPlan]:
+        """The same with another grid axis as rows, where every matrix product stays one, and tiles stay as flat."""
+        if len(own.rows) != 1:
+            return []
+        roles = [_Roles(self.chains[k], self.parts[k], self.features, (axis,)) for axis in own.grid]
+        others = [self._kernel(k, r) for r in roles if not _sizes_kept_whole(r)]
+        return [other for other in others if _shape(other) == _shape(own)]
+
+
+def _shape(kernel: KernelPlan) -> tuple[int, int, int]:
+    """How many products and inner loops a kernel has, and how many dimensions its tiles."""
+    steps = [s for tape in tapes_of(kernel) for s in tape.steps]
+    return sum(s.kind == "product" for s in steps), len(kernel.loops), max((len(s.over) for s in steps), default=0)
+
+
+def _tiled(kernel: KernelPlan, nominal: Nominal) -> list[Option]:
+    tapes = tapes_of(kernel)
+    tiled = [replace(kernel, config=c) for c in configs(kernel)]
+    return [Option(t, cost_of(t, nominal, tapes)) for t in tiled]
 
 
 class _Roles:
-    """The roles of a part's axes, before sizes are known."""
+    """The roles of a part's axes, before sizes are known. `rows` overrides which are a tile's rows."""
 
-    def __init__(self, chain: Chain, part: Part, features: frozenset[Axis]):
+    def __init__(self, chain: Chain, part: Part, features: frozenset[Axis], rows: tuple[Axis, ...] | None = None):
         ordered = tuple(a for a in chain.axes if a in part.rows)
         streams = tuple(dict.fromkeys(d.stream for d in chain.definitions))
-        self.lone = lone_rows(chain, ordered)
-        self.rows = tile_rows(chain, ordered) if self.lone is None else self.lone
+        lone = lone_rows(chain, ordered) if rows is None else rows
+        self.rows = tile_rows(chain, ordered) if lone is None else lone
         self.grid = tuple(a for a in ordered if a not in self.rows)
         tiles = self.rows if len(self.rows) > 1 else (*self.rows, *streams)
         self.dots, self.loops = inner_reductions(chain, tiles)
@@ -71,12 +120,12 @@ def _to_be_fixed(chain: Chain) -> frozenset[Param]:
 
 
 def _kernel(name: str, chain: Chain, roles: _Roles, results: tuple[Tensor, ...]) -> KernelPlan:
+    """A kernel before its tile is chosen. Raises NotPlannable."""
     for axis in roles.features:
         if axis.extent.value > MAX_FEATURE:
             raise NotPlannable(f"a feature axis of {axis.extent.value} is wider than {MAX_FEATURE}")
     sweeps, outputs = _sweeps(chain, roles)
     dtype = _operand_dtype(chain, results)
-    config = _config(chain, roles, dtype)
     return KernelPlan(
         name,
         chain,
@@ -87,7 +136,7 @@ def _kernel(name: str, chain: Chain, roles: _Roles, results: tuple[Tensor, ...])
         roles.features,
         roles.dots,
         roles.loops,
-        config,
+        Config(16, 16, 4, 1),
         dtype,
     )
 
@@ -119,34 +168,3 @@ def _operand_dtype(chain: Chain, results: tuple[Tensor, ...]) -> torch.dtype:
     """The widest floating type among what the user's tensors hold."""
     floats = [t.dtype for t in chain.tensors if t.dtype.is_floating_point and t not in results]
     return max(floats, key=lambda d: d.itemsize) if floats else torch.float32
-
-
-def _config(chain: Chain, roles: _Roles, dtype: torch.dtype) -> Config:
-    """Tiles that fit registers and shared memory of an sm_80 or newer; 16-bit ones as swept on an H200."""
-    width = max((padded(f) for f in roles.features), default=16)
-    if _is_deep(chain, roles):
-        return Config(16, 16, 4, 1)
-    if roles.lone:  # the rows of a tile lie side by side in memory
-        return Config(64, 32, 4, 2)
-    if not roles.dots:
-        lengths = [_whole(d.stream) for d in chain.definitions]
-        return Config(16, 64, 4, 2) if roles.rows else Config(1, max(lengths, default=LONGEST_TILE), 4, 1)
-    if roles.loops or any(d.long for d in roles.dots):
-        return Config(64, 64, 4, 2) if width <= 128 else Config(32, 32, 4, 2)
-    if dtype is torch.float32:
-        return Config(64, 32, 4, 2) if width <= 64 else Config(32, 32, 4, 1)
-    if width <= 64:
-        return Config(128, 64, 8, 2)
-    return Config(128, 64, 4, 2) if width <= 128 else Config(64, 32, 4, 2)
-
-
-def _whole(stream: Axis) -> int:
-    """The power of two that holds a stream, or the longest tile."""
-    return min(LONGEST_TILE, padded(stream)) if isinstance(stream.extent, Const) else LONGEST_TILE
-
-
-def _is_deep(chain: Chain, roles: _Roles) -> bool:
-    """Whether a tile has rows, stream and features at once: values of a weighted sum that each row has for itself."""
-    rows, features = frozenset(roles.rows), frozenset(roles.features) - {d.axis for d in roles.dots}
-    factors = [(f, d.stream) for d in chain.definitions for f in d.rest]
-    return any(f.free & features and f.free & rows and depends_on(f, stream) for f, stream in factors)

@@ -1,0 +1,73 @@
+"""A plan in words: the roles of axes in each kernel, and the candidates it was chosen from."""
+
+from __future__ import annotations
+
+from rewriter.plan.cost import LONG, SHORT
+from rewriter.plan.estimates import KernelCost
+from rewriter.plan.kernel import Candidate, ChainPlan, KernelPlan
+
+MOST_SHOWN = 8  # candidates, beside the best for each choice of kernels and rows
+
+
+def show_plan(plan: ChainPlan) -> str:
+    """A line per kernel, and a table of the candidates, the chosen first."""
+    return "\n".join([*map(show_kernel, plan.kernels), *show_candidates(plan)])
+
+
+def show_kernel(plan: KernelPlan) -> str:
+    config = plan.config
+    streams = tuple(s.stream for s in plan.sweeps)
+    roles = {"grid": plan.grid, "rows": plan.rows, "streams": streams, "features": plan.features}
+    shown = "; ".join(f"{role} {', '.join(a.name for a in axes)}" for role, axes in roles.items())
+    return (
+        f"{plan.name}: {shown}; tiles {config.block_m} x {config.block_n}, "
+        f"{config.num_warps} warps, {config.num_stages} stages"
+    )
+
+
+def show_candidates(plan: ChainPlan) -> list[str]:
+    """The table: a line per kernel of each candidate.
+
+    rows  streams  tile            ms     bound by  registers  spilled  KiB  at once
+    """
+    header = ("", "rows", "streams", "tile", "ms", "bound by", "registers", "spilled", "KiB", "at once", "")
+    firsts = {tuple(k.rows for k in c.kernels): c for c in reversed(plan.candidates)}
+    shown = [c for k, c in enumerate(plan.candidates) if k < MOST_SHOWN or c in firsts.values()]
+    lines = [line for k, candidate in enumerate(shown) for line in _lines(candidate, "*" if k == 0 else "")]
+    left = len(plan.candidates) - len(shown)
+    sizes = f"{LONG} rows and stream positions, {SHORT} of every other axis, where a size is not known"
+    return [
+        f"candidates, estimated for {sizes}; * is the one chosen",
+        *_table([header, *lines]),
+        *([f"and {left} more that are slower or do not fit"] if left else []),
+    ]
+
+
+def _lines(candidate: Candidate, mark: str) -> list[tuple[str, ...]]:
+    """Of several kernels, each on a line of its own; the reason stands on the first."""
+    out = []
+    for k, (kernel, cost) in enumerate(zip(candidate.kernels, candidate.costs)):
+        out.append((mark if k == 0 else "+", *_cells(kernel, cost), candidate.reason if k == 0 else ""))
+    return out
+
+
+def _cells(kernel: KernelPlan, cost: KernelCost) -> tuple[str, ...]:
+    config, held = kernel.config, cost.held
+    streams = ", ".join(dict.fromkeys(s.stream.name for s in kernel.sweeps))
+    return (
+        ", ".join(a.name for a in kernel.rows),
+        streams,
+        f"{config.block_m} x {config.block_n}, {config.num_warps} warps, {config.num_stages} stages",
+        f"{cost.seconds * 1e3:.3g}",
+        cost.bound,
+        str(held.registers.wanted),
+        str(held.registers.spilled),
+        f"{held.shared / 1024:.3g}",
+        str(held.residents),
+    )
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    """Columns as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

@@ -1,0 +1,70 @@
+"""Tile sizes that a kernel may have: a short list for each situation, the one to prefer first."""
+
+from __future__ import annotations
+
+import torch
+
+from rewriter.derive.factors import depends_on
+from rewriter.ir import Axis, Const
+from rewriter.plan.kernel import Config, KernelPlan, padded
+from rewriter.plan.roles import lone_rows
+
+LONGEST_TILE = 1024  # positions of one row in a tile
+
+# Two pipeline stages throughout: with three, Triton 3.6 miscompiles padded narrow heads.
+HALF = (
+    Config(128, 64, 8, 2),
+    Config(128, 64, 4, 2),
+    Config(64, 64, 4, 2),
+    Config(128, 32, 4, 2),
+    Config(64, 32, 4, 2),
+    Config(64, 32, 8, 2),
+    Config(32, 32, 4, 2),
+)
+# fp32 is multiplied element by element: a thread holds a row and a column of its operands for each of its results.
+SINGLE = (
+    Config(64, 32, 4, 2),
+    Config(32, 32, 4, 2),
+    Config(32, 32, 8, 2),
+    Config(16, 32, 8, 2),
+    Config(16, 16, 4, 2),
+    Config(16, 16, 8, 2),
+)
+
+
+def configs(plan: KernelPlan) -> tuple[Config, ...]:
+    """Tiles for a kernel's situation. Those for 16 bits that come first are the best of a sweep on an H200."""
+    first = preferred(plan)
+    if is_deep(plan) or not plan.dots:
+        return (first,)
+    return tuple(dict.fromkeys((first, *(SINGLE if plan.dtype is torch.float32 else HALF))))
+
+
+def preferred(plan: KernelPlan) -> Config:
+    """What is chosen unless estimates tell another to be faster."""
+    width = max((padded(f) for f in plan.features), default=16)
+    if is_deep(plan):
+        return Config(16, 16, 4, 1)
+    if not plan.dots and plan.rows and lone_rows(plan.chain, (*plan.grid, *plan.rows)):
+        return Config(64, 32, 4, 2)  # the rows of a tile lie side by side in memory
+    if not plan.dots:
+        return Config(16, 64, 4, 2) if plan.rows else Config(1, max(map(_whole, plan.streams), default=LONGEST_TILE), 4, 1)
+    if plan.loops or any(d.long for d in plan.dots):
+        return Config(64, 64, 4, 2) if width <= 128 else Config(32, 32, 4, 2)
+    if plan.dtype is torch.float32:
+        return Config(64, 32, 4, 2) if width <= 64 else Config(32, 32, 4, 1)
+    if width <= 64:
+        return Config(128, 64, 8, 2)
+    return Config(128, 64, 4, 2) if width <= 128 else Config(64, 32, 4, 2)
+
+
+def _whole(stream: Axis) -> int:
+    """The power of two that holds a stream, or the longest tile."""
+    return min(LONGEST_TILE, padded(stream)) if isinstance(stream.extent, Const) else LONGEST_TILE
+
+
+def is_deep(plan: KernelPlan) -> bool:
+    """Whether a tile has rows, stream and features at once: values of a weighted sum that each row has for itself."""
+    rows, features = frozenset(plan.rows), frozenset(plan.features) - {d.axis for d in plan.dots}
+    factors = [(f, d.stream) for d in plan.chain.definitions for f in d.rest]
+    return any(f.free & features and f.free & rows and depends_on(f, stream) for f, stream in factors)
