@@ -23,7 +23,6 @@ OTHERS = {
     "moment_centred_einsum": (2, 1),
     "moment_centred_scalar": (2, 1),
     "moment_centred_scalar_unnormalised": (2, 1),
-    "moment_soft_argmax": (2, 1),
     "moment_soft_argmax_matmul": (2, 1),
     "temperature_standardised": (3, 1),
     "temperature_standardised_by_hand": (3, 1),
@@ -32,9 +31,7 @@ OTHERS = {
     "entropy_only": (2, 1),
     # A maximum times a learned temperature is no maximum: the sign is not known.
     "mixture_temperatures_by_hand": (2, 1),
-    # Sums of decays and counts of positions are sweeps of their own.
-    "retention": (2, 1),
-    "retention_einsum": (2, 1),
+    # A count of positions is a sweep of its own.
     "temperature_log_length_counted": (2, 1),
     # The label's logit is a contraction per row, swept over features; a mean over all rows is one more kernel.
     "lm_loss_cross_entropy": (3, 2),
@@ -63,7 +60,7 @@ OTHERS = {
     "talking_reattention": (2, 2),
     "talking_reattention_by_hand": (2, 2),
     "weights_averaged_module": (3, 3),
-    "weights_max_over_heads_unbound": (1, 2),
+    "weights_max_over_heads_unbound": (6, 5),
     "slot_multihead_logsumexp": (3, 2),
     "rollout": (5, 5),
     "rollout_halves": (3, 3),

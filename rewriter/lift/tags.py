@@ -52,9 +52,10 @@ class Moving:
 class Tags:
     """`dims[node]` holds a set of tags per dimension; `roots`, `wide` and `written` in graph order.
 
-    `origins` are the nodes that wide values begin with. `written` are wide values that a chain gives as they are, because something outside reads them; `stored` those that are
-    read from memory by what follows. `derived[node]` are the origins that a value has been reduced over, or follows from one
-    that has.
+    `origins` are the nodes that wide values begin with. `written` are wide values that a chain gives as they are, because
+    something outside reads them; `stored` those that are read from memory by what follows. `derived[node]` are the origins that
+    a value has been reduced over, or follows from one that has; `renewed[node]` those of them that a matrix product has come
+    after: it may be as wide again.
     """
 
     dims: dict[fx.Node, tuple[frozenset[Tag], ...]] = field(default_factory=dict)
@@ -64,6 +65,7 @@ class Tags:
     written: list[fx.Node] = field(default_factory=list)
     stored: set[fx.Node] = field(default_factory=set)
     derived: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
+    renewed: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
     reasons: dict[fx.Node, str] = field(default_factory=dict)
 
     def has_both_sides(self, node: fx.Node) -> bool:
@@ -112,16 +114,19 @@ def tag(
         lifted = local[node].value if node in local else None
         if not isinstance(lifted, Lifted) or node in stopped:
             if kind is not Origins.MOVING:
-                tags.derived[node] = frozenset().union(*map(tags.behind, node.all_input_nodes))
+                tags.derived[node] = tags.renewed[node] = frozenset().union(*map(tags.behind, node.all_input_nodes))
             continue
         reads = sources(lifted, by_name)
         dims = _inherited(lifted, reads, tags.dims)
         before = frozenset().union(*(tags.derived.get(y, ()) for y, _ in reads))
+        tags.renewed[node] = frozenset().union(*(tags.renewed.get(y, ()) for y, _ in reads))
+        if _contracts(lifted):
+            tags.renewed[node] = frozenset().union(*(tags.behind(y) for y, _ in reads))
         if _has_lost_a_side(dims, reads, tags) or (not _origins(dims) and _is_chain(lifted, reads, moving)):
             tags.roots.append(node)
             tags.derived[node] = before.union(*(_origins(tags.dims.get(y, ())) for y, _ in reads))
             continue
-        joined = _joined_again(lifted, dims, reads, tags)
+        joined = _joined_again(repeated.written_out(lifted), by_name, dims, tags)
         if joined:
             tags.derived[node] = before
             for source in joined:
@@ -143,16 +148,24 @@ def tag(
     return tags
 
 
-def _joined_again(lifted: Lifted, dims: tuple[frozenset[Tag], ...], reads, tags: Tags) -> list[fx.Node]:
+def _joined_again(
+    lifted: Lifted, by_name: dict[str, fx.Node], dims: tuple[frozenset[Tag], ...], tags: Tags
+) -> list[fx.Node]:
     """Wide values that meet something as large that was computed from what they were reduced to: x in x + f(norm(x)). A chain
     would compute x again for whatever follows, layer after layer."""
-    by_axis = dict(zip(lifted.axes, dims))
+    reads, by_axis = sources(lifted, by_name), dict(zip(lifted.axes, dims))
     back: set[int] = set()
     for source, load in reads:
         sides = [tag for axis in load.free & by_axis.keys() for tag in by_axis[axis]]
-        earlier = tags.derived.get(source, frozenset()) - _origins(tags.dims.get(source, ()))
+        earlier = tags.renewed.get(source, frozenset()) - _origins(tags.dims.get(source, ()))
         back |= {o for o in earlier if {(o, "rows"), (o, "stream")} <= set(sides)}
     return [source for source, _ in reads if _origins(tags.dims.get(source, ())) & back]
+
+
+def _contracts(lifted: Lifted) -> bool:
+    """Whether a value sums products of two tensors."""
+    sums = [r for r in walk(lifted.body) if isinstance(r, Reduce) and r.op == "sum"]
+    return any(len({n.tensor for n in walk(r.body) if isinstance(n, Load) and n.free & set(r.axes)}) > 1 for r in sums)
 
 
 def _place_wide(node: fx.Node, local: dict[fx.Node, LocalLift], tags: Tags) -> None:

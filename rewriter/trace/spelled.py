@@ -11,9 +11,12 @@ from typing import Any
 
 import sympy
 import torch
+from torch.torch_version import TorchVersion
 
+SLICES_LOSE_LENGTHS = TorchVersion(torch.__version__) < "2.12"  # also where only the size is no number
 _arange = torch.arange
 _getitem = torch.Tensor.__getitem__
+_setitem = torch.Tensor.__setitem__
 _attention = torch.nn.functional.scaled_dot_product_attention
 _fill_diagonal_ = torch.Tensor.fill_diagonal_
 
@@ -24,13 +27,17 @@ def spelled() -> Iterator[None]:
     torch.nn.functional.scaled_dot_product_attention = attention
     torch.Tensor.fill_diagonal_ = fill_diagonal_
     torch.Tensor.__getitem__ = getitem
+    if SLICES_LOSE_LENGTHS:
+        torch.Tensor.__setitem__ = setitem
     torch.arange = arange
     try:
         yield
     finally:
         torch.nn.functional.scaled_dot_product_attention = _attention
         del torch.Tensor.fill_diagonal_
-        torch.Tensor.__getitem__ = _getitem
+        del torch.Tensor.__getitem__
+        if SLICES_LOSE_LENGTHS:
+            del torch.Tensor.__setitem__
         torch.arange = _arange
 
 
@@ -65,16 +72,45 @@ def arange(*args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> torch
 
 
 def getitem(x: torch.Tensor, at: Any) -> torch.Tensor:
-    """x[..., a:b] where 0 <= a <= b <= size whatever the sizes are: the op itself compares them as they stand, and where that
-    tells nothing the length is unknown from there on."""
+    """x[..., a:b] with a length that is known: the op itself compares bounds and sizes as they stand, and where that tells
+    nothing the length is unknown from there on."""
+    return _getitem(*_narrowed(x, at))
+
+
+def setitem(x: torch.Tensor, at: Any, value: Any) -> None:
+    """x[..., a:b] = value, likewise"""
+    _setitem(*_narrowed(x, at), value)
+
+
+def _narrowed(x: torch.Tensor, at: Any) -> tuple[torch.Tensor, Any]:
+    """A view without what slices leave out, and what is left of the index."""
     entries = list(at) if isinstance(at, tuple) else [at]
-    if not any(isinstance(bound, torch.SymInt) for e in entries if isinstance(e, slice) for bound in (e.start, e.stop)):
-        return _getitem(x, at)
     for k, dim in _dimensions(entries, x.dim()).items():
-        start, stop = entries[k].start or 0, x.shape[dim] if entries[k].stop is None else entries[k].stop
-        if entries[k] != slice(None) and entries[k].step in (None, 1) and all(map(_is_nonnegative, (start, stop - start, x.shape[dim] - stop))):
-            x, entries[k] = x.narrow(dim, start, stop - start), slice(None)
-    return _getitem(x, tuple(entries))
+        size, entry = x.shape[dim], entries[k]
+        numbers = (size, entry.start, entry.stop)
+        if entry == slice(None) or entry.step not in (None, 1) or not any(isinstance(n, torch.SymInt) for n in numbers):
+            continue
+        start, stop = (_inside(n, size) for n in (entry.start or 0, size if entry.stop is None else entry.stop))
+        if start is None or stop is None or not (SLICES_LOSE_LENGTHS or _is_plain(entry, start, stop)):
+            continue
+        length = stop - start if _is_nonnegative(stop - start) else torch.sym_max(stop - start, 0)
+        x, entries[k] = x.narrow(dim, start, length), slice(None)
+    return x, tuple(entries)
+
+
+def _inside(bound: int | torch.SymInt, size: int | torch.SymInt) -> int | torch.SymInt | None:
+    """A bound of a slice as a position from 0 to the size; None where its sign depends on sizes."""
+    if _is_nonnegative(-bound - 1):
+        return size + bound if _is_nonnegative(size + bound) else torch.sym_max(size + bound, 0)
+    if not _is_nonnegative(bound):
+        return None
+    return bound if _is_nonnegative(size - bound) else torch.sym_min(bound, size)
+
+
+def _is_plain(entry: slice, start: int | torch.SymInt, stop: int | torch.SymInt) -> bool:
+    """Whether bounds are what they say at all sizes, and one is no number: others the op gets right."""
+    bounds = [n for n in (entry.start, entry.stop) if n is not None]
+    return any(isinstance(n, torch.SymInt) for n in bounds) and all(any(n is m for m in (start, stop)) for n in bounds)
 
 
 def _dimensions(entries: list, rank: int) -> dict[int, int]:
