@@ -22,7 +22,7 @@ from rewriter.plan.estimates import SHARED, SHARED_AMD, Registers
 from rewriter.plan.resources import registers, shared
 from rewriter.plan.show import show_plan
 from rewriter.plan.tape import tapes_of
-from rewriter.plan.tiles import HALF, SINGLE, configs, preferred
+from rewriter.plan.tiles import HALF, configs, preferred
 
 ZOO = {p.name: p for p in programs(part=None)}
 HALF_TILES = (Config(128, 64, 8, 2), Config(128, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 32, 4, 2))
@@ -119,7 +119,6 @@ def test_estimates_are_near_what_is_compiled(tmp_path):
     assert_shared_memory_is_near(found)
     assert_registers_are_near(found)
     assert_spills_are_predicted(found)
-    assert_fp32_does_not_spill([m for m in found if m.plan.dtype is torch.float32])
 
 
 def assert_shared_memory_is_near(found: list[Measured]) -> None:
@@ -142,12 +141,6 @@ def assert_spills_are_predicted(found: list[Measured]) -> None:
     assert any(m.result.spill_store_bytes > 512 for m in found)
 
 
-def assert_fp32_does_not_spill(found: list[Measured]) -> None:
-    """At widths 64 and 128 the preferred tile does, and another is chosen for that."""
-    assert all(m.result.spills != m.planned for m in found if m.planned or m.plan.config == preferred(m.plan))
-    assert sum(m.plan.config == preferred(m.plan) and not m.planned for m in found) == 2
-
-
 def test_limits_are_those_of_the_targets():
     assert SHARED == min(SHARED_LIMIT[t] for t in ("sm_80", "sm_90", "sm_100"))
     assert SHARED_AMD == SHARED_LIMIT["gfx942"]
@@ -165,7 +158,7 @@ def planned(name: str, dim: int, heads: int, dtype: torch.dtype = torch.float16)
 
 
 @pytest.mark.parametrize("name", ["vanilla_einsum", "causal_arange_where", "softcap_causal"])
-@pytest.mark.parametrize("width, tile", [(64, (128, 64, 8, 2)), (128, (128, 64, 4, 2)), (256, (64, 32, 4, 2))])
+@pytest.mark.parametrize("width, tile", [(32, (64, 64, 4, 3)), (64, (128, 64, 8, 3)), (128, (128, 64, 4, 2)), (256, (64, 32, 4, 2))])
 def test_the_tiles_measured_on_an_h200_are_kept(name, width, tile):
     (kernel,) = planned(name, 4 * width, 4).kernels
     assert kernel.config == Config(*tile) == preferred(kernel)
@@ -222,9 +215,12 @@ def test_rows_may_be_another_axis():
     assert len(rows) == 2 and plan.candidates[0].kernels[0].rows != plan.candidates[-1].kernels[0].rows
 
 
-def test_no_tile_has_three_stages():
-    """Triton 3.6 miscompiles padded narrow heads with three."""
-    assert all(c.num_stages <= 2 for c in (*HALF, *SINGLE))
+def test_padded_heads_have_two_stages():
+    """Triton 3.6 makes wrong code of three."""
+    for width in (24, 40, 48):
+        plans = planned("vanilla_einsum", 4 * width, 4).candidates
+        assert all(k.config.num_stages == 2 for c in plans for k in c.kernels)
+    assert all(c.num_stages == 2 for c in HALF)
 
 
 def test_the_preferred_tile_is_a_candidate():

@@ -28,7 +28,7 @@ NEG_INF = tl.constexpr(float("-inf"))
 H = tl.constexpr(4)
 
 # Tiles of 128 rows and 64 stream positions; warps and pipeline stages.
-CONFIG = dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=8, num_stages=2)
+CONFIG = dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=8, num_stages=3)
 
 
 @triton.jit

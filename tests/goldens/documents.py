@@ -27,8 +27,8 @@ import triton.language as tl
 
 NEG_INF = tl.constexpr(float("-inf"))
 
-# Tiles of 128 rows and 64 stream positions; warps and pipeline stages.
-CONFIG = dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=8, num_stages=2)
+# Tiles of 64 rows and 64 stream positions; warps and pipeline stages.
+CONFIG = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=2)
 
 
 @triton.jit
