@@ -59,8 +59,8 @@ def rewrite(
     masked_rows: "match" (rows masked throughout give what eager gives) or "zero".
     rows: asks for lone rows of softmax and norms too; the report says which stay with PyTorch's kernels.
     force: overwrites kernels in `out` that were edited, else they are kept and used, with a warning.
-    Raises RewriteError where the program does not trace or `out` can't be written, and TypeError or ValueError for other
-    arguments than these.
+    Raises RewriteError where the program does not trace or `out` can't be written, and TypeError or ValueError for
+    other arguments than these.
     """
     program = _program(module_or_function)
     if masked_rows not in MASKED_ROWS:
@@ -116,7 +116,9 @@ def _shallow(program: Callable, kind: type | None = None) -> Callable:
 
 
 def _imported(sources: dict[str, str], out: str | Path | None, force: bool) -> ModuleType:
-    """The package, written to `out` and imported, by its folder's name where that is free: so it can be pickled by name."""
+    """The package, written to `out` and imported, by its folder's name where that is free: so it can be pickled by
+    name.
+    """
     if out is None:
         temporary = Path(tempfile.mkdtemp(prefix="flashlight_"))
         atexit.register(functools.partial(shutil.rmtree, temporary, ignore_errors=True))

@@ -47,9 +47,7 @@ INPUT_DTYPES = (*FLOAT_INPUTS, *INT_INPUTS, "bool")
 _TORCH_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
 
 _INPUT = re.compile(
-    r"(?P<name>[^\W\d]\w*)=(?P<dtype>\w+)"
-    r"\[\s*(?P<shape>(?:\d+(?:\s*,\s*\d+)*)?)\s*\]"
-    r"(?:<(?P<bound>\d+))?"
+    r"(?P<name>[^\W\d]\w*)=(?P<dtype>\w+)" r"\[\s*(?P<shape>(?:\d+(?:\s*,\s*\d+)*)?)\s*\]" r"(?:<(?P<bound>\d+))?"
 )
 _TARGET = re.compile(r"sm_\d{2,3}a?|gfx[0-9a-f]{3,4}")
 
@@ -87,9 +85,7 @@ class InputSpec:
 
     def _verify(self, text: str) -> None:
         if self.dtype not in INPUT_DTYPES:
-            raise bad_usage(
-                f"--input {text}: no dtype {self.dtype!r}; there are {', '.join(INPUT_DTYPES)}"
-            )
+            raise bad_usage(f"--input {text}: no dtype {self.dtype!r}; there are {', '.join(INPUT_DTYPES)}")
         if 0 in self.shape:
             raise bad_usage(f"--input {text}: sizes start at 1")
         if self.bound is not None and self.dtype not in INT_INPUTS:
@@ -185,9 +181,7 @@ def _parser() -> _Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "file", metavar="FILE[:CLASS]", help="the model, and which class or function of it"
-    )
+    parser.add_argument("file", metavar="FILE[:CLASS]", help="the model, and which class or function of it")
     _add_input_arguments(parser)
     _add_rewrite_arguments(parser)
     _add_output_arguments(parser)
@@ -259,7 +253,5 @@ def parse_targets(text: str) -> tuple[str, ...]:
     targets = tuple(part.strip() for part in text.split(","))
     for target in targets:
         if not _TARGET.fullmatch(target):
-            raise bad_usage(
-                f"--target {text}: {target!r} is not a GPU target like {', '.join(TARGETS)}"
-            )
+            raise bad_usage(f"--target {text}: {target!r} is not a GPU target like {', '.join(TARGETS)}")
     return tuple(dict.fromkeys(targets))

@@ -46,9 +46,7 @@ def check_destination(out: Path, *, source: Path | None = None, force: bool = Fa
         raise _refusal(out, f"can't be written to: {source} lies in it")
     _probe(out)
     if out.is_dir() and any(out.iterdir()) and _recorded(out) is None and not force:
-        raise _refusal(
-            out, f"is not empty, and was not written by {GENERATOR} (--force writes there)"
-        )
+        raise _refusal(out, f"is not empty, and was not written by {GENERATOR} (--force writes there)")
 
 
 def write_package(out: Path, files: Mapping[str, str], *, force: bool = False) -> WriteResult:

@@ -76,8 +76,8 @@ def rewrite_module(
 
     rows: lone rows of what no chain has taken are lifted, too.
 
-    Planning finds which sizes a kernel keeps whole; where they are not fixed yet, tracing starts again with them `bound`, each
-    by the line of the chain that wants it.
+    Planning finds which sizes a kernel keeps whole; where they are not fixed yet, tracing starts again with them
+    `bound`, each by the line of the chain that wants it.
     """
     printed: dict[str, str] = {}
     progress("trace")
@@ -197,7 +197,23 @@ def _kernel_names(module: Callable, fused: list[Fused]) -> list[str]:
 
 
 # What the emitted files call their own.
-_OWN_NAMES = set("apply function functools hashlib inspect launch math operator reference rewritten self tl torch".split())
+_OWN_NAMES = set(
+    [
+        "apply",
+        "function",
+        "functools",
+        "hashlib",
+        "inspect",
+        "launch",
+        "math",
+        "operator",
+        "reference",
+        "rewritten",
+        "self",
+        "tl",
+        "torch",
+    ]
+)
 _OWN_NAMES |= {"forward_ad", "triton", "warnings"}
 
 

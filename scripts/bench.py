@@ -32,8 +32,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 TASK_SECONDS = 150  # a task that takes longer hangs
 FIELDS = {
-    "zoo": "dtype program batch q kv chains ok error eager_error mib eager_mib ms eager_ms"
-    " compile_ms flex_ms note",
+    "zoo": "dtype program batch q kv chains ok error eager_error mib eager_mib ms eager_ms" " compile_ms flex_ms note",
     "kernels": "variant head_dim dtype default default_tile best best_tile flex hand hand_tile error note",
 }
 

@@ -62,15 +62,10 @@ _VANILLA = ("einsum", "by_hand_early", "by_hand_late", "unsafe_late", "function"
 _HEADS_LAST = ("causal_last_queries", "alibi_learned_slopes")
 _PROGRAMS = {  # (module, args) -> score and mask function; a program with projections is more than FlexAttention
     **{f"vanilla_{spelling}": lambda m, a: (None, None) for spelling in _VANILLA},
-    **{
-        f"causal_{s}": lambda m, a: (None, _causal)
-        for s in ("arange_where", "sdpa_flag", "multiplied")
-    },
+    **{f"causal_{s}": lambda m, a: (None, _causal) for s in ("arange_where", "sdpa_flag", "multiplied")},
     "causal_last_queries": lambda m, a: _last(a[1].shape[1] - a[0].shape[1]),
     "alibi_learned_slopes": lambda m, a: _symmetric_bias(m.log_slopes.exp().float()),
-    "alibi_buffer_sdpa": lambda m, a: _key_bias(
-        m.bias[:, -1, 1].float()
-    ),  # slope x position, at position 1
+    "alibi_buffer_sdpa": lambda m, a: _key_bias(m.bias[:, -1, 1].float()),  # slope x position, at position 1
     "softcap_causal": lambda m, a: _softcap(m.softcap),
     "sliding_band": lambda m, a: _window(m.window),
     "sliding_log_mask": lambda m, a: _window(m.sliding_window),

@@ -83,9 +83,7 @@ def _flex_functions(case: Case):
         return lambda s, b, h, i, j: s + slopes[h] * (j - i), None
     if case.name == "document":
         return None, lambda b, h, i, j: (ids[i] == ids[j]) & (i >= j)
-    of_score, of_mask = (lambda s, b, h, i, j: score(s, i, j)), (
-        lambda b, h, i, j: mask(i, j, None)
-    )
+    of_score, of_mask = (lambda s, b, h, i, j: score(s, i, j)), (lambda b, h, i, j: mask(i, j, None))
     return score and of_score, mask and of_mask
 
 
@@ -98,9 +96,7 @@ class Case:
         self.heads = width // head_dim
         self.dtype = DTYPES[dtype]
         torch.manual_seed(0)
-        q = torch.empty(
-            batch, self.heads, self.length, head_dim, device=self.device, dtype=self.dtype
-        )
+        q = torch.empty(batch, self.heads, self.length, head_dim, device=self.device, dtype=self.dtype)
         self.qkv = [torch.randn_like(q) for _ in range(3)]
         self.ids = _document_ids(self.length).to(self.device)
         self.inputs = [*self.qkv, self.ids] if name == "document" else self.qkv

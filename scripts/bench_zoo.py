@@ -227,9 +227,7 @@ def _peers(row: Row, name: str, module, args: list, setup: Setup):
 
 def serve(connection, work, log: str):
     """A worker: tasks in, rows out. It ends when its GPU context is lost, which no call survives."""
-    os.dup2(
-        os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2
-    )  # torch.export writes graphs there
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)  # torch.export writes graphs there
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with suppress(EOFError, KeyboardInterrupt, RuntimeError):

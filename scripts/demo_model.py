@@ -21,9 +21,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Model(nn.Module):
     """Attention over the last `window` positions, `heads // groups` query heads to a key head."""
 
-    def __init__(
-        self, hidden: int, heads: int, groups: int, head_dim: int, window: int, softcap: float
-    ):
+    def __init__(self, hidden: int, heads: int, groups: int, head_dim: int, window: int, softcap: float):
         super().__init__()
         self.heads, self.groups, self.head_dim = heads, groups, head_dim
         self.window, self.softcap = window, softcap
@@ -31,9 +29,7 @@ class Model(nn.Module):
         self.k_proj = nn.Linear(hidden, groups * head_dim, bias=False)
         self.v_proj = nn.Linear(hidden, groups * head_dim, bias=False)
         self.o_proj = nn.Linear(heads * head_dim, hidden, bias=False)
-        self.register_buffer(
-            "inv_freq", 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim), persistent=False
-        )
+        self.register_buffer("inv_freq", 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x and the result are [batch, sequence, hidden]."""

@@ -14,17 +14,13 @@ from rewriter.ir import Apply, Axis, Const, Index, Node, Param, apply
 M, N = Param("M"), Param("N")
 POSITIONS = tuple(
     Axis(f"i{k}", extent)
-    for k, extent in enumerate(
-        [M, N, Const(3), apply("mul", M, Const(2)), apply("add", N, Const(1))]
-    )
+    for k, extent in enumerate([M, N, Const(3), apply("mul", M, Const(2)), apply("add", N, Const(1))])
 )
 DIVISORS = (1, 2, 3, 6, M, N, ("mul", M, 2), ("mul", M, N), ("add", N, 1))
 
 
 def trees() -> st.SearchStrategy:
-    leaves = st.one_of(
-        st.integers(-6, 6), st.sampled_from([M, N]), st.sampled_from([Index(a) for a in POSITIONS])
-    )
+    leaves = st.one_of(st.integers(-6, 6), st.sampled_from([M, N]), st.sampled_from([Index(a) for a in POSITIONS]))
     return st.recursive(leaves, _grown, max_leaves=8)
 
 

@@ -49,9 +49,7 @@ def unary(names: str, make: Callable = f) -> None:
         CASES[name] = lambda name=name: [call(getattr(aten, name).default, make(3, 5))]
 
 
-unary(
-    "neg abs exp exp2 expm1 sin cos tanh sigmoid erf floor ceil relu silu square contiguous clone detach alias"
-)
+unary("neg abs exp exp2 expm1 sin cos tanh sigmoid erf floor ceil relu silu square contiguous clone detach alias")
 unary("log log2 log1p sqrt rsqrt reciprocal", p)
 unary("isinf isnan", odd)
 unary("lift_fresh_copy numpy_T t mT mH matrix_H adjoint")
@@ -111,9 +109,7 @@ more(
         call(aten.mul.Tensor, f(3, 5).half(), f(3, 5)),
     ],
 )
-more(
-    "eq", lambda: [call(aten.eq.Tensor, odd(3, 5), f(3, 5)), call(aten.eq.Scalar, odd(3, 5), -INF)]
-)
+more("eq", lambda: [call(aten.eq.Tensor, odd(3, 5), f(3, 5)), call(aten.eq.Scalar, odd(3, 5), -INF)])
 more("lt", lambda: [call(aten.lt.Tensor, i(3, 5), f(5)), call(aten.lt.Scalar, i(3, 5), 1.5)])
 for mode in (None, "floor", "trunc"):
     more("div", lambda mode=mode: [call(aten.div.Tensor_mode, f(3, 5), p(5), rounding_mode=mode)])

@@ -22,7 +22,9 @@ def share(*shape: int) -> torch.Tensor:
 
 def halves(*shape: int) -> torch.Tensor:
     """Numbers half-way between whole ones, and others."""
-    return torch.cat([torch.arange(-4, 4) + 0.5, 3 * torch.randn(shape).flatten()])[: torch.Size(shape).numel()].reshape(shape)
+    return torch.cat([torch.arange(-4, 4) + 0.5, 3 * torch.randn(shape).flatten()])[
+        : torch.Size(shape).numel()
+    ].reshape(shape)
 
 
 unary("negative absolute tan sinh cosh trunc fix frac deg2rad rad2deg relu6 mish hardsigmoid hardswish")
@@ -92,7 +94,13 @@ for name in ("__and__", "__or__", "__xor__", "bitwise_and", "bitwise_or", "bitwi
     more(name, lambda op=getattr(aten, name): [call(op.Tensor, i(3, 5), i(5)), call(op.Scalar, i(3, 5), 3)])
 more("bitwise_not", lambda: [call(aten.bitwise_not.default, i(3, 5))])
 for name in ("logical_and", "logical_or", "logical_xor"):
-    more(name, lambda op=getattr(aten, name).default: [call(op, i(3, 5, least=-1, most=2), b(5)), call(op, f(5).round(), b(5))])
+    more(
+        name,
+        lambda op=getattr(aten, name).default: [
+            call(op, i(3, 5, least=-1, most=2), b(5)),
+            call(op, f(5).round(), b(5)),
+        ],
+    )
 for name in ("bitwise_left_shift", "bitwise_right_shift"):
     CASES[name] = lambda op=getattr(aten, name).Tensor_Scalar: [call(op, i(3, 5), 2), call(op, i(3, 5), 0)]
 CASES["__lshift__"] = lambda: [call(aten.__lshift__.Scalar, i(3, 5), 3)]
@@ -104,5 +112,7 @@ more(
     + [call(aten.pow.Scalar, 0.9, i(3, 5)), call(aten.pow.Scalar, 2.0, f(3, 5))]
     + [call(aten.pow.Tensor_Tensor, f(3, 5), i(5).float()), call(aten.pow.Tensor_Scalar, i(3, 5), 3)],
 )
-more("nan_to_num", lambda: [call(aten.nan_to_num.default, i(3, 5)), call(aten.nan_to_num.default, odd(3, 5), None, 1.0)])
+more(
+    "nan_to_num", lambda: [call(aten.nan_to_num.default, i(3, 5)), call(aten.nan_to_num.default, odd(3, 5), None, 1.0)]
+)
 more("rsub", lambda: [call(aten.rsub.Scalar, f(3, 5), 1.0, 2), call(aten.rsub.Tensor, f(3, 5), f(5), alpha=0.5)])

@@ -155,7 +155,8 @@ CASES["kl_div"] = lambda: [
 for name in ("mse_loss", "l1_loss"):
     CASES[name] = lambda op=getattr(aten, name).default: [call(op, f(3, 5), f(3, 5), how) for how in (0, 1, 2)]
 CASES["binary_cross_entropy_with_logits"] = lambda: [
-    call(aten.binary_cross_entropy_with_logits.default, 30 * f(3, 5), b(3, 5).float(), None, None, how) for how in (0, 1, 2)
+    call(aten.binary_cross_entropy_with_logits.default, 30 * f(3, 5), b(3, 5).float(), None, None, how)
+    for how in (0, 1, 2)
 ]
 
 # Positions, counts and truth
@@ -177,7 +178,10 @@ for name in ("argmax", "argmin"):
         call(op, torch.full((3, 5), NAN), 1),
     ]
 for name in ("max", "min"):
-    more(f"{name}.dim", lambda op=getattr(aten, name).dim: [call(op, ties(3, 5), 1), call(op, i(3, 5), 0), call(op, b(3, 5), 0)])
+    more(
+        f"{name}.dim",
+        lambda op=getattr(aten, name).dim: [call(op, ties(3, 5), 1), call(op, i(3, 5), 0), call(op, b(3, 5), 0)],
+    )
     more(name, lambda op=getattr(aten, name).default: [call(op, i(3, 5))])
 more("amax", lambda: [call(aten.amax.default, i(3, 5), [1]), call(aten.amax.default, b(3, 5), [1])])
 CASES["aminmax"] = lambda: [call(aten.aminmax.default, f(3, 5), dim=1), call(aten.aminmax.default, f(3, 5))]
@@ -189,7 +193,9 @@ CASES["nansum"] = lambda: [call(aten.nansum.default, torch.tensor([[1.0, NAN], [
 for name in ("any", "all"):
     more(name, lambda op=getattr(aten, name).dim: [call(op, ties(3, 5), 1), call(op, i(3, 5), 0)])
 for name in ("softmax", "log_softmax"):
-    CASES[f"special_{name}"] = lambda op=getattr(aten, f"special_{name}"): [call(getattr(op, op.overloads()[0]), f(3, 5), -1)]
+    CASES[f"special_{name}"] = lambda op=getattr(aten, f"special_{name}"): [
+        call(getattr(op, op.overloads()[0]), f(3, 5), -1)
+    ]
 CASES["special_logsumexp"] = lambda: [call(aten.special_logsumexp.default, f(2, 3, 5), [0, 2])]
 more("logsumexp", lambda: [call(aten.logsumexp.default, 40 * f(2, 3, 5), [1, 2])])
 more("prod", lambda: [call(aten.prod.dim_int, i(3, 5), 1)])

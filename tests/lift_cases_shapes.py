@@ -136,9 +136,7 @@ more(
         call(aten.cat.default, [i(3, 2), f(3, 5)], 1),
     ],
 )
-CASES["stack"] = lambda: [
-    call(aten.stack.default, [f(3, 5), f(3, 5), f(3, 5)], d) for d in (0, 1, -1)
-]
+CASES["stack"] = lambda: [call(aten.stack.default, [f(3, 5), f(3, 5), f(3, 5)], d) for d in (0, 1, -1)]
 CASES["constant_pad_nd"] = lambda: [
     call(aten.constant_pad_nd.default, f(3, 5), [1, 2]),
     call(aten.constant_pad_nd.default, f(3, 5), [1, 0, 0, 2], -INF),

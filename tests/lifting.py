@@ -29,9 +29,7 @@ class Call:
     kwargs: dict
 
     def __str__(self) -> str:
-        shown = pytree.tree_map(
-            lambda a: list(a.shape) if torch.is_tensor(a) else a, (self.args, self.kwargs)
-        )
+        shown = pytree.tree_map(lambda a: list(a.shape) if torch.is_tensor(a) else a, (self.args, self.kwargs))
         return f"{self.op} {shown}"
 
 
@@ -51,9 +49,7 @@ def graph_of(made: Call, dynamic: bool) -> tuple[fx.Graph, dict[str, torch.Tenso
         node = graph.placeholder(f"in{len(fed)}")
         fed[node.name] = leaf
         dims = [DimDynamic.DUCK if dynamic else DimDynamic.STATIC] * leaf.dim()
-        node.meta["val"] = mode.from_tensor(
-            leaf, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dims)
-        )
+        node.meta["val"] = mode.from_tensor(leaf, symbolic_context=StatelessSymbolicContext(dynamic_sizes=dims))
         return node
 
     args, kwargs = pytree.tree_map(placeholder, (made.args, made.kwargs))
@@ -100,9 +96,7 @@ def evaluated(value: Lifted, held: dict[fx.Node, Any], sizes: dict) -> torch.Ten
 def assert_lifted(node: fx.Node, lift: LocalLift, held: dict[fx.Node, Any], sizes: dict) -> None:
     """The lifted value of a node (or of each part of a tuple) is what torch computes."""
     assert lift.value is not None, lift.reason
-    parts = (
-        zip(lift.value, held[node]) if isinstance(lift.value, tuple) else [(lift.value, held[node])]
-    )
+    parts = zip(lift.value, held[node]) if isinstance(lift.value, tuple) else [(lift.value, held[node])]
     for value, want in parts:
         if value is None:
             continue

@@ -107,9 +107,7 @@ def scores(draw, b: Node, h: Node, m: Node, n: Node) -> Node:
     """What is exponentiated or gated: a contraction, then changes and masks in any order."""
     d = Axis("d", Const(draw(st.integers(1, 3))))
     kv = apply("floordiv", h, Const(2)) if draw(st.booleans()) else h
-    s = reduce(
-        "sum", (d,), apply("mul", load("q", b, h, m, Index(d)), load("k", b, kv, n, Index(d)))
-    )
+    s = reduce("sum", (d,), apply("mul", load("q", b, h, m, Index(d)), load("k", b, kv, n, Index(d))))
     steps = [pick(draw, _scaled, _biased, _by_distance, _capped, _less_by_row) for _ in range(pick(draw, 0, 1, 2))]
     masks = [pick(draw, _filled, _filled, _added, _by_tensor) for _ in range(pick(draw, 0, 1, 1, 2))]
     for change in draw(st.permutations([*steps, *masks])):
@@ -249,11 +247,7 @@ def tensors_for(program: Program, sizes: dict[str, int], seed: int) -> dict[str,
             if tensor.name.startswith("mask"):
                 out[tensor.name][torch.rand(shape, generator=generator) < 0.4] = -math.inf
         else:
-            most = (
-                2
-                if tensor.dtype is torch.bool or tensor.name.startswith("id")
-                else max(sizes.values()) + 1
-            )
+            most = 2 if tensor.dtype is torch.bool or tensor.name.startswith("id") else max(sizes.values()) + 1
             out[tensor.name] = torch.randint(0, most, shape, generator=generator).to(tensor.dtype)
     return out
 

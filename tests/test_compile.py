@@ -93,9 +93,7 @@ def test_what_does_not_fit():
 
 
 def test_a_dtype_and_none_as_constexprs(compile_one):
-    request = CompileRequest(
-        KERNELS, "fill", {"out_ptr": "*fp32", "N": "i32"}, {"value": None, "DTYPE": "tl.float32"}
-    )
+    request = CompileRequest(KERNELS, "fill", {"out_ptr": "*fp32", "N": "i32"}, {"value": None, "DTYPE": "tl.float32"})
     result = compile_one(replace(request, constexprs={**request.constexprs, "BLOCK": 128}))
     assert result.ok, result.error
 

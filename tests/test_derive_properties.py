@@ -43,9 +43,7 @@ from tests.strategies import (
     tensors_for,
 )
 
-sizes = st.fixed_dictionaries(
-    {"B": st.integers(1, 2), "M": st.integers(1, 5), "N": st.integers(1, 5)}
-)
+sizes = st.fixed_dictionaries({"B": st.integers(1, 2), "M": st.integers(1, 5), "N": st.integers(1, 5)})
 seeds = st.integers(0, 1 << 20)
 
 
@@ -61,13 +59,7 @@ def mapped(program: Program, rule: Callable[[Node], Node]) -> Program:
 def test_splitting_concatenations(case, held, seed):
     after = mapped(case.program, split_concatenations)
     assert_equivalent(case.program, after, held, seed)
-    widths = {
-        a.extent
-        for o in after.outputs
-        for n in walk(o.body)
-        if isinstance(n, Reduce)
-        for a in n.axes
-    }
+    widths = {a.extent for o in after.outputs for n in walk(o.body) if isinstance(n, Reduce) for a in n.axes}
     assert apply("add", N, Const(1)) not in widths and apply("add", M, Const(1)) not in widths
 
 
@@ -172,7 +164,9 @@ def test_a_chain_means_what_the_program_means(case, held, seed):
 @given(cases(), sizes, seeds)
 @fixed(60)
 def test_masked_rows_may_be_zero(case, held, seed):
-    """`masked_rows="zero"` differs from the program only where that is NaN, and nothing is NaN: no row is but an empty one."""
+    """`masked_rows="zero"` differs from the program only where that is NaN, and nothing is NaN: no row is but an
+    empty one.
+    """
     chain = derived(case, "zero")
     tensors = tensors_for(case.program, held, seed)
     want, got = evaluate(case.program, tensors, held), chain_values(chain, tensors, held)
@@ -196,9 +190,7 @@ def test_definitions_are_in_order_and_distinct(case):
     chain = derived(case)
     known: set[str] = set()
     for d in chain.definitions:
-        assert {n.name for n in walk(d.body, d.predicate) if hasattr(n, "name")} & chain_names(
-            chain
-        ) <= known
+        assert {n.name for n in walk(d.body, d.predicate) if hasattr(n, "name")} & chain_names(chain) <= known
         known.add(d.name)
     assert len({(d.op, d.predicate, d.body) for d in chain.definitions}) == len(chain.definitions)
 

@@ -55,9 +55,7 @@ def test_apply_swaps_every_layer_in_place(unmasked):
     expected, keys, parameters = model(tokens()), list(model.state_dict()), list(model.parameters())
     rewritten = unmasked.apply(model)
     assert rewritten is model and type(model) is Model
-    assert all(
-        type(layer) is not Attention and isinstance(layer, Attention) for layer in model.layers
-    )
+    assert all(type(layer) is not Attention and isinstance(layer, Attention) for layer in model.layers)
     assert list(model.state_dict()) == keys
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     with torch.no_grad(), said(kernels=2):
@@ -112,9 +110,9 @@ def test_dtype_casts_a_copy(tmp_path):
         out = result.module(tokens().half())
     assert out.dtype is torch.float16
     torch.testing.assert_close(out.float(), original(tokens()), rtol=1e-2, atol=1e-2)
-    assert {
-        str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.[pmj]*") if p.suffix != ".pyc"
-    } == set(result.sources)
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.[pmj]*") if p.suffix != ".pyc"} == set(
+        result.sources
+    )
 
 
 # --- what it returns

@@ -193,9 +193,7 @@ def run_pytest(*folders: Path) -> subprocess.CompletedProcess[str]:
     hidden = ("PYTHONPATH", "TRITON_INTERPRET")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir=/"]
-    return subprocess.run(
-        [*line, *map(str, folders)], capture_output=True, text=True, env=environment, check=False
-    )
+    return subprocess.run([*line, *map(str, folders)], capture_output=True, text=True, env=environment, check=False)
 
 
 # --- what is written
@@ -295,7 +293,10 @@ def test_what_stays_eager_is_named_beside_what_is_fused(capsys):
     assert main(["mixed.py", "-q"]) == 0
     assert "mixed.py:13: " in capsys.readouterr().err
     report = json.loads(Path("mixed_flashlight/report.json").read_text())
-    assert [chain["lines"] for chain in report["chains"]] == [[12], [13]]  # the weights that the scan reads, written once
+    assert [chain["lines"] for chain in report["chains"]] == [
+        [12],
+        [13],
+    ]  # the weights that the scan reads, written once
     assert "mixed.py:13" in {unfused["where"] for unfused in report["unfused"]}
     assert all(unfused["reason"] for unfused in report["unfused"])
 
@@ -360,9 +361,7 @@ def test_apply_keeps_the_model_s_state(applied):
     assert isinstance(rewritten, type(rewritten).__mro__[2])  # still the user's class
     assert list(rewritten.state_dict()) == list(original.state_dict())
     rewritten.load_state_dict(original.state_dict())
-    assert [n for n, _ in rewritten.named_parameters()] == [
-        n for n, _ in original.named_parameters()
-    ]
+    assert [n for n, _ in rewritten.named_parameters()] == [n for n, _ in original.named_parameters()]
     assert not rewritten.training
 
 

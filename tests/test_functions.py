@@ -7,9 +7,30 @@ import torch
 import torch.nn.functional as F
 from whole_path import assert_right, fused
 
-ELEMENTARY = [torch.exp2, torch.expm1, lambda s: s.abs().log1p(), lambda s: torch.log10(s.abs() + 0.1), torch.sinh, torch.cosh]
-ROUNDED = [torch.round, torch.trunc, torch.frac, torch.sign, lambda s: s.round().nan_to_num(), lambda s: torch.isfinite(s).float()]
-POWERS = [lambda s: s**3, lambda s: s.abs() ** 1.5, lambda s: (s.abs() + 0.1) ** -0.5, lambda s: 2.0**s, lambda s: 0.7**s, lambda s: s.square()]
+ELEMENTARY = [
+    torch.exp2,
+    torch.expm1,
+    lambda s: s.abs().log1p(),
+    lambda s: torch.log10(s.abs() + 0.1),
+    torch.sinh,
+    torch.cosh,
+]
+ROUNDED = [
+    torch.round,
+    torch.trunc,
+    torch.frac,
+    torch.sign,
+    lambda s: s.round().nan_to_num(),
+    lambda s: torch.isfinite(s).float(),
+]
+POWERS = [
+    lambda s: s**3,
+    lambda s: s.abs() ** 1.5,
+    lambda s: (s.abs() + 0.1) ** -0.5,
+    lambda s: 2.0**s,
+    lambda s: 0.7**s,
+    lambda s: s.square(),
+]
 DIVIDED = [
     lambda s: torch.remainder(s, 0.75),
     lambda s: torch.fmod(s, 0.75),

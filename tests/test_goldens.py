@@ -29,9 +29,7 @@ def emitted(name: str, folder: Path) -> str:
     golden = GOLDENS[name]
     model = golden.build().half().eval()
     sources = rewrite(model, golden.arguments(), out=folder).sources
-    assert [file for file in sources if file.startswith("kernels/") and "__" not in file] == [
-        f"kernels/{name}.py"
-    ]
+    assert [file for file in sources if file.startswith("kernels/") and "__" not in file] == [f"kernels/{name}.py"]
     return sources[f"kernels/{name}.py"]
 
 
@@ -46,9 +44,7 @@ def test_emitted_as_before(name, tmp_path, request):
 
 
 def difference(before: str, after: str, name: str) -> str:
-    lines = difflib.unified_diff(
-        before.splitlines(), after.splitlines(), name, "emitted now", n=1, lineterm=""
-    )
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), name, "emitted now", n=1, lineterm="")
     return "\n".join(["see the head of this file", *lines])
 
 

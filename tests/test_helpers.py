@@ -70,14 +70,18 @@ POWERS = (2.5, -1.5, 0.1, 11.0, -12.0, 7.3, 0.0)
 
 @pytest.mark.parametrize("power", POWERS)
 def test_powers(power, tmp_path):
-    x = NUMBERS[NUMBERS.isnan() | (NUMBERS.double().abs().pow(power).log2().abs() < 120) | (NUMBERS == 0) | NUMBERS.isinf()]
+    x = NUMBERS[
+        NUMBERS.isnan() | (NUMBERS.double().abs().pow(power).log2().abs() < 120) | (NUMBERS == 0) | NUMBERS.isinf()
+    ]
     y = torch.full_like(x, power)
     check(computed(tmp_path, "pow", "pow(x, y)", x, y), x.double().pow(y.double()), ulps=8)
 
 
 def test_powers_of_one_base(tmp_path):
     y = torch.linspace(-60, 60, 64)
-    check(computed(tmp_path, "pow", "pow(x, y)", torch.full_like(y, 0.96875), y), torch.pow(0.96875, y.double()), ulps=8)
+    check(
+        computed(tmp_path, "pow", "pow(x, y)", torch.full_like(y, 0.96875), y), torch.pow(0.96875, y.double()), ulps=8
+    )
 
 
 @pytest.mark.parametrize("call", ["pow(x, 1.5)", "pow(1.5, x)", "pow(x, 9.0)"])
@@ -110,7 +114,10 @@ WHOLE_BY = torch.randint(1, 9, (128,), dtype=torch.int64) * (2 * torch.randint(0
 
 @pytest.mark.parametrize("name", ["float_mod", "float_fmod", "float_floordiv"])
 def test_division_by_a_number(name, tmp_path):
-    got = [computed(tmp_path, name, call, DIVIDED, torch.full_like(DIVIDED, 0.75)) for call in (f"{name}(x, 0.75)", f"{name}(x, y)")]
+    got = [
+        computed(tmp_path, name, call, DIVIDED, torch.full_like(DIVIDED, 0.75))
+        for call in (f"{name}(x, 0.75)", f"{name}(x, y)")
+    ]
     assert torch.equal(*got)
 
 
@@ -146,7 +153,9 @@ def test_every_helper_compiles(tmp_path):
         file = written(tmp_path, name, " + ".join(calls))
         pointer = "*i64" if name in OF_INTEGERS else "*fp32"
         signature = dict.fromkeys(("x_ptr", "y_ptr", "out_ptr"), pointer)
-        requests += [CompileRequest(file, "kernel", signature, {"BLOCK": 128}, target) for target in ("sm_90", "gfx942")]
+        requests += [
+            CompileRequest(file, "kernel", signature, {"BLOCK": 128}, target) for target in ("sm_90", "gfx942")
+        ]
     with compiler(workers=1) as compiles:
         results = compiles.compile(requests)
     assert not [(r.error, q.path.name) for r, q in zip(results, requests) if r.error]

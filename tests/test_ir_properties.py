@@ -37,9 +37,7 @@ from rewriter.ir.integer import extreme, from_poly, nonnegative, proves, to_poly
 from tests.integers import POSITIONS, environments, node_of, trees, value_of
 from tests.strategies import assert_equivalent, assert_same, cases, fixed, tensors_for
 
-sizes = st.fixed_dictionaries(
-    {"B": st.integers(1, 2), "M": st.integers(1, 5), "N": st.integers(1, 5)}
-)
+sizes = st.fixed_dictionaries({"B": st.integers(1, 2), "M": st.integers(1, 5), "N": st.integers(1, 5)})
 seeds = st.integers(0, 1 << 20)
 
 
@@ -66,9 +64,7 @@ def test_normal_form_is_normal(tree):
 @given(trees(), trees())
 @fixed(100)
 def test_equal_polynomials_are_one_node(left, right):
-    a, b = node_of(("mul", ("add", left, right), ("sub", left, right))), node_of(
-        ("mul", left, left)
-    )
+    a, b = node_of(("mul", ("add", left, right), ("sub", left, right))), node_of(("mul", left, left))
     assert node_of(("sub", b, ("mul", right, right))) is a
 
 
@@ -143,9 +139,7 @@ def rebuilt(program: Program) -> Program:
     def anew(node):
         if not isinstance(node, Reduce):
             return node
-        axes, predicate, body = open_reduce(
-            node, tuple(fresh_axis(a.extent, "z") for a in node.axes)
-        )
+        axes, predicate, body = open_reduce(node, tuple(fresh_axis(a.extent, "z") for a in node.axes))
         return reduce_over(node.op, axes, body, predicate)
 
     def output(o: Output) -> Output:

@@ -283,10 +283,6 @@ def test_a_cpu_without_the_interpreter():
     tests = str(Path(__file__).parent)
     environment["PYTHONPATH"] = str(Path(tests).parent)
     code = WITHOUT_INTERPRETER.format(tests=tests)
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert (
-        run.stderr.count("runs its original code: tensors on cpu without TRITON_INTERPRET=1") == 2
-    ), run.stderr
+    assert run.stderr.count("runs its original code: tensors on cpu without TRITON_INTERPRET=1") == 2, run.stderr

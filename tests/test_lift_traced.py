@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from rewriter.errors import RewriteError
 from rewriter.lift.local import lift_locally
 from rewriter.trace import capture
 from tests.lifting import assert_lifted, sizes_of, values_of
@@ -202,16 +201,12 @@ def fed(graph: fx.Graph, args: tuple) -> dict:
     """Placeholders by name: the inputs, and the constants that tracing has lifted."""
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     given = iter(args)
-    return {
-        n.name: n.meta["constant"] if "constant" in n.meta else next(given) for n in placeholders
-    }
+    return {n.name: n.meta["constant"] if "constant" in n.meta else next(given) for n in placeholders}
 
 
 def captured(function, inputs):
     args = inputs(2, 5)
-    return capture(
-        function, args, {}, dict.fromkeys((k, d) for k in range(len(args)) for d in STATIC[inputs])
-    )
+    return capture(function, args, {}, dict.fromkeys((k, d) for k in range(len(args)) for d in STATIC[inputs]))
 
 
 @pytest.mark.parametrize("function,inputs", CASES, ids=lambda c: c.__name__)

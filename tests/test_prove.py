@@ -33,9 +33,7 @@ def summed(x: Node) -> Node:
 def program(*bodies: Node) -> Program:
     """One output per body, over the row and feature axes it has."""
     axes = [tuple(a for a in (m, e) if a in body.free) for body in bodies]
-    outputs = [
-        Output(f"out{k}", at, body, torch.float32) for k, (at, body) in enumerate(zip(axes, bodies))
-    ]
+    outputs = [Output(f"out{k}", at, body, torch.float32) for k, (at, body) in enumerate(zip(axes, bodies))]
     return Program("wanted", tuple(outputs))
 
 
@@ -165,7 +163,9 @@ SELECTED = {
     "count": summed(apply("cast", apply("eq", LEAST, S), dtype=torch.float32)),
     "position": reduce("min", (n,), Index(n), apply("eq", S, maximum(S))),
     "of masked scores": summed(where(apply("eq", MASKED, maximum(MASKED)), V, const(0.0))),
-    "among what is kept": summed(where(apply("and", KEPT, apply("eq", S, reduce("max", (n,), S, KEPT))), V, const(0.0))),
+    "among what is kept": summed(
+        where(apply("and", KEPT, apply("eq", S, reduce("max", (n,), S, KEPT))), V, const(0.0))
+    ),
 }
 
 
@@ -193,18 +193,12 @@ MEAN = apply("div", summed(S), const(7.0))
 OTHER = load("other", Index(m), Index(n))
 TWO_SWEEPS = {
     "a maximum of what depends on a sum": maximum(apply("abs", apply("sub", S, MEAN))),
-    "a maximum of a normalised weight's tanh": maximum(
-        apply("tanh", apply("div", S, summed(apply("exp", S))))
-    ),
-    "a gate on a difference to the mean": summed(
-        apply("maximum", apply("sub", S, MEAN), const(0.0))
-    ),
+    "a maximum of a normalised weight's tanh": maximum(apply("tanh", apply("div", S, summed(apply("exp", S))))),
+    "a gate on a difference to the mean": summed(apply("maximum", apply("sub", S, MEAN), const(0.0))),
     "an exponential shifted by a minimum": summed(weights(reduce("min", (n,), S))),
     "an exponential shifted by a mean": summed(weights(MEAN)),
     "an exponential shifted by another maximum": summed(weights(maximum(OTHER))),
-    "an exponential shifted by half the maximum": summed(
-        weights(apply("mul", maximum(S), const(0.5)))
-    ),
+    "an exponential shifted by half the maximum": summed(weights(apply("mul", maximum(S), const(0.5)))),
     "an exponential shifted the wrong way": summed(apply("exp", apply("add", S, maximum(S)))),
     "an exponential of the negated score, shifted by its maximum": summed(
         apply("exp", apply("sub", apply("neg", S), maximum(S)))
@@ -218,16 +212,10 @@ TWO_SWEEPS = {
         where(apply("lt", apply("mul", maximum(S), const(0.5)), S), V, const(0.0))
     ),
     "what equals the maximum of other scores": summed(where(apply("eq", S, maximum(OTHER)), V, const(0.0))),
-    "what equals the maximum of a part": summed(
-        where(apply("eq", S, reduce("max", (n,), S, KEPT)), V, const(0.0))
-    ),
+    "what equals the maximum of a part": summed(where(apply("eq", S, reduce("max", (n,), S, KEPT)), V, const(0.0))),
     "what is at most the maximum": summed(where(apply("le", S, maximum(S)), V, const(0.0))),
-    "a sum of squares around the mean": summed(
-        apply("mul", apply("sub", S, MEAN), apply("sub", S, MEAN))
-    ),
-    "softmax of softmax": summed(
-        apply("exp", apply("div", weights(maximum(S)), summed(weights(maximum(S)))))
-    ),
+    "a sum of squares around the mean": summed(apply("mul", apply("sub", S, MEAN), apply("sub", S, MEAN))),
+    "softmax of softmax": summed(apply("exp", apply("div", weights(maximum(S)), summed(weights(maximum(S)))))),
 }
 
 
@@ -319,9 +307,7 @@ def kept(x: Node) -> Node:
 ZERO = {
     "of weights divided before": summed(apply("mul", kept(apply("div", E, summed(kept(E)))), V)),
     "of weights never divided": summed(apply("mul", kept(E), V)),
-    "of rows": where(
-        reduce("any", (n,), MASK), apply("div", summed(kept(E)), summed(kept(E))), const(0.0)
-    ),
+    "of rows": where(reduce("any", (n,), MASK), apply("div", summed(kept(E)), summed(kept(E))), const(0.0)),
 }
 NAN = {
     "of weights divided after": summed(apply("mul", apply("div", kept(E), summed(kept(E))), V)),

@@ -65,8 +65,7 @@ def test_bytes_are_counted_for_every_tensor_and_named_by_the_inputs(plain):
 
 def test_each_fixed_size_has_its_line(plain, normed):
     assert {(f["reason"], f["where"]) for f in plain["specialised"]} == {
-        (f"{name}.shape[2] = 16, kept whole by a kernel", f"test_report.py:{line_of(WEIGHTS)}")
-        for name in "qkv"
+        (f"{name}.shape[2] = 16, kept whole by a kernel", f"test_report.py:{line_of(WEIGHTS)}") for name in "qkv"
     }
     lines = {f["reason"]: f["where"] for f in normed["specialised"]}
     made = line_of("return attend(x / math.log(y.shape[1]), y, y)")

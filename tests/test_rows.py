@@ -43,9 +43,7 @@ HALF = (
 )
 
 
-@pytest.mark.parametrize(
-    "program", [pytest.param(p, id=p.name) for p in PROGRAMS if p.name in HALF]
-)
+@pytest.mark.parametrize("program", [pytest.param(p, id=p.name) for p in PROGRAMS if p.name in HALF])
 def test_right_in_half_precision(program):
     """In as few sweeps as in fp32: a row's own maximum or mean is taken off without a rounding between."""
     model = built(program, torch.float16)
@@ -227,9 +225,7 @@ def test_what_is_left_has_its_reason(name):
     assert reasons and all(why in reason for reason in reasons), reasons
 
 
-@pytest.mark.parametrize(
-    "program", [lambda x: x.sum(-1), lambda x: torch.relu(x) / 2, lambda x: x @ x.mT]
-)
+@pytest.mark.parametrize("program", [lambda x: x.sum(-1), lambda x: torch.relu(x) / 2, lambda x: x @ x.mT])
 def test_what_is_no_row_is_left_without_a_word(program):
     result = rewrite(program, (r(4, 8),), rows=True)
     assert result.report["unfused"] == [] and not result.sources

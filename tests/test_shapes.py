@@ -331,9 +331,7 @@ BROADCAST = [
     Case(masked, lambda b, m, n: (cross(b, m, n), {"keep": r(1, 1, m, n) > -1}), (1, 7, 9)),
     Case(positioned, lambda b, m, n: (r(b, m, 32), r(1, m, 32)), (1, 7, 7)),
     Case(positioned, lambda b, m, n: (r(1, m, 32), r(b, m, 32)), (1, 1, 1)),
-    Case(
-        positioned_and_masked, lambda b, m, n: (r(1, m, 32), r(b, m, 32), r(1, 1, m, m)), (1, 7, 7)
-    ),
+    Case(positioned_and_masked, lambda b, m, n: (r(1, m, 32), r(b, m, 32), r(1, 1, m, m)), (1, 7, 7)),
     Case(padded, lambda b, m, n: (r(b, m, 32), r(1, m) > -1), (1, 7, 7)),
     Case(padded, tokens_and_padding, (1, 1, 1)),
 ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from zoo import Program, programs
+from zoo import programs
 from zoo_checks import built, check_at, kernels_of, rewritten
 
 FUSED = [p for p in programs(part=2) if p.fused and not p.rows]

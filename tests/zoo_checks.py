@@ -17,7 +17,9 @@ from rewriter.check.numerics import compare, run_float64
 
 
 class NothingWide(TorchDispatchMode):
-    """Fails where an eager op makes a tensor with rows and stream among its dimensions that is not an input or output."""
+    """Fails where an eager op makes a tensor with rows and stream among its dimensions that is not an input or
+    output.
+    """
 
     def __init__(self, wide: Wide, allowed: set[tuple[int, ...]]):
         super().__init__()
@@ -27,7 +29,11 @@ class NothingWide(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         given = {t.untyped_storage().data_ptr() for t in pytree.tree_leaves((args, kwargs)) if torch.is_tensor(t)}
         for leaf in pytree.tree_leaves(out):
-            if torch.is_tensor(leaf) and leaf.untyped_storage().data_ptr() not in given and self.is_wide(tuple(leaf.shape)):
+            if (
+                torch.is_tensor(leaf)
+                and leaf.untyped_storage().data_ptr() not in given
+                and self.is_wide(tuple(leaf.shape))
+            ):
                 raise AssertionError(f"{func} wrote {tuple(leaf.shape)}")
         return out
 
@@ -66,7 +72,11 @@ def _is_watched(program: Program, model, sizes: Sizes, inputs: set[tuple[int, ..
     stored = [tuple(t.shape) for t in held]
     wide = program.wide(sizes)
     watcher = NothingWide(wide, set())
-    return min(n for pair in wide for n in pair) > 16 and not program.eager and not any(watcher.is_wide(s) for s in (*stored, *inputs))
+    return (
+        min(n for pair in wide for n in pair) > 16
+        and not program.eager
+        and not any(watcher.is_wide(s) for s in (*stored, *inputs))
+    )
 
 
 def check_at(program: Program, model, result: Rewrite, sizes: Sizes, dtype: torch.dtype) -> None:

@@ -107,11 +107,7 @@ class CompileResult:
     def fits(self) -> bool:
         """Whether it compiled and one program of it fits on the GPU, as far as SHARED_LIMIT knows."""
         shared = SHARED_LIMIT.get(self.target, self.shared_bytes)
-        return (
-            self.ok
-            and self.shared_bytes <= shared
-            and self.tensor_memory_columns <= TENSOR_MEMORY_LIMIT
-        )
+        return self.ok and self.shared_bytes <= shared and self.tensor_memory_columns <= TENSOR_MEMORY_LIMIT
 
 
 class Compiler:
@@ -148,9 +144,7 @@ def compiler(*, workers: int = 2, limit_s: int = 300) -> Iterator[Compiler]:
         yield Compiler([stack.enter_context(_Worker(limit_s)) for _ in range(workers)])
 
 
-def compile_kernels(
-    requests: Sequence[CompileRequest], *, workers: int = 2, limit_s: int = 300
-) -> list[CompileResult]:
+def compile_kernels(requests: Sequence[CompileRequest], *, workers: int = 2, limit_s: int = 300) -> list[CompileResult]:
     """Compile each kernel for its GPU, in at most `workers` processes; no GPU is needed.
 
     Start-up costs some seconds a process: pass many requests at once, or keep a `compiler()`.
@@ -213,9 +207,7 @@ class _Worker:
         # -P: a module beside the worker must not stand in for one that Triton imports.
         command = [sys.executable, "-P", str(_WORKER), str(self._limit_s)]
         pipe = subprocess.PIPE
-        return subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=self._log, text=True, env=env
-        )
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._log, text=True, env=env)
 
     def _stop(self) -> int:
         """End the process; its exit code, 0 if there was none."""
@@ -246,6 +238,4 @@ def _line(request: CompileRequest) -> str:
 
 def one_line(text: str) -> str:
     """`text` on one line, with no folder in it: a path becomes the name of its file."""
-    return re.sub(
-        r"(?<![\w.<])(?:~|\.{1,2})?/(?:[^\s/:'\"`]+/)*(?=[^\s/])", "", " ".join(text.split())
-    )
+    return re.sub(r"(?<![\w.<])(?:~|\.{1,2})?/(?:[^\s/:'\"`]+/)*(?=[^\s/])", "", " ".join(text.split()))

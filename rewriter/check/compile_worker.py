@@ -82,9 +82,7 @@ def arg_types(fn: JITFunction, request: dict) -> dict[str, str]:
             raise ValueError(f"{request['kernel']} has no argument {name}")
     for name in fn.arg_names:
         if (name in types) == (name in values):
-            raise ValueError(
-                f"argument {name} of {request['kernel']} needs a type or a value, one of them"
-            )
+            raise ValueError(f"argument {name} of {request['kernel']} needs a type or a value, one of them")
     return {name: types.get(name, "constexpr") for name in fn.arg_names}
 
 

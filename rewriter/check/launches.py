@@ -54,7 +54,9 @@ class Recorder:
 
 
 def record(package: ModuleType, kernels: Sequence[tuple[str, str]]) -> Recorder:
-    """Put a recorder in front of each kernel, given as (name of its file, name of its function), of an imported package."""
+    """Put a recorder in front of each kernel, given as (name of its file, name of its function), of an imported
+    package.
+    """
     __import__(f"{package.__name__}.module")
     recorder = Recorder()
     for name, function in kernels:

@@ -179,9 +179,7 @@ def run_float64(
             return _run(module_or_fn, args, kwargs or {})
 
 
-def _run(
-    program: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
-) -> object:
+def _run(program: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]) -> object:
     program = _widened(program) if isinstance(program, nn.Module) else program
     args, kwargs = tree_map_only(Tensor, _wide_copy, (tuple(args), dict(kwargs)))
     with torch.no_grad(), _default_float64():

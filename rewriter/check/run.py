@@ -116,9 +116,7 @@ def _numerics(folder: Path, kernels: Sequence[KernelFile], options: Options) -> 
         request = replace(request, numerics=False)
     result = _asked(folder, request)
     if result.eager_error:
-        notes += (
-            f"the original does not run at this dtype here: compiled only ({result.eager_error})",
-        )
+        notes += (f"the original does not run at this dtype here: compiled only ({result.eager_error})",)
     return replace(result, notes=(*notes, *result.notes))
 
 
@@ -140,16 +138,15 @@ def _asked(folder: Path, request: Request) -> Result:
         said = [line for line in log.read().splitlines() if line.strip()]
     if not answer.exists():
         last = one_line(said[-1]) if said else "no output"
-        return Result(
-            request.device, failures=(f"the check's process ended with code {code}: {last}",)
-        )
+        return Result(request.device, failures=(f"the check's process ended with code {code}: {last}",))
     fields = json.loads(answer.read_text())
     fields["launches"] = {name: Launch(**launch) for name, launch in fields["launches"].items()}
     return Result(**fields)
 
 
 def _environment(request: Request, folder: Path) -> dict[str, str]:
-    """The caller's, with Triton's interpreter switched on or off, its cache in `folder`, and this rewriter to import."""
+    """The caller's, with Triton's interpreter switched on or off, its cache in `folder`, and this rewriter to import.
+    """
     environment = {"TRITON_CACHE_DIR": str(folder / "triton")}
     environment |= {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if request.device == "cpu":
@@ -202,9 +199,7 @@ def _config(text: str, name: str) -> dict[str, Any]:
     return {}
 
 
-def _compile_failures(
-    requests: Sequence[CompileRequest], results: Sequence[CompileResult]
-) -> list[str]:
+def _compile_failures(requests: Sequence[CompileRequest], results: Sequence[CompileResult]) -> list[str]:
     pairs = zip(requests, results, strict=True)
     return [_compile_line(q, r) for q, r in pairs if not (r.ok and r.fits)]
 

@@ -32,9 +32,7 @@ def short_sizes(call: Call, fits: Callable[[Call], bool]) -> Call | None:
     return _cut(call, shorter, fits)
 
 
-def _cut(
-    call: Call, shorter: Callable[[int, bool], int], fits: Callable[[Call], bool]
-) -> Call | None:
+def _cut(call: Call, shorter: Callable[[int, bool], int], fits: Callable[[Call], bool]) -> Call | None:
     """Cuts one size after the other and keeps what fits.
 
     Each in every tensor that has it; or, where that does not fit (a length that is equal to the width by chance), in

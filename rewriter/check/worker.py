@@ -128,9 +128,7 @@ def check(request: Request, package_folder: Path) -> Result:
     try:
         launches = programs.launches(call)
     except _Failure as failure:
-        return Result(
-            device, failures=() if eager_error else (str(failure),), eager_error=eager_error
-        )
+        return Result(device, failures=() if eager_error else (str(failure),), eager_error=eager_error)
     if eager_error or not request.numerics:
         return Result(device, launches=launches, eager_error=eager_error)
     outputs, failures, notes = _compared_at_sizes(programs, call, request.device)

@@ -1,7 +1,7 @@
 """Names for the axes of a chain, so that what can share a loop does.
 
-Output and bound axes are only names: each may be given any name of the same extent that its value does not use otherwise.
-Two are taken for the same where they index the same dimension of a tensor.
+Output and bound axes are only names: each may be given any name of the same extent that its value does not use
+otherwise. Two are taken for the same where they index the same dimension of a tensor.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Axes:
         hint: str,
         streams: frozenset[Axis] = frozenset(),
     ) -> Axis:
-        """The axis that stands for `axis` in `nodes`: a known one, one of `streams` rather than none, else a new one."""
+        """The axis that stands for `axis` in `nodes`: a known one, one of `streams` rather than none, else a new one.
+        """
         places = places_of(axis, nodes)
         fitting = [a for a in self.places if a.extent is axis.extent and a not in taken]
         best = max(fitting, key=lambda a: (len(places & self.places[a]), a in streams), default=None)

@@ -1,4 +1,6 @@
-"""Turns the reductions of a program into definitions, in the order they depend on each other, each in the first sweep it can."""
+"""Turns the reductions of a program into definitions, in the order they depend on each other, each in the first sweep
+it can.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ class Builder:
     streams: set[Axis] = field(default_factory=set)
 
     def outputs(self, bodies: list[Node]) -> list[Node]:
-        """The outputs with every reduction replaced by its final value, but for contractions that a sweep computes anyway."""
+        """The outputs with every reduction replaced by its final value, but for contractions that a sweep computes
+        anyway.
+        """
         chains = [self._resolved(b, lambda n: not is_leaf(n)) for b in bodies]
         inner = frozenset(walk(*(n for d in self.definitions for n in d.roots)))
         return [_final(self._resolved(b, lambda n: n not in inner)) for b in chains]
@@ -200,8 +204,9 @@ def is_leaf(node: Reduce) -> bool:
 
 
 def is_wide(node: Node, stream: Axis) -> bool:
-    """Whether a value varies along the stream and along rows: two axes that scores inside pair, with each other or with a third,
-    and that are not always together: a batch of keys against parameters has no rows."""
+    """Whether a value varies along the stream and along rows: two axes that scores inside pair, with each other or
+    with a third, and that are not always together: a batch of keys against parameters has no rows.
+    """
     parts = [part for n in walk(node) for part in _parts(n)]
     paired = frozenset().union(*(_paired(_parts(n)) for n in walk(node)))
     apart = {a for part in parts for a in paired if (a in part) != (stream in part)}

@@ -1,4 +1,6 @@
-"""What deriving gives: reductions in sweeps over their streams, each with the form that lets its sweep compute it online."""
+"""What deriving gives: reductions in sweeps over their streams, each with the form that lets its sweep compute it
+online.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ class Shift:
     The body is `exp(exponent − phi) · rest`; when the state moves from old to new, what is accumulated is multiplied by
     T(old → new) = exp(phi(old) − phi(new)). T composes, and merging with an empty state is the identity.
 
-    A moment's body has the factor (exponent − phi) too; `mass` is the same sum without it. Its T is affine: where phi moves
-    by δ, the moment loses δ · mass before it is multiplied.
+    A moment's body has the factor (exponent − phi) too; `mass` is the same sum without it. Its T is affine: where phi
+    moves by δ, the moment loses δ · mass before it is multiplied.
     """
 
     phi: Node
@@ -34,8 +36,9 @@ class Shift:
 class Centre:
     """The running mean that a moment is about, and the weight it is a mean of.
 
-    Where the mean falls by δ, a first moment gains δ · mass, a second one δ · (2 · first + δ · mass). The `first` beside a
-    second moment is what rounding leaves of it: without it a variance is as wrong as its mean is beside the deviation.
+    Where the mean falls by δ, a first moment gains δ · mass, a second one δ · (2 · first + δ · mass). The `first`
+    beside a second moment is what rounding leaves of it: without it a variance is as wrong as its mean is beside the
+    deviation.
     """
 
     mean: Node
@@ -47,10 +50,11 @@ class Centre:
 class Definition:
     """`name[axes] = ⊕_stream | predicate: weight`, where weight = exp(shift.exponent − shift.phi) · rest or just rest.
 
-    Where the predicate selects what has an `extremum` of the same sweep, what is accumulated starts again when that moves.
+    Where the predicate selects what has an `extremum` of the same sweep, what is accumulated starts again when that
+    moves.
 
-    `rest` is a tuple of factors; earlier definitions are read through `Ref`: those of the same sweep as they run, those of
-    earlier sweeps as they ended (`Ref.final`).
+    `rest` is a tuple of factors; earlier definitions are read through `Ref`: those of the same sweep as they run,
+    those of earlier sweeps as they ended (`Ref.final`).
     """
 
     name: str
@@ -88,8 +92,8 @@ class Definition:
 class Chain:
     """Definitions in the order they depend on each other, and the outputs computed from their final values.
 
-    `axes` are all that occur, streams too, in one order. An output may have the axis of a stream: it is written position by
-    position, after the sweeps that it reads.
+    `axes` are all that occur, streams too, in one order. An output may have the axis of a stream: it is written
+    position by position, after the sweeps that it reads.
     """
 
     name: str
@@ -119,8 +123,9 @@ class Chain:
     def beats_dense(self) -> bool:
         """Whether a chain that begins with a dense layer is better than the layer by itself.
 
-        Along positions of the input, as attention by learned queries is, it is where reductions depend on each other. Along the
-        layer's own outputs it gives numbers a row, or needs the layer once: a norm between two layers would compute one again.
+        Along positions of the input, as attention by learned queries is, it is where reductions depend on each other.
+        Along the layer's own outputs it gives numbers a row, or needs the layer once: a norm between two layers would
+        compute one again.
         """
         layers = [(d, n) for d in self.definitions for n in walk(*d.roots) if isinstance(n, Reduce)]
         streams = {d.stream for d, _ in layers}

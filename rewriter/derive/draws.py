@@ -105,8 +105,9 @@ class Draws:
         return self.rng.randint(2, most) + floors.get(param.name, 0)
 
     def positions(self) -> dict[Axis, torch.Tensor]:
-        """Some positions of every axis, in order; of those that masks read, the first and the last too; all where a sweep reads
-        what another computed there."""
+        """Some positions of every axis, in order; of those that masks read, the first and the last too; all where a
+        sweep reads what another computed there.
+        """
         evaluator = Evaluator({}, self.sizes)
         whole = self._read_whole()
         compared = frozenset().union(*(n.free for n in self.comparisons)) - whole
@@ -123,13 +124,12 @@ class Draws:
         }
 
     def _read_whole(self) -> frozenset[Axis]:
-        """Axes of definitions that others read at more than the same position: along a stream, or inside a reduction."""
+        """Axes of definitions that others read at more than the same position: along a stream, or inside a reduction.
+        """
         by_name = {d.name: d for d in self.chain.definitions}
         streams = {d.stream for d in self.chain.definitions}
         refs = {n for n in walk(*self.chain.roots) if isinstance(n, Ref)}
-        moved = {
-            a for r in refs for a, i in zip(by_name[r.name].axes, r.index) if a in streams or i is not index(a)
-        }
+        moved = {a for r in refs for a, i in zip(by_name[r.name].axes, r.index) if a in streams or i is not index(a)}
         return frozenset(moved)
 
     def _chosen(self, extent: int, count: int, with_ends: bool) -> torch.Tensor:
@@ -148,9 +148,7 @@ class Draws:
     def _masks(self) -> frozenset[str]:
         """Tensors that are added to a score as they are: eager masks with -inf come this way."""
         exponents = [
-            d.shift.exponent if d.shift else d.body
-            for d in self.chain.definitions
-            if d.shift or d.op == "max"
+            d.shift.exponent if d.shift else d.body for d in self.chain.definitions if d.shift or d.op == "max"
         ]
         terms = [without_cast(t.node) for e in exponents for t in as_terms(e) if t.sign > 0]
         return frozenset(t.tensor.name for t in terms if isinstance(t, Load))
@@ -171,11 +169,7 @@ def _params(*nodes: Node) -> list[Param]:
 
 
 def _constants(node: Node) -> list[int]:
-    return [
-        abs(int(n.value))
-        for n in walk(node)
-        if isinstance(n, Const) and not n.dtype.is_floating_point
-    ]
+    return [abs(int(n.value)) for n in walk(node) if isinstance(n, Const) and not n.dtype.is_floating_point]
 
 
 def _extents(program: Program, chain: Chain) -> list[Node]:

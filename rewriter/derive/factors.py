@@ -11,7 +11,6 @@ import torch
 
 from rewriter.ir import TRUE, Apply, Axis, Const, Node, Ref, Where, apply, const, walk, where
 
-
 Guard = tuple[Node, list[Node]]  # a choice of 0, and the factors inside
 
 
@@ -19,8 +18,9 @@ Guard = tuple[Node, list[Node]]  # a choice of 0, and the factors inside
 class Product:
     """body = predicate ? ∏ over / ∏ under : 0
 
-    `guards` say of each choice, innermost first, what stands inside: (predicate, factors). Where it fails they count as 0,
-    be they NaN."""
+    `guards` say of each choice, innermost first, what stands inside: (predicate, factors). Where it fails they count
+    as 0, be they NaN.
+    """
 
     over: list[Node] = field(default_factory=list)
     under: list[Node] = field(default_factory=list)
@@ -30,19 +30,15 @@ class Product:
     def predicate(self) -> Node:
         return conjunction(p for p, _ in self.guards)
 
-    def times(self, other: "Product") -> "Product":
-        return Product(
-            self.over + other.over, self.under + other.under, self.guards + other.guards
-        )
+    def times(self, other: Product) -> Product:
+        return Product(self.over + other.over, self.under + other.under, self.guards + other.guards)
 
-    def inverse(self) -> "Product":
+    def inverse(self) -> Product:
         return Product(self.under, self.over, self.guards)
 
-    def where(self, predicate: Node) -> "Product":
+    def where(self, predicate: Node) -> Product:
         """predicate ? self : 0"""
-        return Product(
-            self.over, self.under, [*self.guards, (predicate, self.over + self.under)]
-        )
+        return Product(self.over, self.under, [*self.guards, (predicate, self.over + self.under)])
 
 
 def conjunction(predicates: Iterable[Node]) -> Node:
@@ -68,7 +64,9 @@ def _float(dtype: torch.dtype) -> bool:
 
 
 def as_product(node: Node) -> Product:
-    """Flattens mul, div, neg, abs, `where(p, x, 0)` and `where(p, x, -x)`; division keeps its predicate only in the numerator."""
+    """Flattens mul, div, neg, abs, `where(p, x, 0)` and `where(p, x, -x)`; division keeps its predicate only in the
+    numerator.
+    """
     if is_float_cast(node):
         return as_product(node.args[0])
     if isinstance(node, Where) and _is_zero(node.other):
@@ -131,7 +129,8 @@ class Term:
 def as_terms(node: Node, everywhere: bool = False) -> list[Term]:
     """Flattens add, sub, neg, and multiplication or division of a sum by one factor.
 
-    Such a sum stays whole where it holds no earlier reduction, unless wanted `everywhere`: (1 - keep) * -1e4 written out cancels.
+    Such a sum stays whole where it holds no earlier reduction, unless wanted `everywhere`: (1 - keep) * -1e4 written
+    out cancels.
     """
     if is_float_cast(node):
         return as_terms(node.args[0], everywhere)

@@ -86,7 +86,9 @@ class Form:
         if extremum and shift and is_running(shift.phi):
             raise NotDerivable("exponentials shifted by a running value, of what has an extremum")
         if extremum:
-            self._note(f"selection: T(old → new) keeps a state where {extremum.name} has not moved, and empties it elsewhere")
+            self._note(
+                f"selection: T(old → new) keeps a state where {extremum.name} has not moved, and empties it elsewhere"
+            )
         return self.builder.add(op, self.stream, self.sweep, predicate, rest, shift, body, extremum, centre)
 
     def _note(self, text: str) -> None:
@@ -98,7 +100,12 @@ class Form:
         product = as_product(body)
         exponents = [f.args[0] for f in product.over if is_exp(f) and depends_on(f, self.stream)]
         others = [f for f in (*product.over, *product.under) if not (is_exp(f) and f.args[0] in exponents)]
-        if is_running(body) and len(exponents) == 1 and product.predicate is TRUE and all(map(self._is_positive, others)):
+        if (
+            is_running(body)
+            and len(exponents) == 1
+            and product.predicate is TRUE
+            and all(map(self._is_positive, others))
+        ):
             most = apply("exp", self._extremum(op, predicate, exponents[0]))
             return quotient([most, *(f for f in product.over if f in others)], product.under)
         moving = [t for t in as_terms(body) if depends_on(t.node, self.stream)]
@@ -131,9 +138,7 @@ class Form:
         row_over, over = self._sorted(product.over)
         row_under, under = self._sorted(product.under)
         if row_over or row_under:
-            self._note(
-                "hoist: factors that do not depend on the stream are taken out of the sum"
-            )
+            self._note("hoist: factors that do not depend on the stream are taken out of the sum")
         return self._hoisted(self._one_sum(over, under, rest, centred), row_over, row_under, product.guards)
 
     def _selecting(self, product: Product) -> Product:
@@ -280,7 +285,10 @@ class Form:
             raise NotDerivable("a sum of squares about what is not proved to be their mean")
         if square.empty is not FALSE and not (shift and square.empty is _sees_nothing(shift)):
             raise NotDerivable("a sum of squares about a mean that is NaN in some rows")
-        self._note("variance: where its mean falls by delta, a sum of squares gains delta · (2 · first moment + delta · weight)")
+        self._note(
+            "variance: where its mean falls by delta, a sum of squares gains"
+            " delta · (2 · first moment + delta · weight)"
+        )
         mean = where(apply("eq", mass, const(0.0)), const(0.0), apply("div", *made))
         away = apply("sub", square.value, mean)
         body = multiply([*factors, away])
@@ -297,7 +305,8 @@ class Form:
         return self._add("sum", predicate, tuple(rest), moved, body)
 
     def _of_empty_rows(self, reduced: Node, shift: Shift) -> Node:
-        """A row whose shift is -inf saw only -inf: eager's exp(-inf + inf) is NaN there, where the kernel sums zeros."""
+        """A row whose shift is -inf saw only -inf: eager's exp(-inf + inf) is NaN there, where the kernel sums zeros.
+        """
         if self.builder.empty_is_zero:
             return reduced
         return where(_sees_nothing(shift), const(math.nan), reduced)

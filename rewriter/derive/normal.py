@@ -19,7 +19,6 @@ from rewriter.ir import (
 )
 
 
-
 def normalise(node: Node) -> Node:
     """Splits concatenations and decides NaN by the row."""
     return transform(split_concatenations(node), nan_of_weights)
@@ -34,9 +33,7 @@ def nan_of_weights(node: Node) -> Node:
     if len(product.over) != 1 or len(product.under) != 1:
         return node
     weight, total = product.over[0], product.under[0]
-    if not (
-        isinstance(weight, Apply) and weight.op == "exp" and isinstance(total, Reduce) and total.op == "sum"
-    ):
+    if not (isinstance(weight, Apply) and weight.op == "exp" and isinstance(total, Reduce) and total.op == "sum"):
         return node
     if not _sums(total, weight):
         return node
@@ -51,12 +48,12 @@ def _sums(total: Reduce, weight: Node) -> bool:
 def is_bilinear(node: Node) -> bool:
     """A chain of plain matrix products, which eager reassociates better than a fused kernel would compute."""
     reduces = [n for n in walk(node) if isinstance(n, Reduce)]
-    return bool(reduces) and all(n.op == "sum" and _is_product_of_loads(n) for n in reduces) and _is_product_of_loads(node)
+    return (
+        bool(reduces) and all(n.op == "sum" and _is_product_of_loads(n) for n in reduces) and _is_product_of_loads(node)
+    )
 
 
 def _is_product_of_loads(node: Node) -> bool:
     body = node.body if isinstance(node, Reduce) else node
     product = as_product(body)
-    return product.predicate is TRUE and all(
-        isinstance(f, (Load, Const, Reduce)) for f in product.over + product.under
-    )
+    return product.predicate is TRUE and all(isinstance(f, (Load, Const, Reduce)) for f in product.over + product.under)

@@ -102,9 +102,7 @@ class _Prover:
 
         return cuts
 
-    def _wanted(
-        self, kind: Kind, output: Output, values: Values, at: dict[Axis, torch.Tensor]
-    ) -> torch.Tensor:
+    def _wanted(self, kind: Kind, output: Output, values: Values, at: dict[Axis, torch.Tensor]) -> torch.Tensor:
         """What the program itself gives, NaN where that says nothing."""
         want = self._meant(output, values, at)
         if not kind.extreme:

@@ -54,8 +54,8 @@ class Values:
 class Sampled(Evaluator):
     """An evaluator that sees only the positions `at` of an axis, and notes the truth values of integer comparisons.
 
-    `state` holds values of a chain's definitions: over the axes in `rows[name]`, at the positions that `at` had when the
-    evaluator was made. Evaluators that share `opened` share the bound axes of reductions.
+    `state` holds values of a chain's definitions: over the axes in `rows[name]`, at the positions that `at` had when
+    the evaluator was made. Evaluators that share `opened` share the bound axes of reductions.
     """
 
     def __init__(
@@ -101,9 +101,7 @@ class Sampled(Evaluator):
         return held[tuple(torch.broadcast_tensors(*found))]
 
     def _apply(self, node: Apply, args: list[torch.Tensor]) -> torch.Tensor:
-        if (
-            node.op == "round16"
-        ):  # as a cast: a proof is about exact values, rounding has rules of its own
+        if node.op == "round16":  # as a cast: a proof is about exact values, rounding has rules of its own
             return args[0]
         value = super()._apply(node, args)
         if is_comparison(node):

@@ -57,11 +57,7 @@ def _contracts(piece: Node, body: Node) -> bool:
 def _boundaries(axis: Axis, body: Node) -> Iterator[Node]:
     """Row-independent positions strictly inside the axis at which a `where` changes from one piece to the next."""
     for node in walk(body):
-        if (
-            isinstance(node, Where)
-            and isinstance(node.predicate, Apply)
-            and node.predicate.op in ("lt", "le")
-        ):
+        if isinstance(node, Where) and isinstance(node.predicate, Apply) and node.predicate.op in ("lt", "le"):
             at = _change(axis, node.predicate)
             if at is not None and proves("lt", Const(0), at) and proves("lt", at, axis.extent):
                 if _is_seam(node, axis, at):

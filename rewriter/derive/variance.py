@@ -65,10 +65,7 @@ def _less_a_mean(factor: Node, stream: Axis) -> tuple[Node, Ref, Ref | None, Nod
 def _of_rows(above: Node, below: Node) -> tuple[Node, Node, Node]:
     """Both without their NaN in the same rows, and which rows these are."""
     nodes = above, below
-    if all(
-        isinstance(n, Where) and n.then is const(math.nan) and n.predicate is above.predicate
-        for n in nodes
-    ):
+    if all(isinstance(n, Where) and n.then is const(math.nan) and n.predicate is above.predicate for n in nodes):
         return above.other, below.other, above.predicate
     return above, below, FALSE
 
@@ -89,14 +86,8 @@ def is_mean(
     shift: Shift | None,
 ) -> bool:
     """Whether sum_ / mass is the mean of `value` by the weights, as far as both have run."""
-    same = all(
-        d.op == "sum" and d.predicate is predicate and d.shift == shift for d in (sum_, mass)
-    )
-    return (
-        same
-        and _factors(mass.rest) == _factors(weights)
-        and _factors(sum_.rest) == _factors([*weights, value])
-    )
+    same = all(d.op == "sum" and d.predicate is predicate and d.shift == shift for d in (sum_, mass))
+    return same and _factors(mass.rest) == _factors(weights) and _factors(sum_.rest) == _factors([*weights, value])
 
 
 def _factors(nodes) -> tuple[Counter, Counter, Node]:

@@ -36,7 +36,23 @@ INFIX |= {"bitand": ("&", 4), "bitor": ("|", 3), "bitxor": ("^", 3), "fmod": ("%
 IN_FLOATS = ("floordiv", "mod", "fmod")  # which Triton has for integers alone
 CALLS = {
     n: f"tl.{n}"
-    for n in "exp exp2 log log2 sqrt rsqrt sin cos sigmoid erf floor ceil abs maximum minimum".split()
+    for n in [
+        "exp",
+        "exp2",
+        "log",
+        "log2",
+        "sqrt",
+        "rsqrt",
+        "sin",
+        "cos",
+        "sigmoid",
+        "erf",
+        "floor",
+        "ceil",
+        "abs",
+        "maximum",
+        "minimum",
+    ]
 }
 ATOM = 9
 

@@ -56,7 +56,7 @@ class KernelFile:
     entries: tuple[Entry, ...]
 
 
-def emit_kernel(region: Region, plan: ChainPlan, source: "Source") -> KernelFile:
+def emit_kernel(region: Region, plan: ChainPlan, source: Source) -> KernelFile:
     """The file of a chain's kernels. Raises NotEmittable where a plan does not fit Triton's tiles."""
     names = Names(plan, region.display)
     origins = Origins(plan.chain.origins)
@@ -168,7 +168,9 @@ class _KernelView:
         return args + list(self.sizes.values()) + (["ALIGN=align"] if self.plan.aligns else [])
 
     def entry(self) -> Entry:
-        signature = kernel_signature(self.tensors, self.writer.strides, self.plan.chain.outputs, self.outputs, self.sizes)
+        signature = kernel_signature(
+            self.tensors, self.writer.strides, self.plan.chain.outputs, self.outputs, self.sizes
+        )
         return Entry(f"{self.plan.name}_kernel", self.config_name, signature)
 
 
@@ -282,13 +284,17 @@ class _FileView:
         return {"name": self.names.tensors[tensor], "made": made}
 
     def _output(self, output: Output, name: str, node: fx.Node) -> dict[str, str]:
-        """Shape and allocation; dimensions lie in memory as eager lays them out, so that a `.view` after it still works."""
+        """Shape and allocation; dimensions lie in memory as eager lays them out, so that a `.view` after it still
+        works.
+        """
         extents = [self.text(a.extent) for a in output.axes]
         order = memory_order(node.meta["val"])
         if output.shape and order != sorted(order):
             raise NotEmittable("what is written does not lie in memory as its rows do")
         order = list(range(len(extents))) if output.shape else order
-        made = f"torch.empty({_tuple([extents[d] for d in order])}, device={self._first()}.device, dtype={output.dtype})"
+        made = (
+            f"torch.empty({_tuple([extents[d] for d in order])}, device={self._first()}.device, dtype={output.dtype})"
+        )
         if order != sorted(order):
             made += f".permute({', '.join(str(order.index(d)) for d in range(len(order)))})"
         shape = _tuple([self.text(e) for e in output.shape] or extents)
@@ -321,11 +327,7 @@ def _typical(size: torch.SymInt | int) -> int:
     if isinstance(size, int):
         return size
     hint = size.node.hint
-    return (
-        int(hint)
-        if hint is not None
-        else int(size.node.expr.subs({s: 64 for s in size.node.expr.free_symbols}))
-    )
+    return int(hint) if hint is not None else int(size.node.expr.subs(dict.fromkeys(size.node.expr.free_symbols, 64)))
 
 
 def _axes_doc(tensor: Tensor) -> str:

@@ -1,4 +1,5 @@
-"""The chain in eager PyTorch, printed from the user's own graph: the CPU path, and what the kernel is tested against."""
+"""The chain in eager PyTorch, printed from the user's own graph: the CPU path, and what the kernel is tested against.
+"""
 
 from __future__ import annotations
 
@@ -44,12 +45,7 @@ def ordered(region: Region) -> list[fx.Node]:
     todo = list(region.outputs)
     while todo:
         node = todo.pop()
-        if (
-            node.op == "call_function"
-            and node not in needed
-            and node not in region.inputs
-            and not _is_size(node)
-        ):
+        if node.op == "call_function" and node not in needed and node not in region.inputs and not _is_size(node):
             needed.add(node)
             todo += value_inputs(node)
     return [n for n in region.outputs[0].graph.nodes if n in needed]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from rewriter.derive.factors import is_running
 from rewriter.emit.expr import Text
 from rewriter.ir import Axis, Node
-from rewriter.derive.factors import is_running
 
 
 @dataclass(frozen=True)

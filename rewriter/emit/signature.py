@@ -26,5 +26,5 @@ def kernel_signature(
     """Tensors read, outputs by their `names`, strides and sizes, as the kernel's parameters stand."""
     out = {f"{name}_ptr": POINTER[tensor.dtype] for tensor, name in tensors.items()}
     out |= {f"{names[o.name]}_ptr": POINTER[o.dtype] for o in outputs}
-    out |= {stride: "i32" for stride in strides}
-    return out | {size: "i32" for size in sizes.values()}
+    out |= dict.fromkeys(strides, "i32")
+    return out | dict.fromkeys(sizes.values(), "i32")

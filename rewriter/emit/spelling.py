@@ -36,8 +36,9 @@ def _shown(leaf: Any) -> str:
 
 
 def does_the_same(node: fx.Node, text: str) -> bool:
-    """Whether `text`, with operands and sizes by their names in the graph, makes the same calls of ATen ops as the node. True where
-    the node's operands cannot be run: there are none."""
+    """Whether `text`, with operands and sizes by their names in the graph, makes the same calls of ATen ops as the
+    node. True where the node's operands cannot be run: there are none.
+    """
     held = [a.meta.get("val") for a in node.all_input_nodes]
     tensors = [t for t in pytree.tree_leaves(held) if torch.is_tensor(t)]
     mode = next((t.fake_mode for t in tensors if hasattr(t, "fake_mode")), None)
@@ -45,7 +46,9 @@ def does_the_same(node: fx.Node, text: str) -> bool:
         return True
     names = {"torch": torch, "math": math, **_sizes(mode.shape_env)}
     names |= {a.name: value for a, value in zip(node.all_input_nodes, held)}
-    args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda a: names[a.name] if isinstance(a, fx.Node) else a)
+    args, kwargs = fx.node.map_aggregate(
+        (node.args, node.kwargs), lambda a: names[a.name] if isinstance(a, fx.Node) else a
+    )
     try:
         with quiet(), torch.no_grad(), mode:
             with _Calls() as traced:

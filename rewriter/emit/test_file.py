@@ -68,9 +68,7 @@ def _draws(loaded: Loaded, options: Options) -> tuple[list[Draw], list[Draw]]:
     specs = {spec.name: spec for spec in options.inputs}
     program = loaded.module.forward if isinstance(loaded.module, nn.Module) else loaded.module
     positional = list(inspect.signature(program).parameters)[: len(loaded.args)]
-    args, kwargs = (
-        [Draw(n, _drawn(specs[n])) for n in names] for names in (positional, loaded.kwargs)
-    )
+    args, kwargs = ([Draw(n, _drawn(specs[n])) for n in names] for names in (positional, loaded.kwargs))
     return args, kwargs
 
 
@@ -89,11 +87,7 @@ def _needs_gpu(loaded: Loaded) -> str:
     """Why the test can't run without a GPU; empty where it can."""
     if any(note.text.startswith(NOT_RUN) for note in loaded.notes):
         return "PyTorch does not run this dtype on CPUs"
-    state = (
-        [*loaded.module.parameters(), *loaded.module.buffers()]
-        if isinstance(loaded.module, nn.Module)
-        else []
-    )
+    state = [*loaded.module.parameters(), *loaded.module.buffers()] if isinstance(loaded.module, nn.Module) else []
     tensors = [t for t in tree_leaves((loaded.args, loaded.kwargs, state)) if isinstance(t, Tensor)]
     has_bfloat16 = any(t.dtype == torch.bfloat16 for t in tensors)
     return "Triton's interpreter is wrong for bf16 products" if has_bfloat16 else ""

@@ -6,7 +6,8 @@ import inspect
 import keyword
 import math
 import re
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -63,9 +64,7 @@ class TorchPrinter:
         if isinstance(node.target, HigherOrderOperator):
             raise RewriteError(f"{node.target} takes parts of the program, which cannot be written down")
         if not isinstance(node.target, torch._ops.OpOverload):
-            return (
-                f"{node.target.__module__}.{node.target.__name__}({self.arguments(node.args, node.kwargs)})"
-            )
+            return f"{node.target.__module__}.{node.target.__name__}({self.arguments(node.args, node.kwargs)})"
         if reads_shape_only(node):
             return self._filled(node)
         name = node.target._schema.name.split("::")[1]
@@ -93,9 +92,7 @@ class TorchPrinter:
         return {k: v for k, v in node.kwargs.items() if k not in _UNSAID and v is not None}
 
     def _filled(self, node: fx.Node) -> str:
-        value = FILLS[call_name(node)] or self.value(
-            node.args[-1] if len(node.args) > 1 else node.kwargs["fill_value"]
-        )
+        value = FILLS[call_name(node)] or self.value(node.args[-1] if len(node.args) > 1 else node.kwargs["fill_value"])
         held = node.meta["val"]
         shape = f"({', '.join(map(self.size, held.shape))}{',' * (held.dim() == 1)})"
         return f"torch.full({shape}, {value}, dtype={held.dtype}, device={self.device})"
@@ -177,9 +174,7 @@ class TorchPrinter:
             return self.device
         if isinstance(value, float) and not math.isfinite(value):
             return f'float("{value}")'
-        return (
-            str(value) if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)) else repr(value)
-        )
+        return str(value) if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)) else repr(value)
 
     def constant(self, value: torch.Tensor) -> str:
         """A tensor the program makes from numbers. Raises RewriteError where it is too long to write down."""
@@ -217,8 +212,9 @@ class _Plain(TorchPrinter):
 
 
 def _functional(printer: TorchPrinter, node: fx.Node, name: str) -> str:
-    """`torch.nn.functional.gelu(x, approximate="tanh")`: what follows the tensors is named, as F's own signature does where the
-    schema agrees."""
+    """`torch.nn.functional.gelu(x, approximate="tanh")`: what follows the tensors is named, as F's own signature does
+    where the schema agrees.
+    """
     if name not in _FUNCTIONAL:
         return ""
     arguments = [printer.value(a) for a in node.args]

@@ -1,4 +1,6 @@
-"""The text of values in one kernel: what is loaded or computed, in the scope where it belongs, named where a reader wants a name."""
+"""The text of values in one kernel: what is loaded or computed, in the scope where it belongs, named where a reader
+wants a name.
+"""
 
 from __future__ import annotations
 
@@ -144,9 +146,7 @@ class Values:
     def _named(self, node: Node, text: Text, home: Scope) -> Text:
         name = self._name_for(node, home)
         origin = self.origins.of(node)
-        home.lines.append(
-            Line(f"{name} = {text.code}", self.shape(text.axes), origin.source if origin else "")
-        )
+        home.lines.append(Line(f"{name} = {text.code}", self.shape(text.axes), origin.source if origin else ""))
         self.holders[name] = (node, home)
         return Text(name, text.axes, narrow=text.narrow)
 
@@ -217,9 +217,7 @@ class Values:
         home.known[entry] = Text(name, text.axes)
         return home.known[entry]
 
-    def _pointer(
-        self, base: str, name: str, index: tuple[Node, ...], axes: tuple[Axis, ...], scope: Scope
-    ) -> str:
+    def _pointer(self, base: str, name: str, index: tuple[Node, ...], axes: tuple[Axis, ...], scope: Scope) -> str:
         letters = self._letters(index)
         fixed, moving = [base], []
         for k, entry in enumerate(index):
@@ -249,11 +247,7 @@ class Values:
     def _letters(self, index: tuple[Node, ...]) -> tuple[str, ...]:
         letters: list[str] = []
         for k, entry in enumerate(index):
-            own = [
-                self.names.axes[n.axis]
-                for n in walk(entry)
-                if isinstance(n, Index) and n.axis in self.names.axes
-            ]
+            own = [self.names.axes[n.axis] for n in walk(entry) if isinstance(n, Index) and n.axis in self.names.axes]
             letter = own[0] if own else str(k)
             letters.append(letter if letter not in letters else f"{letter}{k}")
         return tuple(letters)

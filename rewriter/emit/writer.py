@@ -6,7 +6,7 @@ import torch
 
 from rewriter.derive import Definition
 from rewriter.derive.factors import multiply, without_cast
-from rewriter.emit.expr import ATOM, NotEmittable, TRITON_DTYPES, Text, operand, spread, spread_argument, widened
+from rewriter.emit.expr import ATOM, TRITON_DTYPES, NotEmittable, Text, operand, spread, spread_argument, widened
 from rewriter.emit.inner import INTO, Inner, as_held, held_dtype, neutral_text, precision
 from rewriter.emit.names import Names
 from rewriter.emit.origins import Origins
@@ -20,7 +20,8 @@ FOLD = {"max": "tl.max", "min": "tl.min", "sum": "tl.sum"}
 
 
 class Writer(Inner):
-    """Fills `prologue`, the segments of every sweep, what stands between them and the epilogue; templates only lay them out.
+    """Fills `prologue`, the segments of every sweep, what stands between them and the epilogue; templates only lay
+    them out.
 
     Full tiles of a stream need no bounds; only the last one, where the stream does not fill it, has them.
     """
@@ -116,9 +117,7 @@ class Writer(Inner):
             self.loop.known[key] = self._whole(node, definition)
         if key not in self.loop.known:
             value = self.value(node, self.loop)
-            predicate = (
-                self.value(definition.predicate, self.loop) if definition.predicate is not TRUE else Text("")
-            )
+            predicate = self.value(definition.predicate, self.loop) if definition.predicate is not TRUE else Text("")
             axes = self._joined([value, predicate, Text("", self._lanes)])
             keep = self._keep(definition, axes)
             name = self._name_for(node, self.loop) if not isinstance(node, Const) else self.names.unique("w")
@@ -228,7 +227,9 @@ class Writer(Inner):
     def _weight(self, definition: Definition, factors: list[Node]) -> Text:
         """The tile that is summed, zero where the predicate fails."""
         if definition.shift is None:
-            return self._masked(multiply(factors) or const(1, definition.body.dtype), definition, self._neutral(definition))
+            return self._masked(
+                multiply(factors) or const(1, definition.body.dtype), definition, self._neutral(definition)
+            )
         return self._shifted(definition, factors)
 
     def _shifted(self, definition: Definition, factors: list[Node]) -> Text:
@@ -310,9 +311,7 @@ class Writer(Inner):
             settled = self._settled(definition)
             old = self._phi_text(definition, new=False)
             name = self.names.unique("alpha")
-            self.loop.lines.append(
-                Line(f"{name} = tl.exp({old.tight(5)} - {settled})", self.shape(old.axes))
-            )
+            self.loop.lines.append(Line(f"{name} = tl.exp({old.tight(5)} - {settled})", self.shape(old.axes)))
             self.loop.known[key] = Text(name, old.axes)
         alpha = spread(self.loop.known[key], self.tile(definition.axes))
         if definition.centre:
@@ -337,7 +336,7 @@ class Writer(Inner):
         self.means[centre.mean] = tuple(kept)
 
     def _gained(self, definition: Definition) -> str:
-        """ + δ · mass, or + δ · (2 · first + δ · mass), where a mean has fallen by δ"""
+        """+ δ · mass, or + δ · (2 · first + δ · mass), where a mean has fallen by δ"""
         if definition.centre is None:
             return ""
         old, seen = self.means[definition.centre.mean]
@@ -345,7 +344,9 @@ class Writer(Inner):
         key = Apply("sub", (definition.centre.mean, definition.centre.mass), torch.float32)
         if key not in self.loop.known:
             name, axes = self.names.unique("delta"), self._joined([old, new])
-            self.loop.lines.append(Line(f"{name} = {operand(old, axes, 5)} - {operand(new, axes, 6)}", self.shape(axes)))
+            self.loop.lines.append(
+                Line(f"{name} = {operand(old, axes, 5)} - {operand(new, axes, 6)}", self.shape(axes))
+            )
             self.loop.known[key] = Text(name, axes)
         axes = self.tile(definition.axes)
         delta, mass = spread(self.loop.known[key], axes), spread(seen, axes)

@@ -57,9 +57,7 @@ def result_dtype(op: str, args: tuple[Node, ...]) -> torch.dtype:
 
 def _folded(op: str, args: tuple[Node, ...], dtype: torch.dtype) -> Node:
     wide = torch.float64 if dtype.is_floating_point else None
-    values = [
-        torch.tensor(a.value, dtype=wide if wide and a.dtype.is_floating_point else a.dtype) for a in args
-    ]
+    values = [torch.tensor(a.value, dtype=wide if wide and a.dtype.is_floating_point else a.dtype) for a in args]
     return const(OPS[op].torch(*values).item(), dtype)
 
 

@@ -32,7 +32,8 @@ class TooLarge(ValueError):
 
 
 class Evaluator:
-    """Evaluates nodes over a fixed order of axes: every value is a tensor with one dimension per axis (size 1 where unused).
+    """Evaluates nodes over a fixed order of axes: every value is a tensor with one dimension per axis (size 1 where
+    unused).
 
     `tensors` maps tensor names to values, `sizes` size names to ints, `refs` definitions to (axes, value). Floating
     arithmetic is done in `dtype` (float64: the reference; float32: what the kernel holds in registers).
@@ -128,9 +129,7 @@ class Evaluator:
         return value
 
 
-def evaluate(
-    program: Program, tensors: dict, sizes: dict[str, int], dtype: torch.dtype = torch.float64
-) -> dict:
+def evaluate(program: Program, tensors: dict, sizes: dict[str, int], dtype: torch.dtype = torch.float64) -> dict:
     """Every output by name. Raises TooLarge rather than filling the memory."""
     evaluator = Evaluator(tensors, sizes, dtype)
     return {o.name: evaluator.output(o) for o in program.outputs}

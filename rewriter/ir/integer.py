@@ -1,4 +1,5 @@
-"""Normal form of integer nodes: polynomials over sizes, axis positions and loaded integers, with floor-division by sizes.
+"""Normal form of integer nodes: polynomials over sizes, axis positions and loaded integers, with floor-division by
+sizes.
 
 sympy keeps `floor(j / h)` although 0 ≤ j < h, so the rules that need ranges are here:
 
@@ -12,8 +13,8 @@ sympy keeps `floor(j / h)` although 0 ≤ j < h, so the rules that need ranges a
 from __future__ import annotations
 
 from collections import Counter
-from functools import lru_cache
-from typing import Callable, Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 
 import torch
 
@@ -154,7 +155,7 @@ def _replaced(poly: Poly, greatest: bool, wanted: Callable[[Node], bool]) -> Pol
     return out
 
 
-@lru_cache(maxsize=None)
+@cache
 def _nonnegative(items: frozenset) -> bool:
     poly = dict(items)
     choice = next((a for m in poly for a in m if is_extremum(a)), None)

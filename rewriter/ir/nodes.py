@@ -9,20 +9,21 @@
     Reduce(op, axes, p, x)   ⊕ over the axes where p holds
     Ref(name, index)         the value of an earlier definition of a chain
 
-Two nodes are equal exactly when they are the same object: the constructors intern. Bound axes are renamed canonically when
-a `Reduce` is made, so equality is alpha-equivalence and common subexpressions merge by themselves.
+Two nodes are equal exactly when they are the same object: the constructors intern. Bound axes are renamed canonically
+when a `Reduce` is made, so equality is alpha-equivalence and common subexpressions merge by themselves.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch
 
-_interned: dict[tuple, "Node"] = {}
+_interned: dict[tuple, Node] = {}
 _fresh = itertools.count()
 
 
@@ -48,11 +49,11 @@ class Node(metaclass=_Interning):
         )
 
     @property
-    def children(self) -> tuple["Node", ...]:
+    def children(self) -> tuple[Node, ...]:
         return ()
 
     @cached_property
-    def free(self) -> frozenset["Axis"]:
+    def free(self) -> frozenset[Axis]:
         """Axes this value depends on that no `Reduce` inside binds."""
         return frozenset().union(*(c.free for c in self.children)) if self.children else frozenset()
 

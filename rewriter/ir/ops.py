@@ -1,13 +1,14 @@
 """The pointwise operations and monoids of the language: one row each, with what torch calls them.
 
-To add an op: a row here (its meaning), a row in `lift/pointwise.py` (the ATen name), a row in `emit/expr.py` (its Triton text).
+To add an op: a row here (its meaning), a row in `lift/pointwise.py` (the ATen name), a row in `emit/expr.py` (its
+Triton text).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 

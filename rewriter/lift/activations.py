@@ -132,7 +132,9 @@ def isneginf(x: Node) -> Node:
 
 @lifts("nan_to_num")
 def nan_to_num(ctx: Context, x, nan=None, posinf=None, neginf=None) -> Lifted:
-    """where(isnan(x), nan, where(x == inf, posinf, where(x == -inf, neginf, x))); the defaults are 0 and what is largest"""
+    """where(isnan(x), nan, where(x == inf, posinf, where(x == -inf, neginf, x))); the defaults are 0 and what is
+    largest
+    """
     if not ctx.dtype.is_floating_point:
         return pointwise(ctx, lambda a: a, x)
     limits = torch.finfo(ctx.dtype)
@@ -275,7 +277,9 @@ def softplus(ctx: Context, x, beta=1, threshold=20) -> Lifted:
 
 @lifts("elu", "celu", "selu")
 def elu(ctx: Context, x, alpha=1.0, scale=1.0, input_scale=1.0) -> Lifted:
-    """scale · where(x > 0, x, α · expm1(input_scale · x)); celu: input_scale is 1 / α; selu: α and scale are constants"""
+    """scale · where(x > 0, x, α · expm1(input_scale · x)); celu: input_scale is 1 / α; selu: α and scale are
+    constants
+    """
     name = ctx.node.target._schema.name.split("::")[1]
     if name == "selu":
         alpha, scale = 1.6732632423543772848, 1.0507009873554804934

@@ -1,8 +1,8 @@
 """Which dimensions of the inputs may be 1 at a call where the kernel has a longer axis.
 
-The drop-in expands such an input before anything else. That is right where expanding commutes with the whole program: every
-value computed from the expanded input is the expanded value. So from each dimension that may be 1 the axes it reaches are
-followed through the local lifts, op by op.
+The drop-in expands such an input before anything else. That is right where expanding commutes with the whole program:
+every value computed from the expanded input is the expanded value. So from each dimension that may be 1 the axes it
+reaches are followed through the local lifts, op by op.
 
     s[b, h, m, n] + mask[b, 0, m, n]     the sum is as long as s, whatever the mask is
     mask[b, 0, m, n] == 0                still 1 where the mask is
@@ -133,7 +133,8 @@ def _through(value: Lifted, held: dict[str, Carried]) -> Carried:
 
 
 def _along(axis: Axis, loads: list[Load], held: dict[str, Carried]) -> frozenset[Dimension]:
-    """The dimensions that all have to be 1 for an axis to be 1; none where a tensor of its own length moves along it."""
+    """The dimensions that all have to be 1 for an axis to be 1; none where a tensor of its own length moves along it.
+    """
     found: list[frozenset[Dimension]] = []
     for load in loads:
         carried = held.get(load.tensor.name, (NONE,) * len(load.index))
@@ -142,7 +143,9 @@ def _along(axis: Axis, loads: list[Load], held: dict[str, Carried]) -> frozenset
 
 
 def _factors(body: Node) -> Iterator[Load]:
-    """Operands of contractions: sum_d q[m, d] * k[n, d]. What is one argument's alone there is no mask: it is left as it is."""
+    """Operands of contractions: sum_d q[m, d] * k[n, d]. What is one argument's alone there is no mask: it is left as
+    it is.
+    """
     for reduce in (n for n in walk(body) if isinstance(n, Reduce) and n.op == "sum"):
         todo = [reduce.body]
         while todo:

@@ -6,6 +6,7 @@ from rewriter.ir import Const, Node, apply, cast, const, fresh_axis, index, redu
 from rewriter.lift.registry import Context, lifts
 from rewriter.lift.values import Lifted, NotLiftable, broadcast_at, fresh_axes, positions
 
+
 def _mul(a: Node, b: Node) -> Node:
     return apply("mul", a, b)
 

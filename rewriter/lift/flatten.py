@@ -45,14 +45,10 @@ class Flat:
 
     def _seen(self, node: Node) -> Node:
         """x[b, 16·g + i // HW, i // W % H, i % W]  →  x'[b, g, i]"""
-        if not isinstance(node, Load) or not proves(
-            "eq", product(node.tensor.shape), product(self.shape)
-        ):
+        if not isinstance(node, Load) or not proves("eq", product(node.tensor.shape), product(self.shape)):
             return node
         entries = tuple(reshaped(self.shape, node.tensor.shape, node.index))
-        if node.tensor.shape == self.shape or not all(
-            isinstance(e, (Index, Const)) for e in entries
-        ):
+        if node.tensor.shape == self.shape or not all(isinstance(e, (Index, Const)) for e in entries):
             return node
         return Load(
             replace(node.tensor, shape=self.shape, given=node.tensor.given or node.tensor.shape),
@@ -66,14 +62,8 @@ def flat_of(shape: tuple[Node, ...], lengths: dict[int, Node]) -> Flat | None:
     lengths: how far a row runs along each. The first may be the row's in part: what is left of it tells rows apart.
     """
     first, last = min(lengths), max(lengths)
-    parts = [
-        apart
-        for apart in (apply("floordiv", shape[first], lengths[first]),)
-        if apart is not Const(1)
-    ]
-    if sorted(lengths) != list(range(first, last + 1)) or any(
-        shape[d] is not lengths[d] for d in lengths if d > first
-    ):
+    parts = [apart for apart in (apply("floordiv", shape[first], lengths[first]),) if apart is not Const(1)]
+    if sorted(lengths) != list(range(first, last + 1)) or any(shape[d] is not lengths[d] for d in lengths if d > first):
         return None
     found = (*shape[:first], *parts, product(lengths.values()), *shape[last + 1 :])
     return Flat(found, first + len(parts)) if proves("eq", product(found), product(shape)) else None

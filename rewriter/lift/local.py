@@ -27,7 +27,6 @@ from rewriter.lift.values import Lifted, NotLiftable, fresh_axes, positions
 from rewriter.trace.sizes import UnknownSize, shape_of
 from rewriter.trace.source import origin_of
 
-
 _TYPES = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _TYPES |= {torch.float16, torch.bfloat16, torch.float32}
 
@@ -60,7 +59,13 @@ def _holds_tensors(node: fx.Node) -> bool:
     return torch.is_tensor(value) or (isinstance(value, (tuple, list)) and all(map(torch.is_tensor, value)))
 
 
-MISFITS = (TypeError, AttributeError, LookupError, ValueError, ArithmeticError)  # arguments that a rule does not foresee
+MISFITS = (
+    TypeError,
+    AttributeError,
+    LookupError,
+    ValueError,
+    ArithmeticError,
+)  # arguments that a rule does not foresee
 
 
 def _lift(node: fx.Node) -> LocalLift:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 
 from rewriter.ir import Const, Node, apply, cast, const, where
@@ -10,7 +9,9 @@ from rewriter.ir.ops import OPS
 from rewriter.lift.registry import Context, lifts, operand
 from rewriter.lift.values import Lifted, NotLiftable, broadcast_at, fresh_axes, positions
 
-SAME_NAME = "neg abs sign exp exp2 log log2 log1p expm1 sqrt rsqrt sin cos tanh sigmoid erf floor ceil round isinf isnan"
+SAME_NAME = (
+    "neg abs sign exp exp2 log log2 log1p expm1 sqrt rsqrt sin cos tanh sigmoid erf floor ceil round isinf isnan"
+)
 ALIASES = {
     "negative": "neg",
     "absolute": "abs",
@@ -212,9 +213,7 @@ def truth(predicate: Node) -> Node:
 
 @lifts("where")
 def where_(ctx: Context, condition, a, b) -> Lifted:
-    return pointwise(
-        ctx, lambda p, x, y: where(truth(p), cast(x, ctx.dtype), cast(y, ctx.dtype)), condition, a, b
-    )
+    return pointwise(ctx, lambda p, x, y: where(truth(p), cast(x, ctx.dtype), cast(y, ctx.dtype)), condition, a, b)
 
 
 @lifts("masked_fill")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 
@@ -32,9 +32,7 @@ def dims_of(dim, rank: int) -> tuple[int, ...]:
     return tuple(sorted(d % rank for d in ([dim] if isinstance(dim, int) else dim)))
 
 
-def fold(
-    x: Lifted, dims: tuple[int, ...], keepdim: bool, make: Callable[[tuple[Axis, ...], Node], Node]
-) -> Lifted:
+def fold(x: Lifted, dims: tuple[int, ...], keepdim: bool, make: Callable[[tuple[Axis, ...], Node], Node]) -> Lifted:
     """Reduces `dims` with `make(axes, body)`; kept dimensions have extent 1."""
     bound = tuple(fresh_axis(x.axes[d].extent) for d in dims)
     kept = fresh_axes(tuple(a.extent for d, a in enumerate(x.axes) if d not in dims))
@@ -85,7 +83,9 @@ def whole_max(ctx: Context, x: Lifted) -> Lifted:
 @lifts("count_nonzero")
 def count_nonzero(ctx: Context, x: Lifted, dim=None) -> Lifted:
     """sum of x != 0"""
-    return fold(x, dims_of(dim, len(x.axes)), False, lambda axes, body: reduce("sum", axes, cast(truth(body), ctx.dtype)))
+    return fold(
+        x, dims_of(dim, len(x.axes)), False, lambda axes, body: reduce("sum", axes, cast(truth(body), ctx.dtype))
+    )
 
 
 @lifts("nansum")

@@ -21,11 +21,14 @@ from rewriter.trace.calls import VIEWS, call_name, value_inputs
 from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import origin_of, user_names
 
+
 @dataclass(frozen=True, eq=False)
 class Region:
     """A part of the graph that one chain replaces: `outputs` are computed from `inputs`, the nodes `inside` vanish.
 
-    `kept` are wide inputs that the program makes and that are written all the same, with the reason. A `tentative` one may be a plain dense layer: it is fused only if its reductions depend on each other."""
+    `kept` are wide inputs that the program makes and that are written all the same, with the reason. A `tentative`
+    one may be a plain dense layer: it is fused only if its reductions depend on each other.
+    """
 
     program: Program
     outputs: tuple[fx.Node, ...]
@@ -44,7 +47,9 @@ class Region:
 
 @dataclass(frozen=True)
 class LiftResult:
-    """The regions found, and what was wide but stays eager, with the reason. `broadcast`: input dimensions that may be 1."""
+    """The regions found, and what was wide but stays eager, with the reason. `broadcast`: input dimensions that may
+    be 1.
+    """
 
     regions: tuple[Region, ...]
     unfused: tuple[Reason, ...]
@@ -138,9 +143,7 @@ def _stages(graph: fx.Graph, roots: list[fx.Node], local: dict[fx.Node, LocalLif
 class Cutter:
     """Inlines what a region computes and stops at what it reads."""
 
-    def __init__(
-        self, traced: TracedModule, local: dict[fx.Node, LocalLift], tags: Tags, names: dict[fx.Node, str]
-    ):
+    def __init__(self, traced: TracedModule, local: dict[fx.Node, LocalLift], tags: Tags, names: dict[fx.Node, str]):
         self.graph, self.attributes, self.parameters = traced.graph, traced.attributes, traced.parameters
         self.local, self.tags, self.names = local, tags, names
         graph = traced.graph
@@ -156,12 +159,13 @@ class Cutter:
         return [source for source, _ in sources(self.local[node].value, self.by_name)]
 
     def saves(self, roots: list[fx.Node]) -> bool:
-        """Whether one kernel for the roots keeps something wide from being written: what they are computed from, or what an op
-        like `scaled_dot_product_attention` writes inside."""
+        """Whether one kernel for the roots keeps something wide from being written: what they are computed from, or
+        what an op like `scaled_dot_product_attention` writes inside.
+        """
         held = [self.local[n].value.body for n in roots]
-        return any(n in self.tags.wide and n not in self.tags.written for r in roots for n in self._wide_below(r)) or any(
-            isinstance(n, Reduce) and n.depth > 1 for body in held for n in walk(body)
-        )
+        return any(
+            n in self.tags.wide and n not in self.tags.written for r in roots for n in self._wide_below(r)
+        ) or any(isinstance(n, Reduce) and n.depth > 1 for body in held for n in walk(body))
 
     def holds_layer(self, roots: list[fx.Node]) -> bool:
         """Whether a dense layer is computed inside: one that is written anyway, normalised, is better computed once."""
@@ -232,13 +236,12 @@ class Cutter:
         return own or (path.name if path else node.name)
 
     def _output(self, node: fx.Node, value: Lifted) -> Output:
-        return Output(
-            self.names.get(node, node.name), value.axes, with_absorption(value.body), node.meta["val"].dtype
-        )
+        return Output(self.names.get(node, node.name), value.axes, with_absorption(value.body), node.meta["val"].dtype)
 
     def _grown(self, roots: list[fx.Node], later: set[fx.Node]) -> list[fx.Node]:
-        """Follows pointwise ops and views that join several results of the region: `acc / l[:, None]`. What joins them with
-        results of a later one belongs to that."""
+        """Follows pointwise ops and views that join several results of the region: `acc / l[:, None]`. What joins
+        them with results of a later one belongs to that.
+        """
         reached: dict[fx.Node, frozenset[fx.Node]] = {r: frozenset([r]) for r in roots}
         outside = self._descendants([*roots, *later])
         for node in self.graph.nodes:
@@ -284,9 +287,7 @@ class Cutter:
             body = self._expanded(local, node)
             origin = origin_of(node)
             self.memo[node] = Lifted(local.axes, body)
-            self.origins.setdefault(
-                body, Origin(origin.file, origin.line, origin.text, self.names.get(node, ""))
-            )
+            self.origins.setdefault(body, Origin(origin.file, origin.line, origin.text, self.names.get(node, "")))
         return self.memo[node]
 
     def _expanded(self, local: Lifted, node: fx.Node) -> Node:

@@ -67,7 +67,9 @@ def sources(lifted: Lifted, by_name: dict[str, fx.Node]) -> list[tuple[fx.Node, 
 
 
 def covers(load: Load, axes: frozenset[Axis]) -> bool:
-    """True where the tensor read has at least as many elements as `axes` have positions, and each of them moves the read."""
+    """True where the tensor read has at least as many elements as `axes` have positions, and each of them moves the
+    read.
+    """
     return axes <= load.free and proves("le", product(a.extent for a in axes), product(load.tensor.shape))
 
 

@@ -19,9 +19,9 @@ def with_absorption(node: Node) -> Node:
 def absorbing(node: Node) -> Node:
     """s + fill  →  round16(s + fill)  in fp16, where the fill may be as large as -65504
 
-    Rounding between operations may be skipped, but not here: eager's fp16 swallows s, so that a row filled throughout has
-    equal weights, where fp32 registers would keep s apart. (In fp32 and bf16 a least finite number swallows s anyway.)
-    A row's own maximum or mean is the same all along the row, so that there is nothing to keep apart.
+    Rounding between operations may be skipped, but not here: eager's fp16 swallows s, so that a row filled throughout
+    has equal weights, where fp32 registers would keep s apart. (In fp32 and bf16 a least finite number swallows s
+    anyway.) A row's own maximum or mean is the same all along the row, so that there is nothing to keep apart.
     """
     if not (isinstance(node, Apply) and node.op in ("add", "sub") and node.dtype is torch.float16):
         return node

@@ -72,11 +72,7 @@ def lift_rows(traced: TracedModule, taken: frozenset[fx.Node], first: int) -> Ro
 
 def _is_seed(node: fx.Node, local: dict[fx.Node, LocalLift]) -> bool:
     lifted = local[node].value if node in local else None
-    return (
-        isinstance(lifted, Lifted)
-        and node.meta["val"].dtype.is_floating_point
-        and _reduces_lone(lifted)
-    )
+    return isinstance(lifted, Lifted) and node.meta["val"].dtype.is_floating_point and _reduces_lone(lifted)
 
 
 def _reduces(node: Node) -> list[Reduce]:
@@ -234,11 +230,7 @@ class _Growth:
     def _added(self, node: fx.Node) -> bool:
         """Makes a node a member, if it has a place in the rows."""
         line = self._line_of(node) or self.lines.get(node)
-        if (
-            line is None
-            or not self._fits(node, line)
-            or not self.graph.is_convex(self.members | {node})
-        ):
+        if line is None or not self._fits(node, line) or not self.graph.is_convex(self.members | {node}):
             return False
         self.members |= {node}
         self.lines[node] = line
@@ -249,20 +241,12 @@ class _Growth:
         """Whether a value has one number for each position, or one a row."""
         lifted = self.graph.lifted[node]
         own = frozenset(k for k, a in enumerate(lifted.axes) if index(a).free)
-        if not all(
-            self._is_whole(load)
-            for reduce in self.graph.reduces[node]
-            for load in _operands(reduce)
-        ):
+        if not all(self._is_whole(load) for reduce in self.graph.reduces[node] for load in _operands(reduce)):
             return False
         if line.along:
             return own <= line.along | line.rows and proves("eq", product(lifted.shape), self.size)
-        results = [
-            n for n, _ in self.graph.reads[node] if n in self.lines and not self.lines[n].along
-        ]
-        same = all(
-            proves("eq", product(lifted.shape), product(shape_of(n.meta["val"]))) for n in results
-        )
+        results = [n for n, _ in self.graph.reads[node] if n in self.lines and not self.lines[n].along]
+        same = all(proves("eq", product(lifted.shape), product(shape_of(n.meta["val"]))) for n in results)
         return own <= line.rows and same
 
     def _line_of(self, node: fx.Node) -> Line | None:
@@ -272,18 +256,10 @@ class _Growth:
         own = frozenset(a for a in lifted.axes if index(a).free)
         plain: set[tuple[frozenset[Axis], frozenset[Axis]]] = set()
         rows: frozenset[Axis] = frozenset()
-        known = [
-            (self.lines[source], load)
-            for source, load in self.graph.reads[node]
-            if source in self.lines
-        ]
+        known = [(self.lines[source], load) for source, load in self.graph.reads[node] if source in self.lines]
         for line, load in known:
             along, apart = _axes_at(load, line.along), _axes_at(load, line.rows)
-            if any(
-                not e.free
-                for e, extent in zip(load.index, load.tensor.shape)
-                if extent is not Const(1)
-            ):
+            if any(not e.free for e, extent in zip(load.index, load.tensor.shape) if extent is not Const(1)):
                 return None
             if load.free & bound:
                 if not self._reduces_all(load, line, bound):
@@ -294,16 +270,12 @@ class _Growth:
         if len(plain) > 1 or not known:
             return None
         along, apart = next(iter(plain), (frozenset(), rows))
-        if (
-            not plain and own - rows and not bound
-        ):  # a result that meets something else as long as its row
+        if not plain and own - rows and not bound:  # a result that meets something else as long as its row
             along = own - rows
         if not rows <= apart:
             return None
         at = {a: k for k, a in enumerate(lifted.axes)}
-        return Line(
-            frozenset(at[a] for a in along if a in at), frozenset(at[a] for a in apart if a in at)
-        )
+        return Line(frozenset(at[a] for a in along if a in at), frozenset(at[a] for a in apart if a in at))
 
     def _reduces_all(self, load: Load, line: Line, bound: frozenset[Axis]) -> bool:
         """Whether a read inside a reduction goes over the whole row, and over nothing else."""
@@ -322,9 +294,7 @@ class _Growth:
             if source in self.lines or not (is_result or self._is_whole(load)):
                 continue
             inside = bool(load.free & bound)
-            moved = frozenset(
-                k for k, e in enumerate(load.index) if e.free & (bound if inside else along)
-            )
+            moved = frozenset(k for k, e in enumerate(load.index) if e.free & (bound if inside else along))
             apart = frozenset(k for k, e in enumerate(load.index) if e.free & rows)
             self.lines[source] = Line(moved, apart)
 
@@ -344,19 +314,13 @@ class _Growth:
     def _moves_only(self, node: fx.Node) -> bool:
         """Whether a value is another's, at other places."""
         lifted = self.graph.lifted[node]
-        is_view = any(
-            r.alias_info for r in getattr(getattr(node.target, "_schema", None), "returns", ())
-        )
-        return is_view and any(
-            load.index != positions(lifted.axes) for _, load in self.graph.reads[node]
-        )
+        is_view = any(r.alias_info for r in getattr(getattr(node.target, "_schema", None), "returns", ()))
+        return is_view and any(load.index != positions(lifted.axes) for _, load in self.graph.reads[node])
 
     def _is_at_an_end(self, node: fx.Node) -> bool:
         """Whether it begins or ends the region, and what it is a view of is read by nothing else there."""
         reads = {source for source, _ in self.graph.reads[node]}
-        is_first = not (reads & self.members) and all(
-            self.graph.readers(s) & self.members <= {node} for s in reads
-        )
+        is_first = not (reads & self.members) and all(self.graph.readers(s) & self.members <= {node} for s in reads)
         return is_first or not (self.graph.readers(node) & self.members)
 
 

@@ -26,7 +26,8 @@ def _replaced(ctx: Context, x: Lifted, inside, new) -> Lifted:
 
 @lifts("slice_scatter")
 def slice_scatter(ctx: Context, x: Lifted, src: Lifted, dim=0, start=None, end=None, step=1) -> Lifted:
-    """where(start ≤ i and (i - start) % step == 0 and (i - start) // step < len(src), src[(i - start) // step], x[i])"""
+    """where(start ≤ i and (i - start) % step == 0 and (i - start) // step < len(src), src[(i - start) // step], x[i])
+    """
     dim = dim % len(x.axes)
     first, step = first_of(scalar(0 if start is None else start), x.axes[dim].extent), scalar(step)
 
@@ -47,9 +48,7 @@ def select_scatter(ctx: Context, x: Lifted, src: Lifted, dim: int, at) -> Lifted
     """where(i == at, src, x[i])"""
     dim = dim % len(x.axes)
     place = scalar(at) if not isinstance(at, int) or at >= 0 else apply("add", x.axes[dim].extent, Const(at))
-    return _replaced(
-        ctx, x, lambda i: apply("eq", i[dim], place), lambda i: src.at((*i[:dim], *i[dim + 1 :]))
-    )
+    return _replaced(ctx, x, lambda i: apply("eq", i[dim], place), lambda i: src.at((*i[:dim], *i[dim + 1 :])))
 
 
 @lifts("diagonal_scatter")
@@ -76,7 +75,9 @@ def index_fill(ctx: Context, x: Lifted, dim: int, indices: Lifted, value) -> Lif
 
 @lifts("index_put")
 def index_put(ctx: Context, x: Lifted, indices, values: Lifted, accumulate=False) -> Lifted:
-    """`x[mask] = value` and `x[:, indices] = value`, for one value: where(mask, value, x), where(any_k (j == indices[k]), value, x)"""
+    """`x[mask] = value` and `x[:, indices] = value`, for one value: where(mask, value, x), where(any_k (j ==
+    indices[k]), value, x)
+    """
     used = [k for k, i in enumerate(indices) if i is not None]
     if accumulate or len(used) != 1 or values.axes:
         raise NotLiftable("assignment by index")

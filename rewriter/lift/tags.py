@@ -1,9 +1,9 @@
 """Which values are wide: rows × stream.
 
-A node is an *origin* when it combines two narrow tensors of which each has an axis the other lacks (scores from q and k, a
-document mask from two views of the ids). Its axes are tagged by side, and tags follow the axes through everything computed from
-it. A value is *wide* while it has axes of both sides of one origin; a value computed from wide ones that has lost a side of one
-is a *root*: it is stored, so that its tags end there.
+A node is an *origin* when it combines two narrow tensors of which each has an axis the other lacks (scores from q and
+k, a document mask from two views of the ids). Its axes are tagged by side, and tags follow the axes through
+everything computed from it. A value is *wide* while it has axes of both sides of one origin; a value computed from
+wide ones that has lost a side of one is a *root*: it is stored, so that its tags end there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ Sides = tuple[frozenset[Axis], frozenset[Axis]]
 
 class Origins(Enum):
     """What an origin combines: two values that move with the model's inputs; or, in a contraction, one that does with
-    parameters: reduced ALONG_POSITIONS later (learned queries), or ANY (a dense layer: only what follows from it tells)."""
+    parameters: reduced ALONG_POSITIONS later (learned queries), or ANY (a dense layer: only what follows from it
+    tells).
+    """
 
     MOVING = auto()
     ALONG_POSITIONS = auto()
@@ -37,8 +39,9 @@ class Origins(Enum):
 
 @dataclass(frozen=True)
 class Moving:
-    """Nodes that depend on tensors the caller gives, and others that are as long as one: positions, and what follows from them
-    and parameters."""
+    """Nodes that depend on tensors the caller gives, and others that are as long as one: positions, and what follows
+    from them and parameters.
+    """
 
     given: set[fx.Node]
     long: set[fx.Node]
@@ -52,10 +55,10 @@ class Moving:
 class Tags:
     """`dims[node]` holds a set of tags per dimension; `roots`, `wide` and `written` in graph order.
 
-    `origins` are the nodes that wide values begin with. `written` are wide values that a chain gives as they are, because
-    something outside reads them; `stored` those that are read from memory by what follows. `derived[node]` are the origins that
-    a value has been reduced over, or follows from one that has; `renewed[node]` those of them that a matrix product has come
-    after: it may be as wide again.
+    `origins` are the nodes that wide values begin with. `written` are wide values that a chain gives as they are,
+    because something outside reads them; `stored` those that are read from memory by what follows. `derived[node]`
+    are the origins that a value has been reduced over, or follows from one that has; `renewed[node]` those of them
+    that a matrix product has come after: it may be as wide again.
     """
 
     dims: dict[fx.Node, tuple[frozenset[Tag], ...]] = field(default_factory=dict)
@@ -151,8 +154,9 @@ def tag(
 def _joined_again(
     lifted: Lifted, by_name: dict[str, fx.Node], dims: tuple[frozenset[Tag], ...], tags: Tags
 ) -> list[fx.Node]:
-    """Wide values that meet something as large that was computed from what they were reduced to: x in x + f(norm(x)). A chain
-    would compute x again for whatever follows, layer after layer."""
+    """Wide values that meet something as large that was computed from what they were reduced to: x in x + f(norm(x)).
+    A chain would compute x again for whatever follows, layer after layer.
+    """
     reads, by_axis = sources(lifted, by_name), dict(zip(lifted.axes, dims))
     back: set[int] = set()
     for source, load in reads:
@@ -169,8 +173,9 @@ def _contracts(lifted: Lifted) -> bool:
 
 
 def _place_wide(node: fx.Node, local: dict[fx.Node, LocalLift], tags: Tags) -> None:
-    """A wide value is inside a chain, unless something outside reads it: then it is written, by the chain if it follows from a
-    reduction, else by the program itself."""
+    """A wide value is inside a chain, unless something outside reads it: then it is written, by the chain if it
+    follows from a reduction, else by the program itself.
+    """
     reader = _reader_outside(node, local)
     derived = tags.is_derived(node)
     if reader is None or derived:
@@ -236,9 +241,10 @@ def _sides_of_repeated(lifted: Lifted, by_name: dict[str, fx.Node], moving: set[
 
 def _with_origin(order: int, lifted: Lifted, dims, sides: Sides) -> tuple[frozenset[Tag], ...]:
     rows, stream = sides
-    side = lambda a: (
-        {(order, "rows")} if a in rows else {(order, "stream")} if a in stream else set()
-    )  # noqa: E731
+
+    def side(axis: Axis) -> set[Tag]:
+        return {(order, "rows")} if axis in rows else {(order, "stream")} if axis in stream else set()
+
     return tuple(held | side(axis) for axis, held in zip(lifted.axes, dims))
 
 
@@ -286,9 +292,10 @@ class _Ahead:
         return tuple(side & found or side for side in sides)
 
     def is_worth(self, order: int, sides: Sides, kind: Origins) -> bool:
-        """Whether one of its sides is reduced later: by itself, or weighed by something narrow after more than products, which is
-        what a matrix product would do. ALONG_POSITIONS: by itself, and over what only a moving operand has. A table of positions
-        must be reduced by itself, too."""
+        """Whether one of its sides is reduced later: by itself, or weighed by something narrow after more than
+        products, which is what a matrix product would do. ALONG_POSITIONS: by itself, and over what only a moving
+        operand has. A table of positions must be reduced by itself, too.
+        """
         origin = self.nodes[order]
         reads = sources(self.local[origin].value, self.by_name)
         fixed = frozenset().union(*(load.free for n, load in reads if n not in self.moving))
@@ -303,8 +310,10 @@ class _Ahead:
         return False
 
     def _readers(self, order: int, sides: Sides, operands: Set[fx.Node]):
-        """(lifted, reads, axes of the origin by dimension of what is read, whether all so far are factors) of each node that
-        is computed from the origin while it has axes of both sides and none was summed together with one of the operands."""
+        """(lifted, reads, axes of the origin by dimension of what is read, whether all so far are factors) of each
+        node that is computed from the origin while it has axes of both sides and none was summed together with one of
+        the operands.
+        """
         origin = self.nodes[order]
         held = {origin: tuple(frozenset([a]) for a in self.local[origin].value.axes)}
         products = {origin}
@@ -316,7 +325,9 @@ class _Ahead:
             is_product = _is_factor(lifted.body) and all(n in products for n, _ in reads if n in held)
             yield lifted, reads, held, is_product
             dims = _inherited(lifted, reads, held)
-            if not _over_others(lifted, reads, held, operands) and all(side & frozenset().union(*dims) for side in sides):
+            if not _over_others(lifted, reads, held, operands) and all(
+                side & frozenset().union(*dims) for side in sides
+            ):
                 held[node] = dims
                 products |= {node} if is_product else set()
 
@@ -363,7 +374,9 @@ def _is_chain(lifted: Lifted, reads, moving: set[fx.Node]) -> bool:
 
 
 def _reader_outside(node: fx.Node, local: dict[fx.Node, LocalLift]) -> str | None:
-    """Why a wide value must be written: "" where it is returned, else what of index notation is missing in its reader."""
+    """Why a wide value must be written: "" where it is returned, else what of index notation is missing in its
+    reader.
+    """
     readers = [u for u in node.users if u in local and local[u].value is None]
     if readers:
         return local[readers[0]].reason

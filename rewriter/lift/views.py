@@ -31,8 +31,9 @@ def view(ctx: Context, x: Lifted, *args, **kwargs) -> Lifted:
 def reshaped(old: tuple[Node, ...], new: tuple[Node, ...], indices: tuple[Node, ...]) -> list[Node]:
     """Indices into `old` for `indices` into `new`, both row-major: [b*H + h] -> [b, h] and back.
 
-    Dimensions are matched in the smallest groups of equal size, so most merges and splits stay exact. A view has as many
-    elements as it had before: what is left between groups from both ends is a group, too."""
+    Dimensions are matched in the smallest groups of equal size, so most merges and splits stay exact. A view has as
+    many elements as it had before: what is left between groups from both ends is a group, too.
+    """
     head, i, j = _from_left(old, new, indices)
     tail, p, q = _from_left(old[i:][::-1], new[j:][::-1], indices[j:][::-1], single=True)
     middle = _regroup(old[i : len(old) - p], new[j : len(new) - q], indices[j : len(new) - q])
@@ -40,8 +41,9 @@ def reshaped(old: tuple[Node, ...], new: tuple[Node, ...], indices: tuple[Node, 
 
 
 def _from_left(old, new, indices, single: bool = False) -> tuple[list[Node], int, int]:
-    """Indices into `old` for the groups found from the left, or for `single` dimensions, and how many dimensions of each
-    these are."""
+    """Indices into `old` for the groups found from the left, or for `single` dimensions, and how many dimensions of
+    each these are.
+    """
     out: list[Node] = []
     i = j = 0
     while i < len(old) or j < len(new):
@@ -157,9 +159,7 @@ def repeat_interleave(ctx: Context, x: Lifted, repeats, dim=None, *, output_size
     if dim is None:
         return remap(x, ctx.shape, lambda i: _regroup(x.shape, x.shape[:1], (apply("floordiv", i[0], times),)))
     dim = _dim(dim, len(x.axes))
-    return remap(
-        x, ctx.shape, lambda i: [apply("floordiv", k, times) if d == dim else k for d, k in enumerate(i)]
-    )
+    return remap(x, ctx.shape, lambda i: [apply("floordiv", k, times) if d == dim else k for d, k in enumerate(i)])
 
 
 @lifts("slice")
@@ -197,9 +197,7 @@ def chunk(ctx: Context, x: Lifted, _sizes, dim: int = 0) -> tuple[Lifted, ...]:
     for value in ctx.value:
         shape = shape_of(value)
         first = start
-        out.append(
-            remap(x, shape, lambda i: [apply("add", k, first) if d == dim else k for d, k in enumerate(i)])
-        )
+        out.append(remap(x, shape, lambda i: [apply("add", k, first) if d == dim else k for d, k in enumerate(i)]))
         start = apply("add", start, shape[dim])
     return tuple(out)
 
@@ -208,8 +206,7 @@ def chunk(ctx: Context, x: Lifted, _sizes, dim: int = 0) -> tuple[Lifted, ...]:
 def unbind(ctx: Context, x: Lifted, dim: int = 0) -> tuple[Lifted, ...]:
     dim = _dim(dim, len(x.axes))
     return tuple(
-        remap(x, shape_of(value), lambda i: [*i[:dim], Const(at), *i[dim:]])
-        for at, value in enumerate(ctx.value)
+        remap(x, shape_of(value), lambda i: [*i[:dim], Const(at), *i[dim:]]) for at, value in enumerate(ctx.value)
     )
 
 

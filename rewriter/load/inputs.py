@@ -61,9 +61,7 @@ def _verify_names(names: list[str], parameters: Any, site: Site) -> None:
             near = difflib.get_close_matches(name, named, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(named) or 'none'}"
             raise bad_input(f"--input {name}: forward has no such parameter; {hint}", site)
-    missing = [
-        n for n in named if parameters[n].default is inspect.Parameter.empty and n not in names
-    ]
+    missing = [n for n in named if parameters[n].default is inspect.Parameter.empty and n not in names]
     if missing:
         raise bad_input(f"no --input for {', '.join(missing)}, which forward needs", site)
 

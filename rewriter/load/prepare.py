@@ -44,9 +44,7 @@ def _acts_in_training(module: nn.Module) -> bool:
 
 
 def _reads_training(tree: ast.Module) -> bool:
-    return any(
-        isinstance(node, ast.Attribute) and node.attr == "training" for node in ast.walk(tree)
-    )
+    return any(isinstance(node, ast.Attribute) and node.attr == "training" for node in ast.walk(tree))
 
 
 def cast(model: Model, call: Call, dtype: torch.dtype | None) -> Call:

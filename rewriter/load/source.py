@@ -50,9 +50,7 @@ class Source:
     def line_of(self, name: str) -> int:
         """Where the file defines the class or function `name` at its top; 0 where it does not."""
         kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        lines = [
-            node.lineno for node in self.tree.body if isinstance(node, kinds) and node.name == name
-        ]
+        lines = [node.lineno for node in self.tree.body if isinstance(node, kinds) and node.name == name]
         return lines[-1] if lines else 0
 
 

@@ -75,7 +75,5 @@ def _no_inputs(source: Source, target: Target, line: int) -> RewriteError:
     else:
         parameters = list(inspect.signature(target).parameters)
     shown = ", ".join(parameters)
-    text = (
-        f"no inputs for {target.__name__}: define {INPUTS}(), or give --input for each of {shown}"
-    )
+    text = f"no inputs for {target.__name__}: define {INPUTS}(), or give --input for each of {shown}"
     return bad_input(text, source.site(line))

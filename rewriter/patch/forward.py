@@ -108,7 +108,9 @@ class ForwardPrinter:
         if "constant" in node.meta:
             return self.printer.constant(node.meta["constant"])
         if node.op == "get_attr":
-            raise RewriteError(f"{next(iter(node.users)).target} takes parts of the program, which cannot be written down")
+            raise RewriteError(
+                f"{next(iter(node.users)).target} takes parts of the program, which cannot be written down"
+            )
         unit = self.units[node]
         text = self._expression(unit)
         return text if self._binds_tightly(unit) else f"({text})"
@@ -167,9 +169,7 @@ class ForwardPrinter:
         if unit.region:
             kernel = self.kernels[unit.region.program.name]
             by_name = {n.name: n for n in unit.region.inputs}
-            arguments = [self._name(by_name[t.name]) for t in kernel.tensors] + [
-                self._size(p) for p in kernel.sizes
-            ]
+            arguments = [self._name(by_name[t.name]) for t in kernel.tensors] + [self._size(p) for p in kernel.sizes]
             return f"{kernel.name}({', '.join(arguments)})"
         if unit.module:
             self.called.add(unit.module)

@@ -24,18 +24,12 @@ class Guard:
     cause: str
 
 
-def guards_of(
-    traced: TracedModule, signature: Signature, sizes: Sizes
-) -> tuple[Guard, ...]:
+def guards_of(traced: TracedModule, signature: Signature, sizes: Sizes) -> tuple[Guard, ...]:
     """Arguments, training mode, missing attributes, dtypes, ranks and sizes that tracing assumed."""
     out = [Guard(_same(text, value), f"{text} is not {value!r}") for text, value in signature.constants]
     if isinstance(traced.module, nn.Module):
         training = traced.module.training
-        out.append(
-            Guard(
-                f"self.training is {training}", f"the module is {'not ' if training else ''}in training mode"
-            )
-        )
+        out.append(Guard(f"self.training is {training}", f"the module is {'not ' if training else ''}in training mode"))
     out += [_absent(path) for path in traced.absent]
     for name, text in signature.leaves.items():
         out += _tensor_guards(traced.placeholders[name].meta["val"], text)
@@ -56,7 +50,9 @@ def _autocast(traced: TracedModule, signature: Signature) -> list[Guard]:
         here = traced.placeholders[name].meta["val"].device.type
         for device in sorted(traced.autocast):
             relation = "==" if device == here else "!="
-            out.append(Guard(f'{text}.device.type {relation} "{device}"', f"it autocasts on {device} and was traced on {here}"))
+            out.append(
+                Guard(f'{text}.device.type {relation} "{device}"', f"it autocasts on {device} and was traced on {here}")
+            )
     return out
 
 

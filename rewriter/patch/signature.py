@@ -20,7 +20,9 @@ _VARIADIC = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 
 @dataclass(frozen=True)
 class Signature:
-    """`text` is the parameter list; `leaves` maps placeholders to expressions; `constants` are expressions that must not change."""
+    """`text` is the parameter list; `leaves` maps placeholders to expressions; `constants` are expressions that must
+    not change.
+    """
 
     text: str
     leaves: dict[str, str]

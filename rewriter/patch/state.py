@@ -1,4 +1,6 @@
-"""What the patched forward assumes of its module: numbers and flags, parts and hooks, tensors. Another instance may differ."""
+"""What the patched forward assumes of its module: numbers and flags, parts and hooks, tensors. Another instance may
+differ.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ from rewriter.patch.literal import is_plain, literal
 from rewriter.trace import TracedModule
 from rewriter.trace.capture import MODULE_SLOTS, tensors_of
 from rewriter.trace.source import is_user_file
+
 
 @dataclass(frozen=True)
 class Part:

@@ -28,11 +28,11 @@ def units_of(traced: TracedModule, regions: tuple[Region, ...]) -> dict[fx.Node,
     out: dict[fx.Node, Unit] = {}
     for region in regions:
         unit = Unit(frozenset(region.outputs), region.inputs, region.outputs, region=region)
-        out |= {n: unit for n in region.outputs}
+        out |= dict.fromkeys(region.outputs, unit)
     fused = frozenset(out) | frozenset().union(frozenset(), *(r.inside for r in regions))
     for unit in _module_calls(traced, fused):
         if not any(n in out for n in unit.nodes):
-            out |= {n: unit for n in unit.nodes}
+            out |= dict.fromkeys(unit.nodes, unit)
     for node in traced.graph.nodes:
         if node.op == "call_function" and node not in out:
             out[node] = Unit(frozenset([node]), tuple(value_inputs(node)), (node,))
@@ -57,17 +57,13 @@ def _module_calls(traced: TracedModule, fused: frozenset[fx.Node]) -> list[Unit]
     return [c for c in calls if c]
 
 
-def _module_call(
-    traced: TracedModule, path: str, nodes: list[fx.Node], fused: frozenset[fx.Node]
-) -> Unit | None:
+def _module_call(traced: TracedModule, path: str, nodes: list[fx.Node], fused: frozenset[fx.Node]) -> Unit | None:
     inside = frozenset(nodes)
     if inside & fused or not _takes_one_argument(traced.module, path):
         return None
     outer = [a for n in nodes for a in n.all_input_nodes if a not in inside]
     given = tuple(
-        dict.fromkeys(
-            a for a in outer if a.name not in traced.attributes and hasattr(a.meta.get("val"), "dim")
-        )
+        dict.fromkeys(a for a in outer if a.name not in traced.attributes and hasattr(a.meta.get("val"), "dim"))
     )
     leaving = tuple(n for n in nodes if any(u not in inside for u in n.users))
     if len(given) != 1 or len(leaving) != 1:

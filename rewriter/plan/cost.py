@@ -249,6 +249,3 @@ def _operand_bytes(plan: KernelPlan, step: Step) -> float:
     height = 64 if unit(plan, step) == "wgmma" else 16
     across = max(1, plan.config.num_warps * 16 // rows)
     return depth * step.bytes * (columns * max(1, rows // height) + rows * across)
-
-
-

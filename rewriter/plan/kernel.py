@@ -10,7 +10,6 @@ from rewriter.derive import Chain, Definition
 from rewriter.ir import Axis, Const, Node, Output, Reduce, Tensor
 from rewriter.plan.estimates import KernelCost
 
-
 LONG_BLOCK = 64  # positions of a long contraction in one block
 
 
@@ -43,7 +42,8 @@ class Loop:
 
 @dataclass(frozen=True)
 class Config:
-    """Launch parameters. `block_m` rows and `block_n` stream positions a tile; warps and pipeline stages as Triton's."""
+    """Launch parameters. `block_m` rows and `block_n` stream positions a tile; warps and pipeline stages as Triton's.
+    """
 
     block_m: int
     block_n: int
@@ -64,8 +64,8 @@ class Sweep:
 class KernelPlan:
     """One kernel. A program of it has one position of every `grid` axis and a tile of `rows`, at most two.
 
-    Streams are cut into tiles, unless `rows` are two: then they go one position at a time. `features` are kept whole in a
-    tile, padded to a power of two. `outputs` are written after all sweeps.
+    Streams are cut into tiles, unless `rows` are two: then they go one position at a time. `features` are kept whole
+    in a tile, padded to a power of two. `outputs` are written after all sweeps.
     """
 
     name: str
@@ -86,9 +86,9 @@ class KernelPlan:
     @property
     def sizes(self) -> dict[Axis, int]:
         """Positions of every tile axis that one tile has."""
-        sizes = {a: self.config.block_m for a in self.rows[:1]} | {a: self.config.block_n for a in self.rows[1:]}
-        sizes |= {} if self.steps else {a: self.config.block_n for a in self.streams}
-        return sizes | {a: self.padded(a) for a in self.features} | {a: LONG_BLOCK for a in self.long_axes}
+        sizes = dict.fromkeys(self.rows[:1], self.config.block_m) | dict.fromkeys(self.rows[1:], self.config.block_n)
+        sizes |= {} if self.steps else dict.fromkeys(self.streams, self.config.block_n)
+        return sizes | {a: self.padded(a) for a in self.features} | dict.fromkeys(self.long_axes, LONG_BLOCK)
 
     @property
     def streams(self) -> tuple[Axis, ...]:
@@ -106,8 +106,9 @@ class KernelPlan:
 
     @property
     def aligns(self) -> bool:
-        """Whether strides are passed in units of ALIGN elements: a stride of 40 is a multiple of 8, but Triton only asks
-        for 16, and without knowing either loads one element at a time."""
+        """Whether strides are passed in units of ALIGN elements: a stride of 40 is a multiple of 8, but Triton only
+        asks for 16, and without knowing either loads one element at a time.
+        """
         return any(int(a.extent.value) % 16 for a in self.features)
 
     def segments(self, sweep: Sweep) -> tuple[str, ...]:

@@ -100,13 +100,21 @@ def _is_value(factor: Node, definition: Definition, chain: Chain) -> bool:
     paired = frozenset(x for c in _leaves(chain) for p in _pairs(c, frozenset(chain.axes)) for x in p)
     rows = paired - {d.stream for d in chain.definitions}
     streamed = frozenset().union(
-        frozenset(), *(n.free for c in _leaves(chain) for n in walk(c.body) if isinstance(n, Load) and depends_on(n, definition.stream))
+        frozenset(),
+        *(
+            n.free
+            for c in _leaves(chain)
+            for n in walk(c.body)
+            if isinstance(n, Load) and depends_on(n, definition.stream)
+        ),
     )
     return is_operand(factor, definition.stream) and not factor.free & (rows - streamed)
 
 
 def inner_reductions(chain: Chain, tiles: tuple[Axis, ...]) -> tuple[tuple[Dot, ...], tuple[Loop, ...]]:
-    """How every reduction inside the definitions and outputs is computed. Contractions of one length share their axis."""
+    """How every reduction inside the definitions and outputs is computed. Contractions of one length share their
+    axis.
+    """
     dots: dict[Reduce, Dot] = {}
     loops: list[Loop] = []
     axes: dict[Node, Axis] = {}

@@ -24,8 +24,10 @@ HALF = (
 
 
 def configs(plan: KernelPlan) -> tuple[Config, ...]:
-    """Tiles for a kernel's situation. What fp32 gets was the best of a sweep on an H200, and is not weighed against others:
-    products element by element read both operands from shared memory, and small tiles that spill nothing are slower."""
+    """Tiles for a kernel's situation. What fp32 gets was the best of a sweep on an H200, and is not weighed against
+    others: products element by element read both operands from shared memory, and small tiles that spill nothing are
+    slower.
+    """
     first = preferred(plan)
     if is_deep(plan) or not plan.dots or plan.dtype is torch.float32:
         return (first,)
@@ -40,7 +42,9 @@ def preferred(plan: KernelPlan) -> Config:
     if not plan.dots and plan.rows and lone_rows(plan.chain, (*plan.grid, *plan.rows)):
         return Config(64, 32, 4, 2)  # the rows of a tile lie side by side in memory
     if not plan.dots:
-        return Config(16, 64, 4, 2) if plan.rows else Config(1, max(map(_whole, plan.streams), default=LONGEST_TILE), 4, 1)
+        return (
+            Config(16, 64, 4, 2) if plan.rows else Config(1, max(map(_whole, plan.streams), default=LONGEST_TILE), 4, 1)
+        )
     if plan.loops or any(d.long for d in plan.dots):
         return Config(64, 64, 4, 2) if width <= 128 else Config(32, 32, 4, 2)
     if plan.dtype is torch.float32:

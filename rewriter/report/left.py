@@ -1,4 +1,6 @@
-"""What is left to PyTorch though someone may have hoped for a kernel: lone rows, and ops that index notation does not have."""
+"""What is left to PyTorch though someone may have hoped for a kernel: lone rows, and ops that index notation does not
+have.
+"""
 
 from __future__ import annotations
 

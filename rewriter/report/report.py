@@ -135,8 +135,7 @@ def chain_report(region: Region, chain: Chain, kernel: KernelFile, host: str, si
         derivation=chain.derivation,
         bytes_saved=sum(map(sizes.value, written)),
         bytes_formula=" + ".join(
-            f"{count} * {text}" if count > 1 else text
-            for text, count in Counter(map(sizes.show, written)).items()
+            f"{count} * {text}" if count > 1 else text for text, count in Counter(map(sizes.show, written)).items()
         ),
     )
 

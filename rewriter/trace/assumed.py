@@ -13,8 +13,8 @@ from rewriter.errors import Reason, Site
 from rewriter.ir import Const, Param
 from rewriter.trace import spelled
 from rewriter.trace.calls import call_name
-from rewriter.trace.ones import Dimension
 from rewriter.trace.equations import settled, settled_condition
+from rewriter.trace.ones import Dimension
 from rewriter.trace.sizes import relation_text, size_node
 from rewriter.trace.source import is_user_file, origin_of
 

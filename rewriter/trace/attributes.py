@@ -1,7 +1,8 @@
 """What forward looks for in its modules and does not find, and what it leaves in them.
 
-An assignment (`self.weights = w`) has no place in a graph: its value becomes one more result of the traced forward, and the
-patched forward makes it again. What forward reads and then sets is refused, unless it is a cache: that one is forgotten.
+An assignment (`self.weights = w`) has no place in a graph: its value becomes one more result of the traced forward,
+and the patched forward makes it again. What forward reads and then sets is refused, unless it is a cache: that one is
+forgotten.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ _MISSING = object()
 
 @dataclass
 class Attributes:
-    """Paths are below the traced module: "norm.eps". `touched` was read, `absent` asked for and not there (`hasattr`), `assigned`
-    left by forward, with the user's line."""
+    """Paths are below the traced module: "norm.eps". `touched` was read, `absent` asked for and not there
+    (`hasattr`), `assigned` left by forward, with the user's line.
+    """
 
     absent: set[str] = field(default_factory=set)
     touched: set[str] = field(default_factory=set)
@@ -42,7 +44,8 @@ class Attributes:
 
 @contextmanager
 def watched(root: nn.Module, caches: Caches = Caches()) -> Iterator[Attributes]:
-    """While active, `root.forward` gives (its result, [values it assigned]); at the end all modules are as they were."""
+    """While active, `root.forward` gives (its result, [values it assigned]); at the end all modules are as they were.
+    """
     watch = _Watch(root, caches)
     original, held = root.forward, {m: (dict(vars(m)), dict(m._buffers)) for m in root.modules()}
 
@@ -134,14 +137,18 @@ class _Watch:
         values = [found[path] for path in self.seen.assigned]
         for (path, site), value in zip(self.seen.assigned.items(), values):
             if path in self.seen.touched:
-                raise RewriteError(f"forward reads self.{path} and changes it, so that calls differ: it stays as it is", site=site)
+                raise RewriteError(
+                    f"forward reads self.{path} and changes it, so that calls differ: it stays as it is", site=site
+                )
             if not all(map(_is_result, pytree.tree_leaves(value))):
                 raise RewriteError(f"forward assigns self.{path}, which no graph holds: it stays as it is", site=site)
         return values
 
     def contents(self) -> list[tuple[str, Any, Any]]:
         """(path, container, copy of it) of the lists, dicts, sets and plain objects that the modules hold."""
-        held = [(self.paths[id(m)] + k, _contents(v)) for m in self.modules for k, v in vars(m).items() if k not in _SLOTS]
+        held = [
+            (self.paths[id(m)] + k, _contents(v)) for m in self.modules for k, v in vars(m).items() if k not in _SLOTS
+        ]
         return [(path, inside, inside.copy()) for path, inside in held if inside is not None]
 
     def refuse_changed(self, contents: list[tuple[str, Any, Any]]) -> None:

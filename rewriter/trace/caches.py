@@ -1,4 +1,6 @@
-"""What forward keeps for its next call, and would make again: masks, tables. Forgetting them changes nothing but time."""
+"""What forward keeps for its next call, and would make again: masks, tables. Forgetting them changes nothing but
+time.
+"""
 
 from __future__ import annotations
 

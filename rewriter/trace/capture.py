@@ -1,7 +1,7 @@
 """Captures a module (or function) as an FX graph of ATen calls, before any decomposition, with every size symbolic.
 
-`torch.export` (non-strict) keeps `linear`, `softmax` and `scaled_dot_product_attention` whole, so the graph still reads like the
-user's code. Sizes are `Dim.AUTO` under `backed_size_oblivious`, or a batch of 1 would be baked in.
+`torch.export` (non-strict) keeps `linear`, `softmax` and `scaled_dot_product_attention` whole, so the graph still
+reads like the user's code. Sizes are `Dim.AUTO` under `backed_size_oblivious`, or a batch of 1 would be baked in.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import inspect
 import itertools
 import linecache
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Callable
+from typing import Any
 
 import sympy
 import torch
@@ -37,7 +37,6 @@ from rewriter.trace.ones import Dimension, enlarge, loose
 from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import is_user_file, user_site
 from rewriter.trace.spelled import spelled
-
 
 MODULE_SLOTS = frozenset(vars(nn.Module()))  # parameters, buffers, hooks: not the user's own
 
@@ -61,10 +60,11 @@ class TracedModule:
 
     `inputs` names the placeholder of each flattened argument (None for what is no tensor); `attributes` says which
     placeholders are the module's own, `constants` which forward makes from numbers; `out_spec` is that of (what forward
-    returns, what it `assigned`), `absent` are attributes that it asked for in vain; `autocast` are the device types on which it casts by itself; `fixed` lists the input sizes
-    that tracing turned into numbers, and the branches on sizes that it took; `conditions` are what must hold of the sizes for
-    the graph to be the program. `loose` are input dimensions that were 1 in the example and share their size with others, of
-    which the program still makes the same calls where they are 1.
+    returns, what it `assigned`), `absent` are attributes that it asked for in vain; `autocast` are the device types
+    on which it casts by itself; `fixed` lists the input sizes that tracing turned into numbers, and the branches on
+    sizes that it took; `conditions` are what must hold of the sizes for the graph to be the program. `loose` are
+    input dimensions that were 1 in the example and share their size with others, of which the program still makes the
+    same calls where they are 1.
     """
 
     module: Callable
@@ -245,7 +245,9 @@ def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _drop_unread(graph: fx.Graph) -> None:
-    """Without what nothing reads, and without the notes on types that export adds for `.to(dtype)`: they are no readers."""
+    """Without what nothing reads, and without the notes on types that export adds for `.to(dtype)`: they are no
+    readers.
+    """
     for node in graph.nodes:
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             graph.erase_node(node)
@@ -259,8 +261,9 @@ def _refuse_mutation(signature) -> None:
 
 
 def _export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[Dimension]):
-    """Exports with every size symbolic that the program leaves free, in-place ops made functional, and what wraps parts of it
-    (autocast, modes of gradients, vmap) written out."""
+    """Exports with every size symbolic that the program leaves free, in-place ops made functional, and what wraps
+    parts of it (autocast, modes of gradients, vmap) written out.
+    """
     try:
         program = _try_export(module, args, kwargs, static)
     except RewriteError:
@@ -279,7 +282,9 @@ def _plain(program):
 
 
 def _wraps(node: fx.Node) -> bool:
-    """A call that holds or marks a part of the program; of those that choose or repeat one, like `cond`, there is no other form."""
+    """A call that holds or marks a part of the program; of those that choose or repeat one, like `cond`, there is no
+    other form.
+    """
     holds = isinstance(node.target, HigherOrderOperator) and node.target.name().startswith("wrap")
     return holds or getattr(node.target, "__module__", "").startswith("torch._functorch")
 
@@ -348,9 +353,7 @@ def _every_frame() -> Iterator[None]:
     def users(tracer: Any, stack: traceback.StackSummary) -> traceback.StackSummary:
         start = max(k for k, f in enumerate(stack) if (f.filename, f.name) == (__file__, _try_export.__name__))
         inside = (f for f in stack[start:] if f.filename != __file__)
-        return traceback.StackSummary.from_list(
-            f for f in inside if f.name == "forward" or is_user_file(f.filename)
-        )
+        return traceback.StackSummary.from_list(f for f in inside if f.name == "forward" or is_user_file(f.filename))
 
     original = fx.proxy.TracerBase._filter_traceback_frames
     fx.proxy.TracerBase._filter_traceback_frames = users
@@ -372,5 +375,7 @@ def _trace_error(error: Exception) -> RewriteError:
     if "data-dependent" in str(error):
         code = linecache.getline(site.file, site.line).strip() if site else ""
         shown = f": `{code}`" if code else ""
-        return RewriteError(f"a branch or a size that depends on the values of a tensor cannot be traced{shown}", site=site)
+        return RewriteError(
+            f"a branch or a size that depends on the values of a tensor cannot be traced{shown}", site=site
+        )
     return RewriteError(f"torch.export cannot trace this: {lines[0] if lines else type(error).__name__}", site=site)

@@ -14,7 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """torch.export logs each guard it finds and prints the graph it gave up on; that is not worth the user's attention."""
+    """torch.export logs each guard it finds and prints the graph it gave up on; that is not worth the user's
+    attention.
+    """
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -27,8 +29,9 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def autocasts() -> Iterator[set[str]]:
-    """The device types for which the program asks for autocast, whether or not this machine has them: what it casts depends on
-    the device, and a trace holds what it casts on its own."""
+    """The device types for which the program asks for autocast, whether or not this machine has them: what it casts
+    depends on the device, and a trace holds what it casts on its own.
+    """
     asked: set[str] = set()
     original = torch.autocast.__init__
 
@@ -47,12 +50,17 @@ def autocasts() -> Iterator[set[str]]:
 
 @contextmanager
 def fake_tensors() -> Iterator[FakeTensorMode]:
-    """Runs a module without data. Fake tensors log every failure at length, and what is compiled for them (`torch.cond` does)
-    must not be found again by an export."""
+    """Runs a module without data. Fake tensors log every failure at length, and what is compiled for them
+    (`torch.cond` does) must not be found again by an export.
+    """
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with torch.compiler.set_stance("force_eager"), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with (
+            torch.compiler.set_stance("force_eager"),
+            torch.no_grad(),
+            FakeTensorMode(allow_non_fake_inputs=True) as mode,
+        ):
             yield mode
     finally:
         logging.disable(level)

@@ -1,9 +1,9 @@
 """Sizes that the program needs to be equal, though torch has not solved for them: each is written as one.
 
-    Min(128, s) → s, [Min(128, s) = s]     a buffer's slice, as long as asked or as the buffer, added to a tensor of s
-    4 * (s // 4) → s, [s % 4 = 0]          a tensor of s viewed as groups of 4
-    t → s                                  x[.., t] contracted with y[.., s]: the inputs' own guards compare them
-    ceil(float(-2 * s) / -1.0) → 2 * s     arange(s, -s, -1.0)
+Min(128, s) → s, [Min(128, s) = s]     a buffer's slice, as long as asked or as the buffer, added to a tensor of s
+4 * (s // 4) → s, [s % 4 = 0]          a tensor of s viewed as groups of 4
+t → s                                  x[.., t] contracted with y[.., s]: the inputs' own guards compare them
+ceil(float(-2 * s) / -1.0) → 2 * s     arange(s, -s, -1.0)
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch._dynamo.source import TensorProperty
 from torch.utils._sympy.functions import FloorDiv, Mod
+
 
 def settled(size: torch.SymInt | torch.SymFloat) -> tuple[sympy.Expr, list[sympy.Expr]]:
     """A size with what the program needs to be equal written as one, and the conditions for that."""
@@ -106,7 +107,9 @@ def _pairs(
 ) -> list[tuple[sympy.Symbol, sympy.Symbol]]:
     """The sizes of one input that stand for those of another: b * m * n of a mask viewed as b', m', n' of the scores.
 
-    Equal products do not make the factors equal, so these are taken to be as they were traced; the inputs' guards compare them."""
+    Equal products do not make the factors equal, so these are taken to be as they were traced; the inputs' guards
+    compare them.
+    """
     above, below = (_symbols(side) for side in ratio.as_numer_denom())
     if not place.keys() >= {*above, *below}:
         return []

@@ -1,14 +1,16 @@
 """Example inputs of size 1: which of those sizes may vary?
 
-A traced size of 1 says nothing: it may be a batch of one or a dimension that broadcasts. So they are enlarged on fake tensors,
-all that stand at the same position together, then one by one, and what the program still runs with is free to vary. A free one
-may still be 1 while its like are not, where the program makes the same calls then: a mask that all of a batch shares.
+A traced size of 1 says nothing: it may be a batch of one or a dimension that broadcasts. So they are enlarged on fake
+tensors, all that stand at the same position together, then one by one, and what the program still runs with is free
+to vary. A free one may still be 1 while its like are not, where the program makes the same calls then: a mask that
+all of a batch shares.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -78,9 +80,7 @@ def _grown(leaves: list, dims: frozenset[Dimension], size: int) -> list:
     return out
 
 
-def loose(
-    module: Callable, args: tuple, kwargs: dict, dims: frozenset[Dimension]
-) -> frozenset[Dimension]:
+def loose(module: Callable, args: tuple, kwargs: dict, dims: frozenset[Dimension]) -> frozenset[Dimension]:
     """Those of `dims` which alone may be 1: the program makes the same calls then, and results of the same shape."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     usual = _run(module, args, kwargs) if dims else None
@@ -100,7 +100,7 @@ class _Call:
     numbers: tuple
     shapes: tuple
 
-    def is_like(self, other: "_Call") -> bool:
+    def is_like(self, other: _Call) -> bool:
         """The same numbers, too, but where one shape is changed into another."""
         reshapes = getattr(self.function, "__name__", "") in RESHAPES and self.shapes != other.shapes
         return self.function == other.function and (reshapes or self.numbers == other.numbers)

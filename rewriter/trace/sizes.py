@@ -77,7 +77,9 @@ def _number(expr: sympy.Expr) -> Node:
 
 
 class _Numbers(PythonPrinter):
-    """Numbers made from sizes as people write them: `length**0.5`, not `torch.sym_float(length) ** 0.5000000000000000`."""
+    """Numbers made from sizes as people write them: `length**0.5`, not `torch.sym_float(length) **
+    0.5000000000000000`.
+    """
 
     def _print_ToFloat(self, expr: sympy.Expr) -> str:
         return self.parenthesize(expr.args[0], PRECEDENCE["Pow"] + 1)

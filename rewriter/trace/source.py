@@ -54,9 +54,7 @@ def _statements(file: str) -> dict[int, tuple[int, int, tuple[str, ...]]]:
         return {}
     out: dict[int, tuple[int, int, tuple[str, ...]]] = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.stmt) and not isinstance(
-            node, (ast.FunctionDef, ast.ClassDef, ast.If, ast.For)
-        ):
+        if isinstance(node, ast.stmt) and not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.If, ast.For)):
             for line in range(node.lineno, (node.end_lineno or node.lineno) + 1):
                 out[line] = (node.lineno, node.end_lineno or node.lineno, _targets(node))
     return out

@@ -23,7 +23,9 @@ _fill_diagonal_ = torch.Tensor.fill_diagonal_
 
 @contextmanager
 def spelled() -> Iterator[None]:
-    """While active, the calls are what they mean. Functions are replaced: argument parsing comes before any tracing hook."""
+    """While active, the calls are what they mean. Functions are replaced: argument parsing comes before any tracing
+    hook.
+    """
     torch.nn.functional.scaled_dot_product_attention = attention
     torch.Tensor.fill_diagonal_ = fill_diagonal_
     torch.Tensor.__getitem__ = getitem
@@ -63,7 +65,9 @@ def fill_diagonal_(x: torch.Tensor, fill_value: Any, wrap: bool = False) -> torc
 
 
 def arange(*args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> torch.Tensor:
-    """arange(n - 1, -n, -1.0): whole numbers as floats. Their count is one of whole numbers, where the op itself rounds a float."""
+    """arange(n - 1, -n, -1.0): whole numbers as floats. Their count is one of whole numbers, where the op itself
+    rounds a float.
+    """
     symbolic = any(isinstance(a, torch.SymInt) for a in args)
     whole = all(isinstance(a, (int, torch.SymInt)) or (isinstance(a, float) and a.is_integer()) for a in args)
     if symbolic and whole and any(isinstance(a, float) for a in args):
@@ -72,8 +76,9 @@ def arange(*args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> torch
 
 
 def getitem(x: torch.Tensor, at: Any) -> torch.Tensor:
-    """x[..., a:b] with a length that is known: the op itself compares bounds and sizes as they stand, and where that tells
-    nothing the length is unknown from there on."""
+    """x[..., a:b] with a length that is known: the op itself compares bounds and sizes as they stand, and where that
+    tells nothing the length is unknown from there on.
+    """
     return _getitem(*_narrowed(x, at))
 
 

@@ -101,7 +101,5 @@ def calls_what_fails(out_ptr, BLOCK: tl.constexpr):
 @triton.jit
 def bad_assembly(out_ptr):
     """Wrong where only the assembler sees it."""
-    x = tl.inline_asm_elementwise(
-        "nosuchopcode $0;", "=r", [], dtype=tl.int32, is_pure=True, pack=1
-    )
+    x = tl.inline_asm_elementwise("nosuchopcode $0;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
     tl.store(out_ptr, x)

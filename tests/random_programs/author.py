@@ -159,9 +159,7 @@ class Author(Masks, Weights):
     def _bias(self) -> None:
         dims = self.any_of("mn", "hmn", "bmn", "bn", "n", "m", "h", "bhmn", "bm")
         bias = self.spread(self.input("bias", dims), dims)
-        self.say(
-            self.one(f"s = s + {bias}", f"s = {bias} + s", f"s = torch.add(s, {bias}, alpha=0.5)")
-        )
+        self.say(self.one(f"s = s + {bias}", f"s = {bias} + s", f"s = torch.add(s, {bias}, alpha=0.5)"))
 
     def _distance(self) -> None:
         """A penalty that grows with the distance of query and key."""

@@ -35,9 +35,7 @@ class Weights(Words):
         return self._divided("p.sum(-1, keepdim=True)")
 
     def exp_without_maximum(self) -> str:
-        self.say(
-            self.one("p = s.exp()", "p = torch.exp(s)", "p = torch.exp2(s * 1.4426950408889634)")
-        )
+        self.say(self.one("p = s.exp()", "p = torch.exp(s)", "p = torch.exp2(s * 1.4426950408889634)"))
         return self._divided(self.one("p.sum(-1, keepdim=True)", "torch.sum(p, -1).unsqueeze(-1)"))
 
     def softmax_one(self) -> str:
@@ -63,11 +61,7 @@ class Weights(Words):
         return ""
 
     def sigmoid(self) -> str:
-        self.say(
-            self.one(
-                "p = torch.sigmoid(s)", "p = F.sigmoid(s - 2.0)", "p = 1 / (1 + torch.exp(-s))"
-            )
-        )
+        self.say(self.one("p = torch.sigmoid(s)", "p = F.sigmoid(s - 2.0)", "p = 1 / (1 + torch.exp(-s))"))
         return ""
 
     def relu(self) -> str:

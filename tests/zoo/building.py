@@ -35,9 +35,7 @@ def built(make: Callable, dim: int = 64, heads: int = 4) -> Callable:
         torch.manual_seed(0)
         made = make(*arguments.args, **arguments.kwargs)
         chosen = arguments.arguments
-        made.zoo_shape = Shape(
-            dim, heads, chosen.get("head_dim", dim // heads), chosen.get("kv_heads", heads)
-        )
+        made.zoo_shape = Shape(dim, heads, chosen.get("head_dim", dim // heads), chosen.get("kv_heads", heads))
         if isinstance(made, nn.Module):
             randomise(made)
             made.eval()

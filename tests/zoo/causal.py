@@ -129,9 +129,7 @@ PROGRAMS = [
     Program(
         name="causal_gpt2_buffer",
         family="causal",
-        build=built(
-            lambda dim, heads, max_len=128: CausalSelfAttention(GPTConfig(max_len, heads, dim))
-        ),
+        build=built(lambda dim, heads, max_len=128: CausalSelfAttention(GPTConfig(max_len, heads, dim))),
         inputs=feed(building.tokens),
         traced=Sizes(1, 37),
         others=(Sizes(3, 50), Sizes(2, 1)),

@@ -19,9 +19,7 @@ class Gemma2Attention(nn.Module):
         self.sliding_window = sliding_window
         self.attn_logit_softcapping = 5.0
         self.scaling = 24**-0.5  # query_pre_attn_scalar need not be the head dim
-        self.qkv_proj = nn.Linear(
-            hidden_size, (num_heads + 2 * num_kv_heads) * head_dim, bias=False
-        )
+        self.qkv_proj = nn.Linear(hidden_size, (num_heads + 2 * num_kv_heads) * head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
 
     def rotary(self, x):
@@ -131,9 +129,7 @@ class LeftPaddedCausal(nn.Module):
     def _prepare_mask(self, attention_mask, dtype):
         length = attention_mask.shape[-1]
         min_dtype = torch.finfo(dtype).min
-        causal_mask = torch.full(
-            (length, length), min_dtype, dtype=dtype, device=attention_mask.device
-        )
+        causal_mask = torch.full((length, length), min_dtype, dtype=dtype, device=attention_mask.device)
         causal_mask = torch.triu(causal_mask, diagonal=1)
         causal_mask = causal_mask[None, None].expand(attention_mask.shape[0], 1, -1, -1).clone()
         padding_mask = causal_mask + attention_mask[:, None, None, :].to(dtype)
@@ -160,8 +156,7 @@ class SelfAttention(nn.Module):
     def forward(self, x):
         b, n, d = x.shape
         q, k, v = [
-            t.view(b, n, self.heads, d // self.heads).permute(0, 2, 1, 3)
-            for t in self.to_qkv(x).chunk(3, dim=-1)
+            t.view(b, n, self.heads, d // self.heads).permute(0, 2, 1, 3) for t in self.to_qkv(x).chunk(3, dim=-1)
         ]
         attn = self.attend(torch.matmul(q, k.transpose(-1, -2)) * (d // self.heads) ** -0.5)
         return self.to_out(torch.matmul(attn, v).permute(0, 2, 1, 3).flatten(2))
@@ -175,9 +170,7 @@ class EncoderBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = SelfAttention(dim, heads)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, dim * mlp_ratio), nn.GELU(), nn.Linear(dim * mlp_ratio, dim)
-        )
+        self.mlp = nn.Sequential(nn.Linear(dim, dim * mlp_ratio), nn.GELU(), nn.Linear(dim * mlp_ratio, dim))
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))

@@ -94,9 +94,7 @@ class SigmoidLoss(nn.Module):
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
         logits = image @ text.t() * self.t.exp() + self.bias
         n = image.shape[0]
-        labels = 2 * torch.eye(n, device=logits.device, dtype=logits.dtype) - torch.ones_like(
-            logits
-        )
+        labels = 2 * torch.eye(n, device=logits.device, dtype=logits.dtype) - torch.ones_like(logits)
         return -F.logsigmoid(labels * logits).sum() / n
 
 

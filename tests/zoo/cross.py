@@ -82,8 +82,7 @@ class TextConditionedSDPA(nn.Module):
         b, _, _ = x.shape
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (
-            t.unsqueeze(3).reshape(b, t.shape[1], self.heads, -1).permute(0, 2, 1, 3).contiguous()
-            for t in (q, k, v)
+            t.unsqueeze(3).reshape(b, t.shape[1], self.heads, -1).permute(0, 2, 1, 3).contiguous() for t in (q, k, v)
         )
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0)
         return self.to_out(out.permute(0, 2, 1, 3).reshape(b, x.shape[1], -1))

@@ -41,9 +41,7 @@ class MultiheadDiffAttn(nn.Module):
         v = self.v_proj(x).view(bsz, src_len, self.num_heads, 2 * self.head_dim).transpose(1, 2)
         q *= self.scaling
         attn_weights = torch.matmul(q, k.transpose(-1, -2))
-        attn_mask = torch.triu(
-            torch.zeros([tgt_len, src_len]).float().fill_(float("-inf")).type_as(attn_weights), 1
-        )
+        attn_mask = torch.triu(torch.zeros([tgt_len, src_len]).float().fill_(float("-inf")).type_as(attn_weights), 1)
         attn_weights = torch.nan_to_num(attn_weights)
         attn_weights += attn_mask
         attn_weights = F.softmax(attn_weights, dim=-1, dtype=torch.float32).type_as(attn_weights)
@@ -108,12 +106,8 @@ class DiffHalvesAttention(nn.Module):
         attn_weights = torch.matmul(query, key.transpose(2, 3)) / math.sqrt(self.head_dim)
         attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=torch.float32)
         attn_weights = attn_weights.to(query.dtype)
-        lambda_1 = torch.exp(
-            torch.sum(self.lambda_q1 * self.lambda_k1, dim=-1, dtype=torch.float32)
-        )
-        lambda_2 = torch.exp(
-            torch.sum(self.lambda_q2 * self.lambda_k2, dim=-1, dtype=torch.float32)
-        )
+        lambda_1 = torch.exp(torch.sum(self.lambda_q1 * self.lambda_k1, dim=-1, dtype=torch.float32))
+        lambda_2 = torch.exp(torch.sum(self.lambda_q2 * self.lambda_k2, dim=-1, dtype=torch.float32))
         lambda_full = lambda_1.to(query.dtype) - lambda_2.to(query.dtype) + self.lambda_init
 
         attn_output = torch.matmul(attn_weights, value)

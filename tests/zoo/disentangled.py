@@ -34,9 +34,7 @@ class DisentangledSelfAttention(nn.Module):
         value_layer = self.transpose_for_scores(self.value_proj(hidden_states))
         scale = math.sqrt(query_layer.size(-1) * 3)
         attention_scores = torch.bmm(query_layer, key_layer.transpose(-1, -2) / scale)
-        attention_scores = attention_scores + self.disentangled_att_bias(
-            query_layer, key_layer, scale
-        )
+        attention_scores = attention_scores + self.disentangled_att_bias(query_layer, key_layer, scale)
         b, n, _ = hidden_states.shape
         attention_scores = attention_scores.view(b, self.num_attention_heads, n, n)
         mask = attention_mask.unsqueeze(1).unsqueeze(2) * attention_mask[:, None, :, None]
@@ -72,10 +70,7 @@ class DisentangledEinsum(DisentangledSelfAttention):
 
     def forward(self, x, mask):
         heads = self.num_attention_heads
-        q, k, v = (
-            p(x).unflatten(-1, (heads, -1))
-            for p in (self.query_proj, self.key_proj, self.value_proj)
-        )
+        q, k, v = (p(x).unflatten(-1, (heads, -1)) for p in (self.query_proj, self.key_proj, self.value_proj))
         i = torch.arange(x.shape[1], device=x.device)
         apart = i[:, None] - i[None, :]
         last = 2 * self.att_span - 1
@@ -107,9 +102,7 @@ class ShawAttention(nn.Module):
         scores = torch.matmul(q, k.transpose(-1, -2))
         scores = scores + torch.einsum("bhqd,qkd->bhqk", q, self.rel_keys(distance))
         attn = torch.softmax(scores / math.sqrt(q.size(-1)), dim=-1)
-        return torch.matmul(attn, v) + torch.einsum(
-            "bhqk,qkd->bhqd", attn, self.rel_values(distance)
-        )
+        return torch.matmul(attn, v) + torch.einsum("bhqk,qkd->bhqd", attn, self.rel_values(distance))
 
 
 class ShawAttentionMerged(ShawAttention):
@@ -119,9 +112,7 @@ class ShawAttentionMerged(ShawAttention):
         b, h, n, d = q.shape
         j = torch.arange(k.shape[2], device=q.device).unsqueeze(0)
         index = (j - torch.arange(n, device=q.device).unsqueeze(1)).clamp(-self.clip, self.clip)
-        a_k, a_v = (
-            F.embedding(index + self.clip, e.weight) for e in (self.rel_keys, self.rel_values)
-        )
+        a_k, a_v = (F.embedding(index + self.clip, e.weight) for e in (self.rel_keys, self.rel_values))
         q_rows = q.permute(2, 0, 1, 3).reshape(n, b * h, d)
         relative = torch.matmul(q_rows, a_k.transpose(1, 2)).view(n, b, h, -1).permute(1, 2, 0, 3)
         p = F.softmax((q @ k.mT + relative) * d**-0.5, dim=-1)

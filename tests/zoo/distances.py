@@ -75,9 +75,7 @@ class NWKernelRegression(nn.Module):
     def forward(self, queries, keys, values):
         queries = queries.repeat_interleave(keys.shape[0]).reshape((-1, keys.shape[0]))
         attention_weights = nn.functional.softmax(-(((queries - keys) * self.w) ** 2) / 2, dim=1)
-        return torch.bmm(
-            attention_weights.unsqueeze(1), values.expand(queries.shape[0], -1).unsqueeze(-1)
-        ).reshape(-1)
+        return torch.bmm(attention_weights.unsqueeze(1), values.expand(queries.shape[0], -1).unsqueeze(-1)).reshape(-1)
 
 
 class NWKernelRegressionShort(NWKernelRegression):

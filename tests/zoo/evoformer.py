@@ -94,14 +94,10 @@ class RowAttentionEinsum(MSARowAttentionWithPairBias):
         heads, mha = self.mha.no_heads, self.mha
         m = self.layer_norm_m(m)
         q, k, v, g = (
-            linear(m).unflatten(-1, (heads, -1))
-            for linear in (mha.linear_q, mha.linear_k, mha.linear_v, mha.linear_g)
+            linear(m).unflatten(-1, (heads, -1)) for linear in (mha.linear_q, mha.linear_k, mha.linear_v, mha.linear_g)
         )
         logits = torch.einsum("bsihc,bsjhc->bhsij", q, k) * mha.c_hidden**-0.5
-        logits = (
-            logits
-            + torch.einsum("bijc,hc->bhij", self.layer_norm_z(z), self.linear_z.weight)[:, :, None]
-        )
+        logits = logits + torch.einsum("bijc,hc->bhij", self.layer_norm_z(z), self.linear_z.weight)[:, :, None]
         logits = logits.masked_fill(mask[:, None, :, None, :] == 0, -self.inf)
         weights = torch.softmax(logits, dim=-1)
         out = torch.einsum("bhsij,bsjhc->bsihc", weights, v) * torch.sigmoid(g)
@@ -116,8 +112,7 @@ class RowAttentionSDPA(MSARowAttentionWithPairBias):
         heads, mha = self.mha.no_heads, self.mha
         m = self.layer_norm_m(m)
         q, k, v = (
-            linear(m).view(b * s, n, heads, -1).transpose(1, 2)
-            for linear in (mha.linear_q, mha.linear_k, mha.linear_v)
+            linear(m).view(b * s, n, heads, -1).transpose(1, 2) for linear in (mha.linear_q, mha.linear_k, mha.linear_v)
         )
         pair = self.linear_z(self.layer_norm_z(z)).permute(0, 3, 1, 2)
         bias = self.inf * (mask.view(b, s, 1, 1, n) - 1) + pair.unsqueeze(1)
@@ -150,8 +145,7 @@ class ColumnAttentionEinsum(MSAColumnAttention):
         heads, mha = self.mha.no_heads, self.mha
         m = self.layer_norm_m(m)
         q, k, v, g = (
-            linear(m).unflatten(-1, (heads, -1))
-            for linear in (mha.linear_q, mha.linear_k, mha.linear_v, mha.linear_g)
+            linear(m).unflatten(-1, (heads, -1)) for linear in (mha.linear_q, mha.linear_k, mha.linear_v, mha.linear_g)
         )
         logits = torch.einsum("bqnhc,bknhc->bnhqk", q, k) / mha.c_hidden**0.5
         logits = logits + self.inf * (mask.transpose(1, 2)[:, :, None, None, :] - 1)

@@ -26,9 +26,7 @@ def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
     batch, num_key_value_heads, slen, head_dim = hidden_states.shape
     if n_rep == 1:
         return hidden_states
-    hidden_states = hidden_states[:, :, None, :, :].expand(
-        batch, num_key_value_heads, n_rep, slen, head_dim
-    )
+    hidden_states = hidden_states[:, :, None, :, :].expand(batch, num_key_value_heads, n_rep, slen, head_dim)
     return hidden_states.reshape(batch, num_key_value_heads * n_rep, slen, head_dim)
 
 
@@ -62,9 +60,7 @@ class ExpandReshapeAttention(nn.Module):
             device=attn_weights.device,
         ).triu(diagonal=1)
         attn_weights = attn_weights + causal_mask[None, None]
-        attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=torch.float32).to(
-            query_states.dtype
-        )
+        attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query_states.dtype)
         attn_output = torch.matmul(attn_weights, value_states).transpose(1, 2).contiguous()
         return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous())
 
@@ -167,18 +163,14 @@ class FoldedMultiQuery(nn.Module):
         attn_weights = torch.empty(attn_view, device=query.device, dtype=query.dtype)
         attn_weights = torch.baddbmm(attn_weights, query, key, beta=0, alpha=scale_factor)
         attn_weights = attn_weights.view(attn_shape)
-        mask_value = torch.full(
-            [], torch.finfo(attn_weights.dtype).min, dtype=attn_weights.dtype, device=query.device
-        )
+        mask_value = torch.full([], torch.finfo(attn_weights.dtype).min, dtype=attn_weights.dtype, device=query.device)
         attn_weights = torch.where(attention_mask, attn_weights, mask_value)
         attn_weights = torch.nn.functional.softmax(attn_weights, dim=-1)
         return torch.bmm(attn_weights.view(attn_view), value).view(query_shape)
 
     def forward(self, hidden_states):
         length = hidden_states.size(1)
-        query, key, value = self.c_attn(hidden_states).split(
-            (self.embed_dim, self.kv_dim, self.kv_dim), dim=2
-        )
+        query, key, value = self.c_attn(hidden_states).split((self.embed_dim, self.kv_dim, self.kv_dim), dim=2)
         mask = self.bias[None, :length, :length].unsqueeze(2)
         return self.c_proj(self._attn(query, key.transpose(-1, -2), value, mask))
 
@@ -195,11 +187,7 @@ PROGRAMS = [
     Program(
         name="grouped_expand_reshape",
         family="grouped",
-        build=built(
-            lambda dim, heads, kv_heads=2, head_dim=24: ExpandReshapeAttention(
-                dim, heads, kv_heads, head_dim
-            )
-        ),
+        build=built(lambda dim, heads, kv_heads=2, head_dim=24: ExpandReshapeAttention(dim, heads, kv_heads, head_dim)),
         inputs=feed(building.tokens),
         traced=Sizes(2, 37),
         others=(Sizes(1, 67), Sizes(3, 1)),
@@ -226,9 +214,7 @@ PROGRAMS = [
     Program(
         name="grouped_sdpa_packed",
         family="grouped",
-        build=built(
-            lambda dim, heads, kv_heads=2, head_dim=96: GroupedSDPA(dim, heads, kv_heads, head_dim)
-        ),
+        build=built(lambda dim, heads, kv_heads=2, head_dim=96: GroupedSDPA(dim, heads, kv_heads, head_dim)),
         inputs=feed(building.tokens),
         traced=Sizes(1, 37),
         others=(Sizes(3, 19), Sizes(2, 1)),
@@ -237,9 +223,7 @@ PROGRAMS = [
     Program(
         name="multi_query_einsum",
         family="grouped",
-        build=built(
-            lambda dim, heads, kv_heads=1, head_dim=256: MultiQueryEinsum(dim, heads, head_dim)
-        ),
+        build=built(lambda dim, heads, kv_heads=1, head_dim=256: MultiQueryEinsum(dim, heads, head_dim)),
         inputs=feed(building.tokens),
         traced=Sizes(1, 19),
         others=(Sizes(2, 37), Sizes(3, 1)),

@@ -92,15 +92,10 @@ class StridedGroupsSplit(nn.Module):
     def forward(self, q, k, v):
         ks, vs = k.chunk(GROUP, dim=2), v.chunk(GROUP, dim=2)
         scores = [torch.einsum("bhqd,bhkd->bhqk", q, part) * q.shape[-1] ** -0.5 for part in ks]
-        top = torch.maximum(
-            torch.maximum(scores[0], scores[1]), torch.maximum(scores[2], scores[3])
-        )
+        top = torch.maximum(torch.maximum(scores[0], scores[1]), torch.maximum(scores[2], scores[3]))
         es = [torch.exp(s - top) for s in scores]
         between = top.softmax(-1) / sum(es)
-        return sum(
-            torch.einsum("bhqk,bhkd->bhqd", between * e, part)
-            for e, part in zip(es, vs, strict=True)
-        )
+        return sum(torch.einsum("bhqk,bhkd->bhqd", between * e, part) for e, part in zip(es, vs, strict=True))
 
 
 class HierarchicalDocuments(nn.Module):

@@ -29,8 +29,7 @@ class MultiHeadedAttention(nn.Module):
     def forward(self, query, mask):
         nbatches = query.size(0)
         query, key, value = [
-            lin(query).view(nbatches, -1, self.h, self.d_k).transpose(1, 2)
-            for lin in self.linears[:3]
+            lin(query).view(nbatches, -1, self.h, self.d_k).transpose(1, 2) for lin in self.linears[:3]
         ]
         scores = torch.matmul(query, key.transpose(-2, -1)) / math.sqrt(self.d_k)
         scores = scores.masked_fill(mask == 0, -1e9)

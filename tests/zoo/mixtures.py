@@ -54,9 +54,7 @@ class SoftAndSharp(nn.Module):
 
     def forward(self, x):
         b, n, d = x.shape
-        q, k, v = (
-            t.view(b, n, self.heads, -1).transpose(1, 2) for t in self.to_qkv(x).chunk(3, -1)
-        )
+        q, k, v = (t.view(b, n, self.heads, -1).transpose(1, 2) for t in self.to_qkv(x).chunk(3, -1))
         sim = torch.matmul(q, k.mT) * (d // self.heads) ** -0.5
         causal = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
         sim = torch.where(causal, sim, torch.finfo(sim.dtype).min)

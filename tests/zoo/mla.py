@@ -30,13 +30,9 @@ class LatentAttention(nn.Module):
         self.v_head_dim = self.qk_nope_head_dim
         self.q_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.q_proj = nn.Linear(hidden_size, num_heads * self.q_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(
-            hidden_size, kv_lora_rank + self.qk_rope_head_dim, bias=False
-        )
+        self.kv_a_proj_with_mqa = nn.Linear(hidden_size, kv_lora_rank + self.qk_rope_head_dim, bias=False)
         self.kv_a_layernorm = nn.RMSNorm(kv_lora_rank, eps=1e-6)
-        self.kv_b_proj = nn.Linear(
-            kv_lora_rank, num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False
-        )
+        self.kv_b_proj = nn.Linear(kv_lora_rank, num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
         self.o_proj = nn.Linear(num_heads * self.v_head_dim, hidden_size, bias=False)
         self.softmax_scale = self.q_head_dim**-0.5
 
@@ -45,9 +41,7 @@ class LatentAttention(nn.Module):
         q = self.q_proj(hidden_states).view(bsz, q_len, self.num_heads, self.q_head_dim)
         q_nope, q_pe = torch.split(q, [self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         compressed_kv = self.kv_a_proj_with_mqa(hidden_states)
-        compressed_kv, k_pe = torch.split(
-            compressed_kv, [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
-        )
+        compressed_kv, k_pe = torch.split(compressed_kv, [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         kv = self.kv_b_proj(self.kv_a_layernorm(compressed_kv))
         kv = kv.view(bsz, q_len, self.num_heads, self.qk_nope_head_dim + self.v_head_dim)
         k_nope, value_states = torch.split(kv, [self.qk_nope_head_dim, self.v_head_dim], dim=-1)
@@ -81,9 +75,7 @@ class MLA(nn.Module):
         self.wq = nn.Linear(dim, n_heads * self.qk_head_dim, bias=False)
         self.wkv_a = nn.Linear(dim, kv_lora_rank + self.qk_rope_head_dim, bias=False)
         self.kv_norm = nn.RMSNorm(kv_lora_rank, eps=1e-6)
-        self.wkv_b = nn.Linear(
-            kv_lora_rank, n_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False
-        )
+        self.wkv_b = nn.Linear(kv_lora_rank, n_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
         self.wo = nn.Linear(n_heads * self.v_head_dim, dim, bias=False)
         self.softmax_scale = self.qk_head_dim**-0.5
 

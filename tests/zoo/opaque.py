@@ -174,9 +174,7 @@ def two_layers(sizes, shape, generator):
 
 
 def program(name, module, *, inputs=building.heads_first, **fields):
-    return Program(
-        name=name, family="opaque", build=small(module), inputs=feed(inputs), part=2, **fields
-    )
+    return Program(name=name, family="opaque", build=small(module), inputs=feed(inputs), part=2, **fields)
 
 
 WEIGHTS = "a weight can be written only when its row's maximum and sum are final"

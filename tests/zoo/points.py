@@ -113,9 +113,7 @@ class InvariantPointEinsum(InvariantPointAttention):
         kv_pts = self.points(self.linear_kv_points, s, rotations, translations)
         k_pts, v_pts = kv_pts.tensor_split([self.no_qk_points], dim=-1)
 
-        apart = sum(
-            (q_pts[:, :, None, xyz] - k_pts[:, None, :, xyz]).square() for xyz in range(3)
-        ).sum(
+        apart = sum((q_pts[:, :, None, xyz] - k_pts[:, None, :, xyz]).square() for xyz in range(3)).sum(
             -1
         )  # [b, i, j, h]
         weight = F.softplus(self.head_weights) * (9 * self.no_qk_points / 2) ** -0.5
@@ -173,9 +171,7 @@ PROGRAMS = [
     Program(
         name="ipa_openfold",
         family="points",
-        build=small(
-            lambda dim, heads: InvariantPointAttention(dim, dim // 2, dim // heads, heads), 4
-        ),
+        build=small(lambda dim, heads: InvariantPointAttention(dim, dim // 2, dim // heads, heads), 4),
         inputs=feed(building.tokens, building.pair_features, frames, residue_mask),
         traced=Sizes(2, 37),
         others=(Sizes(1, 50), Sizes(3, 20)),

@@ -34,9 +34,7 @@ class ImagePrefixAttention(nn.Module):
 
     def forward(self, x):
         b, t, d = x.shape
-        q, k, v = [
-            y.reshape(b, t, self.n_heads, -1).transpose(1, 2) for y in self.qkv(x).split(d, dim=-1)
-        ]
+        q, k, v = [y.reshape(b, t, self.n_heads, -1).transpose(1, 2) for y in self.qkv(x).split(d, dim=-1)]
         mask = torch.ones(t, t, dtype=torch.bool, device=x.device).tril()
         mask[:, : self.n_image_tokens] = True
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -29,9 +29,7 @@ class T5Attention(nn.Module):
         nn.init.normal_(self.q.weight, std=(d_model * self.key_value_proj_dim) ** -0.5)
 
     @staticmethod
-    def _relative_position_bucket(
-        relative_position, bidirectional=True, num_buckets=32, max_distance=128
-    ):
+    def _relative_position_bucket(relative_position, bidirectional=True, num_buckets=32, max_distance=128):
         relative_buckets = 0
         if bidirectional:
             num_buckets //= 2
@@ -70,9 +68,7 @@ class T5Attention(nn.Module):
         batch_size, seq_length = hidden_states.shape[:2]
 
         def shape(states):
-            return states.view(batch_size, -1, self.n_heads, self.key_value_proj_dim).transpose(
-                1, 2
-            )
+            return states.view(batch_size, -1, self.n_heads, self.key_value_proj_dim).transpose(1, 2)
 
         query_states = shape(self.q(hidden_states))
         key_states = shape(self.k(hidden_states))
@@ -187,18 +183,12 @@ class WindowAttention(nn.Module):
 
     def forward(self, x, mask=None):
         B_, N, C = x.shape
-        qkv = (
-            self.qkv(x)
-            .reshape(B_, N, 3, self.num_heads, C // self.num_heads)
-            .permute(2, 0, 3, 1, 4)
-        )
+        qkv = self.qkv(x).reshape(B_, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv[0], qkv[1], qkv[2]
         q = q * self.scale
         attn = q @ k.transpose(-2, -1)
 
-        relative_position_bias = self.relative_position_bias_table[
-            self.relative_position_index.view(-1)
-        ].view(
+        relative_position_bias = self.relative_position_bias_table[self.relative_position_index.view(-1)].view(
             self.window_size[0] * self.window_size[1],
             self.window_size[0] * self.window_size[1],
             -1,
@@ -297,9 +287,7 @@ PROGRAMS = [
         name="swin_shifted_block",
         family="relative",
         build=built(
-            lambda dim, heads, side=8, window=4: ShiftedWindowBlock(
-                dim, (side, side), heads, window, window // 2
-            )
+            lambda dim, heads, side=8, window=4: ShiftedWindowBlock(dim, (side, side), heads, window, window // 2)
         ),
         inputs=feed(building.tokens),
         traced=Sizes(1, 64),

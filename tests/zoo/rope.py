@@ -70,17 +70,13 @@ class InterleavedRotaryAttention(nn.Module):
         t = torch.arange(x.shape[1], device=x.device).float()
         angle = torch.einsum("s,f->sf", t, freq)[:, None, :]
         x0, x1 = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        out = torch.stack(
-            [x0 * angle.cos() - x1 * angle.sin(), x0 * angle.sin() + x1 * angle.cos()], dim=-1
-        )
+        out = torch.stack([x0 * angle.cos() - x1 * angle.sin(), x0 * angle.sin() + x1 * angle.cos()], dim=-1)
         return out.flatten(-2).type_as(x)
 
     def forward(self, x):
         q, k, v = self.in_proj(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
         q, k = self.apply_rope(q), self.apply_rope(k)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
-        )
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -221,9 +217,7 @@ PROGRAMS = [
         name="rope_partial_position_ids",
         family="rope",
         build=built(
-            lambda dim, heads, head_dim=80, max_len=128: PartialRotaryAttention(
-                dim, heads, head_dim, max_len + 128
-            )
+            lambda dim, heads, head_dim=80, max_len=128: PartialRotaryAttention(dim, heads, head_dim, max_len + 128)
         ),
         inputs=feed(building.tokens, building.positions),
         traced=Sizes(1, 37),

@@ -187,9 +187,7 @@ class LogSumExpRowsByHand(nn.Module):
 
 
 FINAL = "what is written needs the whole row: a row longer than a tile is read twice"
-FOURTH = (
-    "the mean first, then all powers of what is off it; one pass takes an action on four moments"
-)
+FOURTH = "the mean first, then all powers of what is off it; one pass takes an action on four moments"
 
 
 def program(name, module, *inputs, **fields):

@@ -61,9 +61,7 @@ def sink_sdpa(Q, K, V, S, sm_scale, sliding_window=0):
     S = S.reshape(n_heads, q_mult, 1, 1).expand(-1, -1, n_tokens, -1)
     mask = torch.triu(Q.new_full((n_tokens, n_tokens), -float("inf")), diagonal=1)
     if sliding_window > 0:
-        mask += torch.tril(
-            mask.new_full((n_tokens, n_tokens), -float("inf")), diagonal=-sliding_window
-        )
+        mask += torch.tril(mask.new_full((n_tokens, n_tokens), -float("inf")), diagonal=-sliding_window)
     QK = torch.einsum("qhmd,khmd->hmqk", Q, K)
     QK *= sm_scale
     QK += mask[None, None, :, :]
@@ -136,9 +134,7 @@ class NullKeyValueAttention(nn.Module):
     def forward(self, x):
         b = x.shape[0]
         q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.to_kv(x).chunk(2, -1)
-        )
+        k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.to_kv(x).chunk(2, -1))
         k = torch.cat((self.null_k.expand(b, -1, -1, -1), k), dim=-2)
         v = torch.cat((self.null_v.expand(b, -1, -1, -1), v), dim=-2)
         attn = (q * self.scale @ k.transpose(-1, -2)).softmax(dim=-1)
@@ -187,9 +183,7 @@ PROGRAMS = [
     Program(
         name="sink_cat_window_grouped",
         family="sinks",
-        build=built(
-            lambda dim, heads, kv_heads=2, window=16: SinkAttention(dim, heads, kv_heads, window)
-        ),
+        build=built(lambda dim, heads, kv_heads=2, window=16: SinkAttention(dim, heads, kv_heads, window)),
         inputs=feed(building.tokens),
         traced=Sizes(1, 37),
         others=(Sizes(3, 50), Sizes(2, 1)),
@@ -198,11 +192,7 @@ PROGRAMS = [
     Program(
         name="sink_cat_tokens_only",
         family="sinks",
-        build=built(
-            lambda dim, heads, kv_heads=2, window=16: TokensOnlySinkAttention(
-                dim, heads, kv_heads, window
-            )
-        ),
+        build=built(lambda dim, heads, kv_heads=2, window=16: TokensOnlySinkAttention(dim, heads, kv_heads, window)),
         inputs=feed(building.tokens_unbatched),
         traced=Sizes(1, 37),
         others=(Sizes(1, 67), Sizes(1, 1)),

@@ -74,9 +74,7 @@ class SlotAttention(nn.Module):
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
         self.gru = nn.GRUCell(dim, dim)
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, dim)
-        )
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, dim))
         self.norm_input = nn.LayerNorm(dim)
         self.norm_slots = nn.LayerNorm(dim)
         self.norm_pre_ff = nn.LayerNorm(dim)
@@ -232,9 +230,7 @@ PROGRAMS = [
     Program(
         name="slot_multihead_parameters",
         family="slots",
-        build=small(
-            lambda dim, heads, num_slots=NUM_SLOTS: MultiHeadSlotAttention(dim, heads, num_slots)
-        ),
+        build=small(lambda dim, heads, num_slots=NUM_SLOTS: MultiHeadSlotAttention(dim, heads, num_slots)),
         inputs=feed(building.tokens),
         traced=Sizes(2, 37),
         others=(Sizes(1, 50), Sizes(3, 20)),
@@ -248,9 +244,7 @@ PROGRAMS = [
     Program(
         name="slot_multihead_logsumexp",
         family="slots",
-        build=small(
-            lambda dim, heads, num_slots=NUM_SLOTS: MultiHeadSlotsEinsum(dim, heads, num_slots)
-        ),
+        build=small(lambda dim, heads, num_slots=NUM_SLOTS: MultiHeadSlotsEinsum(dim, heads, num_slots)),
         inputs=feed(building.tokens),
         traced=Sizes(2, 37),
         others=(Sizes(1, 20), Sizes(3, 50)),

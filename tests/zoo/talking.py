@@ -37,9 +37,7 @@ class TalkingHeadsUnrolled(TalkingHeadAttn):
     """Heads are never an axis of the mixture: one weighted sum of matrices per head, in a loop."""
 
     def forward(self, x):
-        q, k, v = (
-            t.unflatten(-1, (self.num_heads, -1)).unbind(-2) for t in self.qkv(x).chunk(3, -1)
-        )
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).unbind(-2) for t in self.qkv(x).chunk(3, -1))
         scores = [qi @ ki.mT * self.scale for qi, ki in zip(q, k, strict=True)]
         weights = []
         for row, bias in zip(self.proj_l.weight, self.proj_l.bias, strict=True):
@@ -119,9 +117,7 @@ class ReAttention(nn.Module):
 
     def forward(self, x):
         b, n, _ = x.shape
-        q, k, v = (
-            t.view(b, n, self.heads, -1).transpose(1, 2) for t in self.to_qkv(x).chunk(3, dim=-1)
-        )
+        q, k, v = (t.view(b, n, self.heads, -1).transpose(1, 2) for t in self.to_qkv(x).chunk(3, dim=-1))
         dots = torch.einsum("b h i d, b h j d -> b h i j", q, k) * self.scale
         attn = dots.softmax(dim=-1)
         attn = torch.einsum("b h i j, h g -> b g i j", attn, self.reattn_weights)

@@ -182,9 +182,7 @@ NONLINEAR = "a nonlinear function reads finished weights"
 
 
 def program(name, module, inputs=building.heads_first, **fields):
-    return Program(
-        name=name, family="temperatures", build=small(module), inputs=feed(inputs), part=2, **fields
-    )
+    return Program(name=name, family="temperatures", build=small(module), inputs=feed(inputs), part=2, **fields)
 
 
 PROGRAMS = [

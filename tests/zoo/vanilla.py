@@ -184,9 +184,7 @@ class DiffusionAttention(nn.Module):
         baddbmm_input = torch.empty(
             query.shape[0], query.shape[1], key.shape[1], dtype=query.dtype, device=query.device
         )
-        attention_scores = torch.baddbmm(
-            baddbmm_input, query, key.transpose(-1, -2), beta=0, alpha=self.scale
-        )
+        attention_scores = torch.baddbmm(baddbmm_input, query, key.transpose(-1, -2), beta=0, alpha=self.scale)
         attention_probs = attention_scores.softmax(dim=-1)
         return attention_probs.to(query.dtype)
 
@@ -211,10 +209,7 @@ class ChunkedProjectionSDPA(nn.Module):
         self.to_out = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x):
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for t in self.to_qkv(x).chunk(3, dim=-1)
-        )
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.to_qkv(x).chunk(3, dim=-1))
         out = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(out.transpose(1, 2).flatten(-2))
 

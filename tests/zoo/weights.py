@@ -43,9 +43,7 @@ class WeightsReturnedByHand(WeightsReturned):
     """By hand; the output is divided as well as the weights; einsum, heads last."""
 
     def forward(self, x):
-        q, k, v = (
-            p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         s = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(self.head_dim)
         i = torch.arange(x.shape[1], device=x.device)
         seen = i[:, None] >= i[None, :]

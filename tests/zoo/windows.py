@@ -66,9 +66,7 @@ class LocalEncoderAttention(nn.Module):
         q, k, v = self.in_proj(x).view(batch, length, 3, self.num_heads, -1).unbind(dim=2)
         position = torch.arange(length, device=x.device)
         local = (position[None] - position[:, None]).abs() <= self.radius
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=local
-        )
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=local)
         return self.out_proj(out.transpose(1, 2).reshape(batch, length, dim))
 
 
