@@ -23,7 +23,9 @@ from torch.utils import _pytree as pytree
 
 from rewriter.derive import Chain, NotDerivable, derive
 from rewriter.emit import KernelFile, NotEmittable, Source, emit_kernel, render
+from rewriter.emit.names import Names
 from rewriter.errors import ExitCode, Reason, RewriteError, Site
+from rewriter.ir import Axis
 from rewriter.ir.printer import show_output, show_program
 from rewriter.lift import Region, Rows, lift, lift_rows
 from rewriter.lift.region import site_of
@@ -99,7 +101,7 @@ def rewrite_module(
     lone = _lone_rows(traced, fused, len(lifted.regions)) if rows else Rows((), {})
     printed["lift"] = "\n\n".join(show_program(r.program) for r in (*lifted.regions, *lone.regions))
     fused += derived(lone.regions)
-    printed["derive"] = "\n\n".join(_show_chain(f.chain) for f in fused)
+    printed["derive"] = "\n\n".join(_show_chain(f.chain, {}) for f in fused)
     if stop_after == "derive":
         return Rewritten(traced, tuple(fused), None, tuple(unfused), printed, _refused(lone, fused))
     progress("plan")
@@ -118,7 +120,9 @@ def rewrite_module(
             progress=progress,
             bound={**needed, **bound},
         )
-    printed["plan"] = "\n\n".join(show_plan(f.plan) for f in fused)
+    letters = [Names(f.plan, f.region.display).axes for f in fused]
+    printed["derive"] = "\n\n".join(_show_chain(f.chain, named) for f, named in zip(fused, letters))
+    printed["plan"] = "\n\n".join(show_plan(f.plan, named) for f, named in zip(fused, letters))
     if stop_after == "plan":
         return Rewritten(traced, tuple(fused), None, tuple(unfused), printed, _refused(lone, fused))
     progress("emit")
@@ -197,23 +201,21 @@ def _kernel_names(module: Callable, fused: list[Fused]) -> list[str]:
 
 
 # What the emitted files call their own.
-_OWN_NAMES = set(
-    [
-        "apply",
-        "function",
-        "functools",
-        "hashlib",
-        "inspect",
-        "launch",
-        "math",
-        "operator",
-        "reference",
-        "rewritten",
-        "self",
-        "tl",
-        "torch",
-    ]
-)
+_OWN_NAMES = {
+    "apply",
+    "function",
+    "functools",
+    "hashlib",
+    "inspect",
+    "launch",
+    "math",
+    "operator",
+    "reference",
+    "rewritten",
+    "self",
+    "tl",
+    "torch",
+}
 _OWN_NAMES |= {"forward_ad", "triton", "warnings"}
 
 
@@ -222,9 +224,9 @@ def _is_free(name: str) -> bool:
     return name.isidentifier() and not (name in _OWN_NAMES or keyword.iskeyword(name) or hasattr(builtins, name))
 
 
-def _show_chain(chain: Chain) -> str:
-    lines = [f"{d.show({})}    (sweep {d.sweep + 1})" for d in chain.definitions]
-    return "\n".join([*lines, *(show_output(o) for o in chain.outputs), *chain.derivation])
+def _show_chain(chain: Chain, letters: dict[Axis, str]) -> str:
+    lines = [f"{d.show(letters)}    (sweep {d.sweep + 1})" for d in chain.definitions]
+    return "\n".join([*lines, *(show_output(o, letters) for o in chain.outputs), *chain.derivation])
 
 
 def _source(module: Callable, title: str) -> Source:

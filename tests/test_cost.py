@@ -231,7 +231,7 @@ def test_the_preferred_tile_is_a_candidate():
 
 
 def test_candidates_are_shown():
-    lines = show_plan(planned("differential_published", 512, 2)).splitlines()
+    lines = show_plan(planned("differential_published", 512, 2), {}).splitlines()
     assert "candidates" in lines[2] and "4096" in lines[2]
     assert all(column in lines[3] for column in ("rows", "tile", "ms", "bound by", "registers", "spilled", "KiB"))
     assert lines[4].startswith("*") and "one kernel takes" in lines[4] and lines[5].startswith("+")

@@ -145,8 +145,7 @@ def _asked(folder: Path, request: Request) -> Result:
 
 
 def _environment(request: Request, folder: Path) -> dict[str, str]:
-    """The caller's, with Triton's interpreter switched on or off, its cache in `folder`, and this rewriter to import.
-    """
+    """The caller's, with Triton's interpreter switched on or off, its cache in `folder`, and this rewriter to import."""
     environment = {"TRITON_CACHE_DIR": str(folder / "triton")}
     environment |= {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if request.device == "cpu":

@@ -34,8 +34,7 @@ class Axes:
         hint: str,
         streams: frozenset[Axis] = frozenset(),
     ) -> Axis:
-        """The axis that stands for `axis` in `nodes`: a known one, one of `streams` rather than none, else a new one.
-        """
+        """The axis that stands for `axis` in `nodes`: a known one, one of `streams` rather than none, else a new one."""
         places = places_of(axis, nodes)
         fitting = [a for a in self.places if a.extent is axis.extent and a not in taken]
         best = max(fitting, key=lambda a: (len(places & self.places[a]), a in streams), default=None)

@@ -124,8 +124,7 @@ class Draws:
         }
 
     def _read_whole(self) -> frozenset[Axis]:
-        """Axes of definitions that others read at more than the same position: along a stream, or inside a reduction.
-        """
+        """Axes of definitions that others read at more than the same position: along a stream, or inside a reduction."""
         by_name = {d.name: d for d in self.chain.definitions}
         streams = {d.stream for d in self.chain.definitions}
         refs = {n for n in walk(*self.chain.roots) if isinstance(n, Ref)}

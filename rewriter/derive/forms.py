@@ -305,8 +305,7 @@ class Form:
         return self._add("sum", predicate, tuple(rest), moved, body)
 
     def _of_empty_rows(self, reduced: Node, shift: Shift) -> Node:
-        """A row whose shift is -inf saw only -inf: eager's exp(-inf + inf) is NaN there, where the kernel sums zeros.
-        """
+        """A row whose shift is -inf saw only -inf: eager's exp(-inf + inf) is NaN there, where the kernel sums zeros."""
         if self.builder.empty_is_zero:
             return reduced
         return where(_sees_nothing(shift), const(math.nan), reduced)

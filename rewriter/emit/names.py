@@ -11,25 +11,23 @@ from rewriter.emit.render import helper_names
 from rewriter.ir import Axis, Const, Node, Param, Tensor, walk
 from rewriter.plan import ChainPlan
 
-_RESERVED = set(
-    [
-        "tl",
-        "triton",
-        "torch",
-        "pid",
-        "offs_m",
-        "offs_n",
-        "start_n",
-        "m_new",
-        "M",
-        "N",
-        "LOG2E",
-        "full",
-        "NEG_INF",
-        "POS_INF",
-        "range",
-    ]
-)
+_RESERVED = {
+    "tl",
+    "triton",
+    "torch",
+    "pid",
+    "offs_m",
+    "offs_n",
+    "start_n",
+    "m_new",
+    "M",
+    "N",
+    "LOG2E",
+    "full",
+    "NEG_INF",
+    "POS_INF",
+    "range",
+}
 
 
 class Names:

@@ -1,5 +1,4 @@
-"""The chain in eager PyTorch, printed from the user's own graph: the CPU path, and what the kernel is tested against.
-"""
+"""The chain in eager PyTorch, printed from the user's own graph: the CPU path, and what the kernel is tested against."""
 
 from __future__ import annotations
 

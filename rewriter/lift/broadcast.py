@@ -133,8 +133,7 @@ def _through(value: Lifted, held: dict[str, Carried]) -> Carried:
 
 
 def _along(axis: Axis, loads: list[Load], held: dict[str, Carried]) -> frozenset[Dimension]:
-    """The dimensions that all have to be 1 for an axis to be 1; none where a tensor of its own length moves along it.
-    """
+    """The dimensions that all have to be 1 for an axis to be 1; none where a tensor of its own length moves along it."""
     found: list[frozenset[Dimension]] = []
     for load in loads:
         carried = held.get(load.tensor.name, (NONE,) * len(load.index))

@@ -58,8 +58,7 @@ class _Classes:
 def cross_entropy(
     ctx: Context, x: Lifted, target: Lifted, weight=None, reduction=MEAN, ignore_index=-100, label_smoothing=0.0
 ) -> Lifted:
-    """w[t] · (lse x - x[t]), smoothed towards the mean over classes; a mean counts the weights of what is not ignored
-    """
+    """w[t] · (lse x - x[t]), smoothed towards the mean over classes; a mean counts the weights of what is not ignored"""
     classes = _Classes(x, weight)
     if target.body.dtype.is_floating_point:
         return _of_probabilities(ctx, classes, target, reduction, label_smoothing)

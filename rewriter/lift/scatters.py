@@ -26,8 +26,7 @@ def _replaced(ctx: Context, x: Lifted, inside, new) -> Lifted:
 
 @lifts("slice_scatter")
 def slice_scatter(ctx: Context, x: Lifted, src: Lifted, dim=0, start=None, end=None, step=1) -> Lifted:
-    """where(start ≤ i and (i - start) % step == 0 and (i - start) // step < len(src), src[(i - start) // step], x[i])
-    """
+    """where(start ≤ i and (i - start) % step == 0 and (i - start) // step < len(src), src[(i - start) // step], x[i])"""
     dim = dim % len(x.axes)
     first, step = first_of(scalar(0 if start is None else start), x.axes[dim].extent), scalar(step)
 

@@ -42,8 +42,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Config:
-    """Launch parameters. `block_m` rows and `block_n` stream positions a tile; warps and pipeline stages as Triton's.
-    """
+    """Launch parameters. `block_m` rows and `block_n` stream positions a tile; warps and pipeline stages as Triton's."""
 
     block_m: int
     block_n: int

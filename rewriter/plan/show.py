@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from rewriter.ir import Axis
 from rewriter.plan.cost import LONG, SHORT
 from rewriter.plan.estimates import KernelCost
 from rewriter.plan.kernel import Candidate, ChainPlan, KernelPlan
@@ -9,23 +12,30 @@ from rewriter.plan.kernel import Candidate, ChainPlan, KernelPlan
 MOST_SHOWN = 8  # candidates, beside the best for each choice of kernels and rows
 
 
-def show_plan(plan: ChainPlan) -> str:
-    """A line per kernel, and a table of the candidates, the chosen first."""
-    return "\n".join([*map(show_kernel, plan.kernels), *show_candidates(plan)])
+Letters = Mapping[Axis, str]
 
 
-def show_kernel(plan: KernelPlan) -> str:
+def show_plan(plan: ChainPlan, letters: Letters) -> str:
+    """A line per kernel, and a table of the candidates, the chosen first. letters: short names of axes, where they have any."""
+    return "\n".join([*(show_kernel(k, letters) for k in plan.kernels), *show_candidates(plan, letters)])
+
+
+def show_kernel(plan: KernelPlan, letters: Letters) -> str:
     config = plan.config
     streams = tuple(s.stream for s in plan.sweeps)
     roles = {"grid": plan.grid, "rows": plan.rows, "streams": streams, "features": plan.features}
-    shown = "; ".join(f"{role} {', '.join(a.name for a in axes)}" for role, axes in roles.items())
+    shown = "; ".join(f"{role} {_named(axes, letters)}" for role, axes in roles.items() if axes)
     return (
         f"{plan.name}: {shown}; tiles {config.block_m} x {config.block_n}, "
         f"{config.num_warps} warps, {config.num_stages} stages"
     )
 
 
-def show_candidates(plan: ChainPlan) -> list[str]:
+def _named(axes: tuple[Axis, ...], letters: Letters) -> str:
+    return ", ".join(dict.fromkeys(letters.get(a, a.name) for a in axes))
+
+
+def show_candidates(plan: ChainPlan, letters: Letters) -> list[str]:
     """The table: a line per kernel of each candidate.
 
     rows  streams  tile            ms     bound by  registers  spilled  KiB  at once
@@ -33,7 +43,7 @@ def show_candidates(plan: ChainPlan) -> list[str]:
     header = ("", "rows", "streams", "tile", "ms", "bound by", "registers", "spilled", "KiB", "at once", "")
     firsts = {tuple(k.rows for k in c.kernels): c for c in reversed(plan.candidates)}
     shown = [c for k, c in enumerate(plan.candidates) if k < MOST_SHOWN or c in firsts.values()]
-    lines = [line for k, candidate in enumerate(shown) for line in _lines(candidate, "*" if k == 0 else "")]
+    lines = [line for k, candidate in enumerate(shown) for line in _lines(candidate, "*" if k == 0 else "", letters)]
     left = len(plan.candidates) - len(shown)
     sizes = f"{LONG} rows and stream positions, {SHORT} of every other axis, where a size is not known"
     return [
@@ -43,20 +53,19 @@ def show_candidates(plan: ChainPlan) -> list[str]:
     ]
 
 
-def _lines(candidate: Candidate, mark: str) -> list[tuple[str, ...]]:
+def _lines(candidate: Candidate, mark: str, letters: Letters) -> list[tuple[str, ...]]:
     """Of several kernels, each on a line of its own; the reason stands on the first."""
     out = []
     for k, (kernel, cost) in enumerate(zip(candidate.kernels, candidate.costs)):
-        out.append((mark if k == 0 else "+", *_cells(kernel, cost), candidate.reason if k == 0 else ""))
+        out.append((mark if k == 0 else "+", *_cells(kernel, cost, letters), candidate.reason if k == 0 else ""))
     return out
 
 
-def _cells(kernel: KernelPlan, cost: KernelCost) -> tuple[str, ...]:
+def _cells(kernel: KernelPlan, cost: KernelCost, letters: Letters) -> tuple[str, ...]:
     config, held = kernel.config, cost.held
-    streams = ", ".join(dict.fromkeys(s.stream.name for s in kernel.sweeps))
     return (
-        ", ".join(a.name for a in kernel.rows),
-        streams,
+        _named(kernel.rows, letters),
+        _named(kernel.streams, letters),
         f"{config.block_m} x {config.block_n}, {config.num_warps} warps, {config.num_stages} stages",
         f"{cost.seconds * 1e3:.3g}",
         cost.bound,

@@ -44,8 +44,7 @@ class Attributes:
 
 @contextmanager
 def watched(root: nn.Module, caches: Caches = Caches()) -> Iterator[Attributes]:
-    """While active, `root.forward` gives (its result, [values it assigned]); at the end all modules are as they were.
-    """
+    """While active, `root.forward` gives (its result, [values it assigned]); at the end all modules are as they were."""
     watch = _Watch(root, caches)
     original, held = root.forward, {m: (dict(vars(m)), dict(m._buffers)) for m in root.modules()}
 
