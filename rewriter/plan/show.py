@@ -16,7 +16,10 @@ Letters = Mapping[Axis, str]
 
 
 def show_plan(plan: ChainPlan, letters: Letters) -> str:
-    """A line per kernel, and a table of the candidates, the chosen first. letters: short names of axes, where they have any."""
+    """A line per kernel, and a table of the candidates, the chosen first.
+
+    letters: short names of axes, where they have any.
+    """
     return "\n".join([*(show_kernel(k, letters) for k in plan.kernels), *show_candidates(plan, letters)])
 
 
