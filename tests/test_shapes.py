@@ -258,6 +258,7 @@ class Whole(nn.MultiheadAttention):
 
 
 PIECES = [
+    Case(attend, lambda b, m, n: (r(b, 2, m, 1), *(r(b, 2, n, 1),) * 2)),  # a feature of one number
     *(Case(p, tokens) for p in (Turned(), shifted, merged_heads, windows)),
     *(Case(Memory(n), tokens_and_padding) for n in (1, 4)),
     Case(Whole().eval().requires_grad_(False), tokens),

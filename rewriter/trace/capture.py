@@ -143,7 +143,7 @@ def capture(
     traced_as = _with_every_parameter(traced_as, kwargs)
     with watched(traced_as, caches(traced_as, args, kwargs)) as state, autocasts() as autocast:
         try:
-            enlarged = enlarge(traced_as, args, kwargs)
+            enlarged = enlarge(traced_as, args, kwargs, bound)
         except Exception as error:  # tensors without sizes: nested ones
             raise _trace_error(error) from error
         program = _export(traced_as, enlarged.args, enlarged.kwargs, enlarged.kept.union(bound))

@@ -9,6 +9,7 @@ all of a batch shares.
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +35,12 @@ class Enlarged:
     kept: frozenset[Dimension]
 
 
-def enlarge(module: Callable, args: tuple, kwargs: dict[str, Any]) -> Enlarged:
-    """Enlarges every size of 1 with which the program still runs."""
+def enlarge(module: Callable, args: tuple, kwargs: dict[str, Any], bound: Collection[Dimension] = ()) -> Enlarged:
+    """Enlarges every size of 1 with which the program still runs, but those that are `bound` to what they are."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     ones = frozenset(
         (k, d) for k, t in enumerate(leaves) if torch.is_tensor(t) for d, n in enumerate(t.shape) if n == 1
-    )
+    ).difference(bound)
     if not ones:
         return Enlarged(args, kwargs, ones, ones)
     size = _size(leaves)
