@@ -48,7 +48,17 @@ def maximum_with_positions(q, k, v):
     return (e / e.sum(-1, keepdim=True)) @ v
 
 
+def same(m, n):
+    return r(2, n, 8), r(2, n, 8), r(2, n, n)
+
+
+def stored_and_read_both_ways(q, k, a):
+    """A mask of pairs, symmetric only by its sum with itself transposed."""
+    return torch.softmax(q @ k.mT + a + 2 * a.mT, -1) @ k
+
+
 PROGRAMS = {
+    stored_and_read_both_ways: same,
     divided_late_over_groups: grouped,
     filled_by_a_product: qkv,
     masks_compared: qkv,

@@ -4,6 +4,7 @@ wants a name.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import torch
@@ -223,23 +224,36 @@ class Values:
         for k, entry in enumerate(index):
             if entry is Const(0):
                 continue
-            stride = stride_name(name, k, letters)
-            self.strides[stride] = f"{name}.stride({k})"
             text = self.value(entry, scope)
             part = self._wide(entry, text, axes)
             lanes = text.axes and set(text.axes) <= set(self.plan.features)
             unit = "" if lanes or not self.plan.aligns else " * ALIGN"
-            if unit:
-                self.aligned.add(stride)
+            stride = self._stride(name, k, letters, in_units=bool(unit))
             (moving if text.axes else fixed).append(f"{part} * {stride}{unit}")
         return " + ".join(fixed + moving)
+
+    def _stride(self, name: str, k: int, letters: tuple[str, ...], *, in_units: bool) -> str:
+        """The parameter that holds a stride: named by the axis that moves it, unless another dimension of a tensor that is
+        read transposed as well has the name.
+        """
+        meant = f"{name}.stride({k})"
+        known = [stride for stride, text in self.strides.items() if text == meant]
+        numbered = (f"stride_{name}_{n}" for n in itertools.count(k))
+        for stride in itertools.chain([stride_name(name, k, letters), *known], numbered):
+            is_new = stride not in self.strides
+            if is_new or (self.strides[stride] == meant and (stride in self.aligned) == in_units):
+                break
+        self.strides[stride] = meant
+        if in_units:
+            self.aligned.add(stride)
+        return stride
 
     def _wide(self, entry: Node, text: Text, axes: tuple[Axis, ...]) -> str:
         """Positions that a stride may carry past 2³¹ are 64-bit; lanes of a feature are not."""
         narrow = not text.axes and isinstance(entry, Const)
         if narrow or (text.axes and set(text.axes) <= set(self.plan.features)):
             return operand(text, axes, 7)
-        if isinstance(entry, Index) and entry.axis in self.stepped:
+        if not text.axes and entry.free & self.stepped:
             return f"tl.cast({text.code}, tl.int64)"  # a number of Python's where Triton is interpreted
         cast = f"{text.tight(ATOM)}.to(tl.int64)"
         return spread(Text(cast, text.axes), axes) if text.axes else cast
