@@ -257,7 +257,14 @@ class Whole(nn.MultiheadAttention):
         return super().forward(x, x, x, need_weights=False)[0]
 
 
+def laid_out_by_numbers(q, k, v):
+    """What is left for -1 is known, once the other sizes are."""
+    k, v = (t.reshape(t.shape[0], 2, -1, 16) for t in (k, v))
+    return attend(q, k, v)
+
+
 PIECES = [
+    Case(laid_out_by_numbers, cross),
     Case(attend, lambda b, m, n: (r(b, 2, m, 1), *(r(b, 2, n, 1),) * 2)),  # a feature of one number
     *(Case(p, tokens) for p in (Turned(), shifted, merged_heads, windows)),
     *(Case(Memory(n), tokens_and_padding) for n in (1, 4)),

@@ -13,6 +13,7 @@ from rewriter.patch.forward import attribute_path
 from rewriter.patch.signature import Signature
 from rewriter.patch.sizes import Place, Sizes
 from rewriter.trace import TracedModule
+from rewriter.trace.assumed import as_known
 from rewriter.trace.sizes import relation_text
 
 
@@ -83,10 +84,13 @@ def _conditions(traced: TracedModule, sizes: Sizes) -> list[Guard]:
     """The user's own branches on sizes, as they were taken."""
     names = {size.name: text for size, text in sizes.sources.items()}
     out = []
-    for condition in traced.conditions:
+    for found in traced.conditions:
+        condition = as_known(traced.graph, found)
         unknown = [s for s in condition.free_symbols if s.name not in names]
         if unknown:
             raise RewriteError(f"a branch on a size ({unknown[0]}) that no input has")
+        if not condition.free_symbols:
+            continue
         text = relation_text(condition, names)
         out.append(Guard(text, f"{text} does not hold"))
     return out

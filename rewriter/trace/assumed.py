@@ -68,6 +68,12 @@ def conditions_of(graph: fx.Graph) -> tuple[sympy.Expr, ...]:
     return tuple(dict.fromkeys(c for c in conditions if c.free_symbols))
 
 
+def as_known(graph: fx.Graph, condition: sympy.Expr) -> sympy.Expr:
+    """A condition with the sizes that have been fixed since it was found."""
+    environment = _environment(graph)
+    return environment.replace(condition) if environment else condition
+
+
 def _environment(graph: fx.Graph):
     """The tracer's record of guards, None for a program without symbolic sizes."""
     values = (n.meta.get("val") for n in graph.nodes if n.op == "placeholder")
