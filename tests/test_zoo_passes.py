@@ -54,6 +54,7 @@ OTHERS = {
     "clip_loss_logsumexp": (1, 1),
     # Softmaxes of several heads, or of two, are kernels before the one that mixes them.
     "differential_einsum": (2, 2),
+    "mixture_convit": (2, 2),  # in fp32 both in one kernel would not fit registers
     "talking_cait": (2, 2),
     "talking_einsum_causal": (2, 2),
     "talking_conv_causal": (2, 2),
