@@ -11,8 +11,8 @@ import inspect
 import json
 import keyword
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -94,13 +94,10 @@ def rewrite_module(
     if stop_after == "lift":
         return Rewritten(traced, (), None, tuple(unfused), printed)
     progress("derive")
-    derived = lambda regions: _each(  # noqa: E731
-        regions, lambda r: Fused(r, derive(r.program, masked_rows)), lambda r: r, unfused
-    )
-    fused = [f for f in derived(lifted.regions) if not f.region.tentative or f.chain.beats_dense]
+    fused = [f for f in _derived(lifted.regions, masked_rows, unfused) if not f.region.tentative or f.chain.beats_dense]
     lone = _lone_rows(traced, fused, len(lifted.regions)) if rows else Rows((), {})
     printed["lift"] = "\n\n".join(show_program(r.program) for r in (*lifted.regions, *lone.regions))
-    fused += derived(lone.regions)
+    fused += _derived(lone.regions, masked_rows, unfused)
     printed["derive"] = "\n\n".join(_show_chain(f.chain, {}) for f in fused)
     if stop_after == "derive":
         return Rewritten(traced, tuple(fused), None, tuple(unfused), printed, _refused(lone, fused))
@@ -128,10 +125,7 @@ def rewrite_module(
     progress("emit")
     source = _source(module, title)
     fused = _each(
-        fused,
-        lambda f: Fused(f.region, f.chain, f.plan, emit_kernel(f.region, f.plan, source)),
-        lambda f: f.region,
-        unfused,
+        fused, lambda f: replace(f, kernel=emit_kernel(f.region, f.plan, source)), lambda f: f.region, unfused
     )
     printed["emit"] = "\n\n".join(f.kernel.text for f in fused)
     if stop_after == "emit" or not fused:
@@ -142,6 +136,10 @@ def rewrite_module(
     patched = patch(traced, regions, [f.kernel for f in fused], source.title, lifted.broadcast)
     printed["patch"] = patched.text
     return Rewritten(traced, tuple(fused), patched, tuple(unfused), printed, _refused(lone, fused))
+
+
+def _derived(regions: Iterable[Region], masked_rows: str, unfused: list[Reason]) -> list[Fused]:
+    return _each(regions, lambda r: Fused(r, derive(r.program, masked_rows)), lambda r: r, unfused)
 
 
 def _lone_rows(traced: TracedModule, fused: list[Fused], first: int) -> Rows:

@@ -135,10 +135,11 @@ def test_division_of_integers(name, function, tmp_path):
 
 @pytest.mark.parametrize("name", ["maximum", "minimum"])
 def test_nan_is_passed_on(name, tmp_path):
-    """By PTX as well, which has an instruction for it: without the flag, a GPU gives the other number."""
+    """NaN with either number, through the interpreter; it would pass NaN on without the flag as well, a GPU would not."""
     x, y = torch.tensor([1.0, math.nan, -2.0, math.nan]), torch.tensor([math.nan, 3.0, 5.0, math.nan])
     got = computed(tmp_path, name, f"{name}(x, y)", x, y)
     torch.testing.assert_close(got, getattr(torch, name)(x, y), equal_nan=True)
+    assert "propagate_nan=tl.PropagateNan.ALL" in (HELPERS / f"{name}.py.jinja").read_text()
 
 
 OF_INTEGERS = ("floor_mod", "floor_div", "truncdiv")

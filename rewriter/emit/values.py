@@ -233,8 +233,8 @@ class Values:
         return " + ".join(fixed + moving)
 
     def _stride(self, name: str, k: int, letters: tuple[str, ...], *, in_units: bool) -> str:
-        """The parameter that holds a stride: named by the axis that moves it, unless another dimension of a tensor that is
-        read transposed as well has the name.
+        """The parameter that holds a stride: named by the axis that moves it, unless another dimension of a tensor
+        that is read transposed as well has the name.
         """
         meant = f"{name}.stride({k})"
         known = [stride for stride, text in self.strides.items() if text == meant]

@@ -129,7 +129,8 @@ def tag(
             tags.roots.append(node)
             tags.derived[node] = before.union(*(_origins(tags.dims.get(y, ())) for y, _ in reads))
             continue
-        joined = _joined_again(repeated.written_out(lifted), by_name, dims, tags)
+        seen_through = repeated.written_out(lifted)
+        joined = _joined_again(seen_through, by_name, dims, tags)
         if joined:
             tags.derived[node] = before
             for source in joined:
@@ -140,7 +141,8 @@ def tag(
         narrow = {n for n in alive if not tags.has_both_sides(n)}
         sides = _sides(lifted, reads, narrow)
         if not sides and not _origins(dims):
-            sides = _sides_of_repeated(repeated.written_out(lifted), by_name, narrow)
+            # An operand may repeat what it is made of: q[m, d] · (k[n, d] + table[m - n, d])
+            sides = _sides(seen_through, sources(seen_through, by_name), narrow)
         if sides and ahead.is_worth(order, sides, kind):
             tags.origins.add(node)
             dims = _with_origin(order, lifted, dims, ahead.narrowed(order, sides))
@@ -185,18 +187,19 @@ def _place_wide(node: fx.Node, local: dict[fx.Node, LocalLift], tags: Tags) -> N
     if reader == "" and derived:
         tags.written.append(node)
     elif reader == "":
-        _store(node, tags, "it is returned")
-        if all(u.op == "output" for u in node.users):
-            del tags.reasons[node]
+        is_read = any(u.op != "output" for u in node.users)
+        _store(node, tags, "it is returned" if is_read else None)
     else:
         _store(node, tags, f"it is read by an op that stays eager ({reader})")
 
 
-def _store(node: fx.Node, tags: Tags, why: str) -> None:
+def _store(node: fx.Node, tags: Tags, why: str | None) -> None:
+    """Leaves a wide value to memory. why: what the report says of that, if anything."""
     if tags.is_derived(node) and node not in tags.written:
         tags.written.append(node)
     tags.stored.add(node)
-    tags.reasons[node] = f"written, because {why}"
+    if why:
+        tags.reasons[node] = f"written, because {why}"
 
 
 def _reduced_origins(lifted: Lifted, reads, tags: Tags) -> set[int]:
@@ -232,11 +235,6 @@ def _sides(lifted: Lifted, reads, moving: set[fx.Node]) -> Sides | None:
     """A node's own pair of sides, where it is an origin."""
     groups = [_inside(r, reads) for r in walk(lifted.body) if isinstance(r, Reduce)] or [reads]
     return next(filter(None, (_outer_pair(lifted.axes, group, moving) for group in groups)), None)
-
-
-def _sides_of_repeated(lifted: Lifted, by_name: dict[str, fx.Node], moving: set[fx.Node]) -> Sides | None:
-    """As `_sides`, where an operand repeats what it is made of: q[m, d] · (k[n, d] + table[m - n, d])"""
-    return _sides(lifted, sources(lifted, by_name), moving)
 
 
 def _with_origin(order: int, lifted: Lifted, dims, sides: Sides) -> tuple[frozenset[Tag], ...]:
