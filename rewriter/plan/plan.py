@@ -40,13 +40,21 @@ def plan(chain: Chain, name: str) -> ChainPlan:
     free = _to_be_fixed(chain).union(*(_sizes_kept_whole(r) for r in plain.roles))
     if free:
         raise NeedsFixed(free)
-    groups = independent_groups(chain, parts)
-    structures = [plain]
-    if len(set(groups.values())) > len({groups[p.definitions[0].name] for p in parts if p.definitions}):
-        structures.append(Structure(chain, name, parts_of(chain, groups)))
+    structures = [plain, *_apart(chain, name, parts)]
     nominal = Nominal(chain, [a for r in plain.roles for a in r.rows])
     ranked = choose([s.options(nominal) for s in structures])
     return ChainPlan(name, chain, ranked[0].kernels, ranked[0].results, tuple(ranked))
+
+
+def _apart(chain: Chain, name: str, parts: list[Part]) -> list[Structure]:
+    """What is independent in kernels of its own, where that may be faster. Of fp32 operands it is not considered: what
+    would speak for it is spilling, and estimates of that say little about the time of products element by element.
+    """
+    groups = independent_groups(chain, parts)
+    are_apart = len(set(groups.values())) == len({groups[p.definitions[0].name] for p in parts if p.definitions})
+    if are_apart or _operand_dtype(chain, ()) is torch.float32:
+        return []
+    return [Structure(chain, name, parts_of(chain, groups))]
 
 
 class Structure:
