@@ -3,6 +3,7 @@
 
 scripts/bench.py                        every program of tests/zoo at bf16 and fp16: error, memory, times
 scripts/bench.py --only causal --dtype bf16 --no-compile
+scripts/bench.py --part 2               programs of several passes, axes and outputs
 scripts/bench.py --kernels              emitted kernels alone, TFLOP/s, swept over tiles
 scripts/bench.py --kernels --hand DIR   and beside the hand-written ones of DIR/ceiling2.py
 
@@ -45,12 +46,14 @@ def options() -> argparse.Namespace:
     add("--hand", metavar="DIR", help="with --kernels: a folder that holds ceiling2.py")
     add("--seconds", type=float, default=540, help="what is not begun by then is left out")
     add("--only", default="", metavar="TEXT", help="names (or zoo families) that contain it")
-    add("--dtype", choices=("bf16", "fp16"), help="default: both; with --kernels, bf16")
+    add("--part", type=int, choices=(1, 2), default=1, help="of the zoo")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 and fp16; with --kernels, bf16")
     add("--no-compile", action="store_true", help="no torch.compile or FlexAttention (zoo)")
     add("--out", type=Path, metavar="DIR", help="gets a .csv, a .json and what workers say")
+    add("--dim", type=int, default=2048, help="features of all heads (zoo)")
     add("--heads", type=int, default=16, help="of 2048 features: 16 is D = 128, 32 is D = 64 (zoo)")
     add("--batch", type=int, default=4)
-    add("--seq", type=int, default=2048)
+    add("--seq", type=int, default=2048, help="halved where eager has no room for it (part 2)")
     jobs = max(1, min(10, (os.cpu_count() or 1) - 4))
     add("--jobs", type=int, default=jobs, help="workers that compile side by side (zoo)")
     add("--dry", action="store_true", help=argparse.SUPPRESS)  # tiny and on the CPU: a rehearsal
@@ -94,11 +97,11 @@ class Zoo:
         from zoo import programs
 
         self.args, self.end = args, time.time() + args.seconds
-        dim, heads = (64, 4) if args.dry else (2048, args.heads)
-        setup = Setup(dim, heads, args.batch, args.seq, f"{folder}/lock", args.dry)
+        dim, heads = (64, 4) if args.dry else (args.dim, args.heads)
+        setup = Setup(dim, heads, args.batch, args.seq, f"{folder}/lock", args.part, args.dry)
         self.work = functools.partial(measured, setup)
         dtypes = [args.dtype] if args.dtype else ["bf16", "fp16"]
-        chosen = [p for p in programs() if args.only in p.name or args.only in p.family]
+        chosen = [p for p in programs(args.part) if args.only in p.name or args.only in p.family]
         self.tasks = deque(
             Task(program.name, dtype, part)
             # Peers last: they compile for long, and the rewriter's own results matter more.

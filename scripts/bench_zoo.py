@@ -22,8 +22,9 @@ from zoo import Program, Sizes, programs
 from rewriter.api import rewrite
 from rewriter.check.numerics import compare, relative_error, run_float64
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-SCALES = {"kv_heads": 4, "window": 256, "chunk": 256, "prefix": 256, "cap": 30.0, "kv_rank": 512}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MOST_MIB = 12 * 1024  # that eager may hold: a float64 run holds four times as much
+SCALES = {"kv_heads": 4, "window": 256, "chunk": 256, "prefix": 256, "cap": 30.0, "kv_rank": 512, "vocab": 32000}
 """Options at the size that models have them, for every program that takes them; the zoo's own suit tiny tests."""
 
 OPTIONS = {
@@ -64,6 +65,7 @@ class Setup:
     batch: int
     seq: int
     lock: str
+    part: int = 1  # of the zoo
     dry: bool = False
 
     @property
@@ -116,11 +118,36 @@ def gpu_to_itself(setup: Setup):
                 torch.cuda.empty_cache()  # or a float64 run's gigabytes would stay with this worker
 
 
-def sizes_of(program: Program, setup: Setup) -> Sizes:
-    return program.traced if setup.dry else SIZES.get(program.name, Sizes(setup.batch, setup.seq))
+def sizes_to_try(program: Program, setup: Setup) -> list[Sizes]:
+    """What a program is measured at: of several, the first at which eager has room. Of part 1 all have."""
+    if setup.dry:
+        return [program.traced]
+    if program.name in SIZES or setup.part == 1:
+        return [SIZES.get(program.name, Sizes(setup.batch, setup.seq))]
+    halved = [setup.seq >> k for k in range(4)]
+    batch = setup.batch if program.traced.batch > 1 else 1
+    return [*(Sizes(batch, n) for n in halved), program.traced]
 
 
-def made(program: Program, dtype: torch.dtype, setup: Setup):
+def fitting(program: Program, dtype: torch.dtype, setup: Setup):
+    """(sizes, module, arguments)"""
+    *tried, last = sizes_to_try(program, setup)
+    for sizes in tried:
+        with suppress(Exception):  # out of memory, or a length that the program can't have
+            module, args = made(program, sizes, dtype, setup)
+            if eager_mib(module, args, setup) <= MOST_MIB:
+                return sizes, module, args
+        module = args = None
+        torch.cuda.empty_cache()
+    return last, *made(program, last, dtype, setup)
+
+
+def eager_mib(module, args: list, setup: Setup) -> float | None:
+    module(*fresh(args))  # or the peak would hold cuBLAS's workspace
+    return peak_mib(lambda: module(*args), setup.device)
+
+
+def made(program: Program, sizes: Sizes, dtype: torch.dtype, setup: Setup):
     """The module (or function) and its arguments, on the device."""
     options = {"max_len": max(4096, setup.seq)}
     if not setup.dry:
@@ -129,7 +156,7 @@ def made(program: Program, dtype: torch.dtype, setup: Setup):
     with torch.device(setup.device):  # drawing on the GPU saves a second a program
         module = program.build(setup.dim, setup.heads, **options)
         generator = torch.Generator(setup.device).manual_seed(1)
-        args = program.inputs(sizes_of(program, setup), module, generator)
+        args = program.inputs(sizes, module, generator)
     if isinstance(module, nn.Module):
         module = module.to(setup.device, dtype)
     return module, [a.to(dtype) if a.is_floating_point() else a for a in args]
@@ -157,29 +184,28 @@ def measured(setup: Setup, task: Task) -> Row:
     """Everything about one task. Never raises."""
     row = Row()
     with row.step("build"), torch.no_grad():
-        program = next(p for p in programs() if p.name == task.program)
-        sizes = sizes_of(program, setup)
+        program = next(p for p in programs(setup.part) if p.name == task.program)
+        with gpu_to_itself(setup):
+            sizes, module, args = fitting(program, DTYPES[task.dtype], setup)
         row |= {"batch": sizes.batch, "q": sizes.q, "kv": sizes.keys}
-        module, args = made(program, DTYPES[task.dtype], setup)
         if task.part == "rewritten":
-            _rewritten(row, module, args, DTYPES[task.dtype], setup)
+            _rewritten(row, program, module, args, DTYPES[task.dtype], setup)
         else:
             _peers(row, task.program, module, args, setup)
     return row
 
 
-def _rewritten(row: Row, module, args: list, dtype: torch.dtype, setup: Setup):
+def _rewritten(row: Row, program: Program, module, args: list, dtype: torch.dtype, setup: Setup):
     device = setup.device
     with row.step("eager"), gpu_to_itself(setup):
-        module(*fresh(args))  # or the peak would hold cuBLAS's workspace
-        row["eager_mib"] = peak_mib(lambda: module(*args), device)
+        row["eager_mib"] = eager_mib(module, args, setup)
         row["eager_ms"] = timed(lambda: module(*args), device)
     row["ok"] = False  # until it is shown to be right
     caught = warnings.catch_warnings(record=True)
     with tempfile.TemporaryDirectory() as folder, row.step("rewrite"), caught as seen:
         warnings.simplefilter("always")
         # A copy: what is rewritten in place may be a part that a shallow copy shares.
-        result = rewrite(copy.deepcopy(module), tuple(args), out=folder)
+        result = rewrite(copy.deepcopy(module), tuple(args), out=folder, rows=program.rows)
         row["chains"] = len(result.report["chains"])
         for unfused in result.report["unfused"]:
             row.note(f"not fused, {unfused['where'].rpartition('/')[2]}: {unfused['reason']}")
