@@ -8,11 +8,10 @@ from rewriter.ir import (
     FALSE,
     TRUE,
     Apply,
-    Const,
-    Load,
     Node,
     Reduce,
     apply,
+    open_reduce,
     reduce,
     transform,
     walk,
@@ -46,14 +45,33 @@ def _sums(total: Reduce, weight: Node) -> bool:
 
 
 def is_bilinear(node: Node) -> bool:
-    """A chain of plain matrix products, which eager reassociates better than a fused kernel would compute."""
+    """A chain of matrix products, which eager reassociates better than a fused kernel would compute."""
     reduces = [n for n in walk(node) if isinstance(n, Reduce)]
-    return (
-        bool(reduces) and all(n.op == "sum" and _is_product_of_loads(n) for n in reduces) and _is_product_of_loads(node)
-    )
+    sums = all(n.op == "sum" and _is_linear(n.body) and _can_be_last(n) for n in reduces)
+    return bool(reduces) and sums and _is_linear(node)
 
 
-def _is_product_of_loads(node: Node) -> bool:
-    body = node.body if isinstance(node, Reduce) else node
+def _is_linear(body: Node) -> bool:
+    """A product of sums and of what has none."""
     product = as_product(body)
-    return product.predicate is TRUE and all(isinstance(f, (Load, Const, Reduce)) for f in product.over + product.under)
+    without = [f for f in product.over if not isinstance(f, Reduce)] + list(product.under)
+    return product.predicate is TRUE and not any(isinstance(n, Reduce) for n in walk(*without))
+
+
+def _can_be_last(outer: Reduce) -> bool:
+    """Whether every sum that is summed again can be left for later.
+
+    sum n: (sum d: q[m, d] k[n, d]) v[n, e]  →  sum d: q[m, d] (sum n: k[n, d] v[n, e]), but not where another factor
+    depends on m and n: (sum d: q[m, d] k[n, d])² v[n, e]
+    """
+    axes, _, body = open_reduce(outer)
+    summed = frozenset(axes)
+    factors = [f for f in (*as_product(body).over, *as_product(body).under) if f.free & summed]
+    for k, inner in enumerate(factors):
+        if not isinstance(inner, Reduce):
+            continue
+        along = [f.free for f in as_product(open_reduce(inner)[2]).over if f.free & summed]
+        rows = inner.free - frozenset().union(*along)
+        if any(f.free & rows for f in (*factors[:k], *factors[k + 1 :])):
+            return False
+    return True

@@ -320,7 +320,7 @@ class _Ahead:
             reads = sources(lifted, self.by_name) if isinstance(lifted, Lifted) else []
             if not any(source in held for source, _ in reads):
                 continue
-            is_product = _is_factor(lifted.body) and all(n in products for n, _ in reads if n in held)
+            is_product = _is_weighed(lifted, reads, held, sides) and all(n in products for n, _ in reads if n in held)
             yield lifted, reads, held, is_product
             dims = _inherited(lifted, reads, held)
             if not _over_others(lifted, reads, held, operands) and all(
@@ -349,12 +349,27 @@ def _held_at(axes: frozenset[Axis], reads, held) -> frozenset[Axis]:
     return frozenset().union(*(origin for entry, origin in entries if entry.free & axes))
 
 
-def _is_factor(body: Node) -> bool:
-    """A view, a product or a sum of products."""
-    inner = body.body if isinstance(body, Reduce) and body.op == "sum" else body
-    if isinstance(inner, Apply) and inner.op in ("mul", "div", "cast"):
-        return all(map(_is_factor, inner.args))
-    return isinstance(inner, (Load, Const))
+def _is_weighed(lifted: Lifted, reads, held, sides: Sides) -> bool:
+    """Whether a node is what is held of an origin times factors that lack a side of it, or a sum of that: what a matrix
+    product of narrow values would do.
+    """
+    body = lifted.body.body if isinstance(lifted.body, Reduce) and lifted.body.op == "sum" else lifted.body
+    factors = _factors(body)
+    names = {n.name for n in held}
+    if factors is None or sum(f.tensor.name in names for f in factors) != 1:
+        return False
+    others = [_held_at(f.free, reads, held) for f in factors if f.tensor.name not in names]
+    return not any(all(side & axes for side in sides) for axes in others)
+
+
+def _factors(body: Node) -> list[Load] | None:
+    """The tensors of a product; None where it is something else. What divides comes twice: it is not linear in that."""
+    if isinstance(body, Apply) and body.op in ("mul", "div", "cast"):
+        parts = list(map(_factors, body.args if body.op != "div" else (*body.args, body.args[1])))
+        return None if None in parts else [load for part in parts for load in part]
+    if isinstance(body, Load):
+        return [body]
+    return None if body.free else []
 
 
 def _is_chain(lifted: Lifted, reads, moving: set[fx.Node]) -> bool:
