@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from whole_path import assert_right, fused
 
+from rewriter import rewrite
+
 
 def r(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
@@ -57,7 +59,34 @@ def stored_and_read_both_ways(q, k, a):
     return torch.softmax(q @ k.mT + a + 2 * a.mT, -1) @ k
 
 
+def squared_scores(q, k, v):
+    """Two matrix products, but what is between them is no product that could wait."""
+    return (q @ k.mT).square() @ v
+
+
+def decayed(q, k, v):
+    """Scores times a matrix of rows x stream that is no mask."""
+    ahead = torch.arange(q.shape[1])[:, None] - torch.arange(k.shape[1])
+    return (q @ k.mT * 0.9 ** ahead.abs().float()) @ v
+
+
+def to_the_base_2(q, k, v):
+    s = q @ k.mT * 0.7
+    p = torch.exp2(s - s.amax(-1, keepdim=True))
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+def to_the_base_10(q, k, v):
+    s = q @ k.mT * 0.3
+    p = 10.0 ** (s - s.amax(-1, keepdim=True))
+    return p @ v / p.sum(-1, keepdim=True)
+
+
 PROGRAMS = {
+    squared_scores: qkv,
+    decayed: qkv,
+    to_the_base_2: qkv,
+    to_the_base_10: qkv,
     stored_and_read_both_ways: same,
     divided_late_over_groups: grouped,
     filled_by_a_product: qkv,
@@ -72,6 +101,17 @@ def test_a_small_program(program):
     result = fused(program, inputs(7, 9))
     for sizes in ((7, 9), (20, 37)):
         assert_right(result, program, inputs(*sizes))
+    assert [chain["passes"] for chain in result.report["chains"]] == [1]
+
+
+def scaled_products(q, k, v, gate):
+    """What divides and multiplies here lacks rows or stream: k.mT @ v can be first."""
+    return (q @ k.mT * q.shape[-1] ** -0.5 / k.shape[-2] * gate[:, None]) @ v
+
+
+def test_products_that_can_be_reordered_are_left():
+    result = rewrite(scaled_products, (*qkv(7, 9), r(2, 9)))
+    assert not result.report["chains"] and not result.report["unfused"]
 
 
 # Rows masked throughout, where asked to be zero. `s` are scores, with -inf where nothing is seen.

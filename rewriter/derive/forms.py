@@ -127,7 +127,7 @@ class Form:
     def _sum(self, body: Node, predicate: Node) -> Node:
         """sum_n | p: over/under → (row factors) · sum_n | p: (stream factors)"""
         product = as_product(body) if predicate is TRUE else as_product(body).where(predicate)
-        product = _without_logs(self._selecting(product))
+        product = _without_logs(_to_base_e(self._selecting(product)))
         centred = centred_square(product, self.stream)
         parts = [centred.weights] if centred else self._distributed(product)
         if len(parts) > 1:
@@ -353,6 +353,26 @@ class Form:
 def _sees_nothing(shift: Shift) -> Node:
     """Which rows have seen nothing but -inf."""
     return apply("eq", shift.phi, const(-math.inf))
+
+
+def _to_base_e(product: Product) -> Product:
+    """2^(x - R) → exp((x - R) · ln 2) where R runs, and so for other constant bases"""
+    bases = {f: _base(f) for f in product.over if is_running(f)}
+    known = {f: apply("exp", apply("mul", f.args[-1], const(math.log(b)))) for f, b in bases.items() if b}
+
+    def of(factors: list[Node]) -> list[Node]:
+        return [known.get(f, f) for f in factors]
+
+    return Product(of(product.over), product.under, [(p, of(inside)) for p, inside in product.guards])
+
+
+def _base(node: Node) -> float | None:
+    """What a power has been raised from, where it is a constant above 1."""
+    if isinstance(node, Apply) and node.op == "exp2":
+        return 2.0
+    if isinstance(node, Apply) and node.op == "pow" and isinstance(node.args[0], Const) and node.args[0].value > 1:
+        return float(node.args[0].value)
+    return None
 
 
 def _without_logs(product: Product) -> Product:

@@ -8,6 +8,7 @@ from rewriter.ir import (
     FALSE,
     TRUE,
     Apply,
+    Load,
     Node,
     Reduce,
     apply,
@@ -52,10 +53,18 @@ def is_bilinear(node: Node) -> bool:
 
 
 def _is_linear(body: Node) -> bool:
-    """A product of sums and of what has none."""
+    """A product of sums and of what memory holds, or could at no greater size: f(q[m, d]), not f(q[m], k[n])."""
     product = as_product(body)
-    without = [f for f in product.over if not isinstance(f, Reduce)] + list(product.under)
-    return product.predicate is TRUE and not any(isinstance(n, Reduce) for n in walk(*without))
+    factors = [f for f in product.over if not isinstance(f, Reduce)] + list(product.under)
+    return product.predicate is TRUE and all(map(_is_narrow, factors))
+
+
+def _is_narrow(factor: Node) -> bool:
+    nodes = list(walk(factor))
+    held = [n.free for n in nodes if isinstance(n, Load)]
+    return not any(isinstance(n, Reduce) for n in nodes) and (
+        len(factor.free) < 2 or any(factor.free <= free for free in held)
+    )
 
 
 def _can_be_last(outer: Reduce) -> bool:
