@@ -10,11 +10,12 @@ from torch import fx
 
 from rewriter.errors import Reason, Site
 from rewriter.ir import Load, Node, Origin, Output, Program, Reduce, index, transform, walk
+from rewriter.lift.ahead import TENTATIVE, Moving, Origins
 from rewriter.lift.broadcast import broadcast_dimensions
 from rewriter.lift.local import LocalLift, lift_locally
 from rewriter.lift.repeated import Repeated, covers, has_reduction, sources
 from rewriter.lift.rounding import with_absorption
-from rewriter.lift.tags import Moving, Origins, Tags, tag
+from rewriter.lift.tags import Tags, tag
 from rewriter.lift.values import Lifted
 from rewriter.trace import Dimension, TracedModule
 from rewriter.trace.calls import VIEWS, call_name, value_inputs
@@ -66,7 +67,7 @@ def lift(traced: TracedModule) -> LiftResult:
     for kind in Origins:
         taken = set().union(*({*r.inside, *r.outputs} for r in regions))
         tags = tag(graph, local, moving, taken, kind)
-        regions += _cut_all(traced, local, tags, names, len(regions), tentative=kind is not Origins.MOVING)
+        regions += _cut_all(traced, local, tags, names, len(regions), tentative=kind in TENTATIVE)
         if kind is Origins.MOVING:
             reasons, written = tags.reasons, tags.written
     fused = set().union(*({*r.inside, *r.outputs} for r in regions))

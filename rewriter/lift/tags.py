@@ -10,45 +10,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Set
 from dataclasses import dataclass, field
-from enum import Enum, auto
 
 from torch import fx
 
-from rewriter.ir import Apply, Axis, Const, Load, Node, Reduce, open_reduce, walk
+from rewriter.ir import Axis, Const, Load, Reduce, open_reduce, walk
+from rewriter.lift.ahead import TENTATIVE, Ahead, Moving, Origins, Sides, inherited, is_dynamic
 from rewriter.lift.local import LocalLift
 from rewriter.lift.repeated import Repeated, has_reduction, sources
 from rewriter.lift.values import Lifted
 
 SHORTEST = 4  # positions that are no long side
 Tag = tuple[int, str]
-Sides = tuple[frozenset[Axis], frozenset[Axis]]
-
-
-class Origins(Enum):
-    """What an origin combines: two values that move with the model's inputs; or, in a contraction, one that does with
-    parameters: reduced ALONG_POSITIONS later (learned queries), or ANY (a dense layer: only what follows from it
-    tells).
-    """
-
-    MOVING = auto()
-    ALONG_POSITIONS = auto()
-    ANY = auto()
-
-
-@dataclass(frozen=True)
-class Moving:
-    """Nodes that depend on tensors the caller gives, and others that are as long as one: positions, and what follows
-    from them and parameters.
-    """
-
-    given: set[fx.Node]
-    long: set[fx.Node]
-
-    @property
-    def all(self) -> set[fx.Node]:
-        return self.given | self.long
 
 
 @dataclass
@@ -110,17 +83,20 @@ def tag(
     stopped: nodes taken as they are stored.
     """
     by_name, moving = {n.name: n for n in graph.nodes}, movers.all
-    ahead = _Ahead(graph, local, movers)
+    ahead = Ahead(graph, local, movers)
     repeated = Repeated(graph, local)
     tags = Tags()
+    may_be_fixed = kind in TENTATIVE
     for order, node in enumerate(graph.nodes):
         lifted = local[node].value if node in local else None
         if not isinstance(lifted, Lifted) or node in stopped:
-            if kind is not Origins.MOVING:
+            if may_be_fixed:
                 tags.derived[node] = tags.renewed[node] = frozenset().union(*map(tags.behind, node.all_input_nodes))
+            if kind is Origins.STORED:
+                _begin_stored(order, node, ahead, tags)
             continue
         reads = sources(lifted, by_name)
-        dims = _inherited(lifted, reads, tags.dims)
+        dims = inherited(lifted, reads, tags.dims)
         before = frozenset().union(*(tags.derived.get(y, ()) for y, _ in reads))
         tags.renewed[node] = frozenset().union(*(tags.renewed.get(y, ()) for y, _ in reads))
         if _contracts(lifted):
@@ -136,21 +112,34 @@ def tag(
             for source in joined:
                 _store(source, tags, "it is joined by what follows from it")
             continue
-        half_fixed = kind is not Origins.MOVING and _is_half_fixed(lifted, reads, moving)
+        if kind is Origins.STORED and _contracts(lifted):
+            _begin_stored(order, node, ahead, tags)
+            continue
+        half_fixed = may_be_fixed and _is_half_fixed(lifted, reads, moving)
         alive = {n for n, _ in reads} if half_fixed else moving
         narrow = {n for n in alive if not tags.has_both_sides(n)}
         sides = _sides(lifted, reads, narrow)
         if not sides and not _origins(dims):
             # An operand may repeat what it is made of: q[m, d] · (k[n, d] + table[m - n, d])
             sides = _sides(seen_through, sources(seen_through, by_name), narrow)
-        if sides and ahead.is_worth(order, sides, kind):
+        if sides and kind is not Origins.STORED and ahead.is_worth(order, sides, kind):
             tags.origins.add(node)
-            dims = _with_origin(order, lifted, dims, ahead.narrowed(order, sides))
+            dims = _with_origin(order, lifted.axes, dims, ahead.narrowed(order, sides))
         tags.dims[node] = dims
         tags.derived[node] = before | _reduced_origins(lifted, reads, tags)
         if tags.has_both_sides(node):
             _place_wide(node, local, tags)
     return tags
+
+
+def _begin_stored(order: int, node: fx.Node, ahead: Ahead, tags: Tags) -> None:
+    """Tags the sides of a value that memory holds, where a chain may begin with it."""
+    axes = ahead.axes[node] if node in ahead.given else ()
+    sides = ahead.weighed_along(order) if sum(map(is_dynamic, axes)) > 1 else None
+    if sides:
+        tags.origins.add(node)
+        tags.stored.add(node)
+        tags.dims[node] = _with_origin(order, axes, [frozenset()] * len(axes), sides)
 
 
 def _joined_again(
@@ -215,35 +204,19 @@ def _is_half_fixed(lifted: Lifted, reads, moving: set[fx.Node]) -> bool:
     return contracts and len({n in moving for n, _ in reads}) == 2
 
 
-def _inherited(lifted: Lifted, reads, dims: dict[fx.Node, tuple[frozenset, ...]]) -> tuple[frozenset, ...]:
-    """Each axis takes what is held by every dimension it indexes."""
-    out: dict[Axis, set] = {a: set() for a in lifted.axes}
-    for source, load in reads:
-        for entry, held in zip(load.index, dims.get(source, ())):
-            for axis in entry.free & out.keys() if not _is_lookup(entry, load) else ():
-                out[axis] |= held
-    return tuple(frozenset(out[a]) for a in lifted.axes)
-
-
-def _is_lookup(entry: Node, load: Load) -> bool:
-    """One position for each of those that the other dimensions give: log_p[b, s, label[b, s]]"""
-    others = frozenset().union(*(e.free for e in load.index if e is not entry))
-    return any(isinstance(n, Load) for n in walk(entry)) and entry.free <= others
-
-
 def _sides(lifted: Lifted, reads, moving: set[fx.Node]) -> Sides | None:
     """A node's own pair of sides, where it is an origin."""
     groups = [_inside(r, reads) for r in walk(lifted.body) if isinstance(r, Reduce)] or [reads]
     return next(filter(None, (_outer_pair(lifted.axes, group, moving) for group in groups)), None)
 
 
-def _with_origin(order: int, lifted: Lifted, dims, sides: Sides) -> tuple[frozenset[Tag], ...]:
+def _with_origin(order: int, axes: tuple[Axis, ...], dims, sides: Sides) -> tuple[frozenset[Tag], ...]:
     rows, stream = sides
 
     def side(axis: Axis) -> set[Tag]:
         return {(order, "rows")} if axis in rows else {(order, "stream")} if axis in stream else set()
 
-    return tuple(held | side(axis) for axis, held in zip(lifted.axes, dims))
+    return tuple(held | side(axis) for axis, held in zip(axes, dims))
 
 
 def _inside(reduce: Reduce, reads):
@@ -269,107 +242,6 @@ def _is_short(side: frozenset[Axis]) -> bool:
     """A few fixed positions, like the coordinates of a point: nothing is wide by them."""
     extents = [a.extent for a in side]
     return all(isinstance(e, Const) for e in extents) and math.prod(e.value for e in extents) <= SHORTEST
-
-
-class _Ahead:
-    """What later nodes do with the axes of an origin."""
-
-    def __init__(self, graph: fx.Graph, local: dict[fx.Node, LocalLift], movers: Moving):
-        self.nodes, self.local, self.moving, self.given = list(graph.nodes), local, movers.all, movers.given
-        self.by_name = {n.name: n for n in graph.nodes}
-
-    def narrowed(self, order: int, sides: Sides) -> Sides:
-        """Both sides without what is only carried along, where one has several axes.
-
-        q[b, m, r, d] k[b, n, g, d]  →  m and r, n alone: v[b, n, g, e] is weighed over n"""
-        if max(map(len, sides)) == 1:
-            return sides
-        found: set[Axis] = set()
-        for lifted, reads, held, _ in self._readers(order, sides, frozenset()):
-            found |= _over_others(lifted, reads, held, self.moving) | _over_itself(lifted, reads, held)
-        return tuple(side & found or side for side in sides)
-
-    def is_worth(self, order: int, sides: Sides, kind: Origins) -> bool:
-        """Whether one of its sides is reduced later: by itself, or weighed by something narrow after more than
-        products, which is what a matrix product would do. ALONG_POSITIONS: by itself, and over what only a moving
-        operand has. A table of positions must be reduced by itself, too.
-        """
-        origin = self.nodes[order]
-        reads = sources(self.local[origin].value, self.by_name)
-        fixed = frozenset().union(*(load.free for n, load in reads if n not in self.moving))
-        axes = frozenset().union(*sides) - (fixed if kind is Origins.ALONG_POSITIONS else frozenset())
-        weighs = kind is not Origins.ALONG_POSITIONS and origin in self.given
-        operands = self.moving if kind is Origins.MOVING else set(self.nodes)
-        for reader, reads, held, is_product in self._readers(order, sides, operands):
-            if axes & _over_itself(reader, reads, held):
-                return True
-            if weighs and not is_product and axes & _over_others(reader, reads, held, operands):
-                return True
-        return False
-
-    def _readers(self, order: int, sides: Sides, operands: Set[fx.Node]):
-        """(lifted, reads, axes of the origin by dimension of what is read, whether all so far are factors) of each
-        node that is computed from the origin while it has axes of both sides and none was summed together with one of
-        the operands.
-        """
-        origin = self.nodes[order]
-        held = {origin: tuple(frozenset([a]) for a in self.local[origin].value.axes)}
-        products = {origin}
-        for node in self.nodes[order + 1 :]:
-            lifted = self.local[node].value if node in self.local else None
-            reads = sources(lifted, self.by_name) if isinstance(lifted, Lifted) else []
-            if not any(source in held for source, _ in reads):
-                continue
-            is_product = _is_weighed(lifted, reads, held, sides) and all(n in products for n, _ in reads if n in held)
-            yield lifted, reads, held, is_product
-            dims = _inherited(lifted, reads, held)
-            if not _over_others(lifted, reads, held, operands) and all(
-                side & frozenset().union(*dims) for side in sides
-            ):
-                held[node] = dims
-                products |= {node} if is_product else set()
-
-
-def _over_others(lifted: Lifted, reads, held, operands: Set[fx.Node]) -> frozenset[Axis]:
-    """Of the axes that are held, those summed together with an operand that is narrow."""
-    narrow = [load.free for n, load in reads if n in operands and n not in held]
-    return _held_at(frozenset().union(*narrow) - frozenset(lifted.axes), reads, held)
-
-
-def _over_itself(lifted: Lifted, reads, held) -> frozenset[Axis]:
-    """Of the axes that are held, those reduced where nothing else has them."""
-    bound = frozenset(a for r in walk(lifted.body) if isinstance(r, Reduce) for a in r.axes)
-    others = frozenset().union(*(load.free for n, load in reads if n not in held))
-    return _held_at(bound - others, reads, held)
-
-
-def _held_at(axes: frozenset[Axis], reads, held) -> frozenset[Axis]:
-    """What is held of an origin where `axes` index it."""
-    entries = [pair for n, load in reads for pair in zip(load.index, held.get(n, ()))]
-    return frozenset().union(*(origin for entry, origin in entries if entry.free & axes))
-
-
-def _is_weighed(lifted: Lifted, reads, held, sides: Sides) -> bool:
-    """Whether a node is what is held of an origin times factors that lack a side of it, or a sum of that: what a matrix
-    product of narrow values would do.
-    """
-    body = lifted.body.body if isinstance(lifted.body, Reduce) and lifted.body.op == "sum" else lifted.body
-    factors = _factors(body)
-    names = {n.name for n in held}
-    if factors is None or sum(f.tensor.name in names for f in factors) != 1:
-        return False
-    others = [_held_at(f.free, reads, held) for f in factors if f.tensor.name not in names]
-    return not any(all(side & axes for side in sides) for axes in others)
-
-
-def _factors(body: Node) -> list[Load] | None:
-    """The tensors of a product; None where it is something else. What divides comes twice: it is not linear in that."""
-    if isinstance(body, Apply) and body.op in ("mul", "div", "cast"):
-        parts = list(map(_factors, body.args if body.op != "div" else (*body.args, body.args[1])))
-        return None if None in parts else [load for part in parts for load in part]
-    if isinstance(body, Load):
-        return [body]
-    return None if body.free else []
 
 
 def _is_chain(lifted: Lifted, reads, moving: set[fx.Node]) -> bool:
