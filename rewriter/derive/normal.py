@@ -53,17 +53,15 @@ def is_bilinear(node: Node) -> bool:
 
 
 def _is_linear(body: Node) -> bool:
-    """A product of sums and of what memory holds, or could at no greater size: f(q[m, d]), not f(q[m], k[n])."""
+    """A product of sums, of what memory holds, and of numbers that no two axes give."""
     product = as_product(body)
     factors = [f for f in product.over if not isinstance(f, Reduce)] + list(product.under)
-    return product.predicate is TRUE and all(map(_is_narrow, factors))
+    return product.predicate is TRUE and all(map(_is_plain, factors))
 
 
-def _is_narrow(factor: Node) -> bool:
-    nodes = list(walk(factor))
-    held = [n.free for n in nodes if isinstance(n, Load)]
-    return not any(isinstance(n, Reduce) for n in nodes) and (
-        len(factor.free) < 2 or any(factor.free <= free for free in held)
+def _is_plain(factor: Node) -> bool:
+    return isinstance(factor, Load) or (
+        len(factor.free) < 2 and not any(isinstance(n, (Load, Reduce)) for n in walk(factor))
     )
 
 

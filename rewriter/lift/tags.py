@@ -134,7 +134,7 @@ def tag(
 
 def _begin_stored(order: int, node: fx.Node, ahead: Ahead, tags: Tags) -> None:
     """Tags the sides of a value that memory holds, where a chain may begin with it."""
-    axes = ahead.axes[node] if node in ahead.given else ()
+    axes = ahead.axes.get(node, ()) if node in ahead.given else ()
     sides = ahead.weighed_along(order) if sum(map(is_dynamic, axes)) > 1 else None
     if sides:
         tags.origins.add(node)
