@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Set
 from contextlib import suppress
 from dataclasses import dataclass
@@ -58,16 +59,22 @@ class Ahead:
 
     def weighed_along(self, order: int) -> Sides | None:
         """The rows and the stream of a value that memory holds, where it is reduced over the stream by itself, and what
-        follows is weighed along it by something that has other rows: softmax(s) @ v.
+        follows is weighed along it by something that has other rows: softmax(s) @ v. Both must be longer, in the
+        example traced, than what they are weighed into, or nothing of size would be saved: softmax(k.mT) @ v.
         """
         axes = frozenset(filter(is_dynamic, self.axes[self.nodes[order]]))
+        lengths = _lengths(self.nodes[order], self.axes[self.nodes[order]])
         reduced: frozenset[Axis] = frozenset()
-        for lifted, reads, held, _ in self._readers(order, (), self.moving):
+        for node, reads, held, _ in self._readers(order, (), self.moving):
+            lifted = self.local[node].value
             reduced |= _over_itself(lifted, reads, held) & axes
             stream = _over_others(lifted, reads, held, self.moving) & reduced
-            others = [load.free for n, load in reads if n not in held]
-            rows = axes - stream - _held_at(frozenset().union(*others), reads, held)
-            if stream and rows:
+            others = frozenset().union(*(load.free for n, load in reads if n not in held))
+            left = _held_at(frozenset().union(*(load.free for n, load in reads if n in held)), reads, held)
+            rows = (axes & left) - stream - _held_at(others, reads, held)
+            into = _lengths(node, lifted.axes)
+            width = math.prod(into[a] for a in lifted.axes if a in others and not _held_at(frozenset([a]), reads, held))
+            if stream and rows and all(math.prod(lengths[a] for a in side) > width for side in (rows, stream)):
                 return rows, stream
         return None
 
@@ -78,7 +85,8 @@ class Ahead:
         if max(map(len, sides)) == 1:
             return sides
         found: set[Axis] = set()
-        for lifted, reads, held, _ in self._readers(order, sides, frozenset()):
+        for node, reads, held, _ in self._readers(order, sides, frozenset()):
+            lifted = self.local[node].value
             found |= _over_others(lifted, reads, held, self.moving) | _over_itself(lifted, reads, held)
         return tuple(side & found or side for side in sides)
 
@@ -93,7 +101,8 @@ class Ahead:
         axes = frozenset().union(*sides) - (fixed if kind is Origins.ALONG_POSITIONS else frozenset())
         weighs = kind is not Origins.ALONG_POSITIONS and origin in self.given
         operands = self.moving if kind is Origins.MOVING else set(self.nodes)
-        for reader, reads, held, is_product in self._readers(order, sides, operands):
+        for node, reads, held, is_product in self._readers(order, sides, operands):
+            reader = self.local[node].value
             if axes & _over_itself(reader, reads, held):
                 return True
             if weighs and not is_product and axes & _over_others(reader, reads, held, operands):
@@ -101,7 +110,7 @@ class Ahead:
         return False
 
     def _readers(self, order: int, sides: tuple[frozenset[Axis], ...], operands: Set[fx.Node]):
-        """(lifted, reads, axes of the origin by dimension of what is read, whether all so far are factors) of each
+        """(node, reads, axes of the origin by dimension of what is read, whether all so far are factors) of each
         node that is computed from the origin while it has axes of both sides and none was summed together with one of
         the operands.
         """
@@ -114,7 +123,7 @@ class Ahead:
             if not any(source in held for source, _ in reads):
                 continue
             is_product = _is_weighed(lifted, reads, held, sides) and all(n in products for n, _ in reads if n in held)
-            yield lifted, reads, held, is_product
+            yield node, reads, held, is_product
             dims = inherited(lifted, reads, held)
             if not _over_others(lifted, reads, held, operands) and all(
                 side & frozenset().union(*dims) for side in sides
@@ -131,6 +140,12 @@ def _axes_of(node: fx.Node, local: dict[fx.Node, LocalLift]) -> tuple[Axis, ...]
     with suppress(UnknownSize):
         return load_of(node).axes if torch.is_tensor(node.meta.get("val")) else ()
     return ()
+
+
+def _lengths(node: fx.Node, axes: tuple[Axis, ...]) -> dict[Axis, int]:
+    """How long the dimensions of a tensor are in the example traced."""
+    sizes = [s.node.hint if isinstance(s, torch.SymInt) else s for s in node.meta["val"].shape]
+    return {a: int(n or 1) for a, n in zip(axes, sizes)}
 
 
 def is_dynamic(axis: Axis) -> bool:

@@ -206,8 +206,16 @@ def _is_half_fixed(lifted: Lifted, reads, moving: set[fx.Node]) -> bool:
 
 def _sides(lifted: Lifted, reads, moving: set[fx.Node]) -> Sides | None:
     """A node's own pair of sides, where it is an origin."""
-    groups = [_inside(r, reads) for r in walk(lifted.body) if isinstance(r, Reduce)] or [reads]
-    return next(filter(None, (_outer_pair(lifted.axes, group, moving) for group in groups)), None)
+    reduces = [r for r in walk(lifted.body) if isinstance(r, Reduce)]
+    if not reduces:
+        return _outer_pair(lifted.axes, reads, moving)
+    pairs = ((r, _outer_pair(lifted.axes, _inside(r, reads), moving)) for r in reduces)
+    return next((sides for r, sides in pairs if sides and not _is_summary(r, sides)), None)
+
+
+def _is_summary(reduce: Reduce, sides: Sides) -> bool:
+    """Whether what is summed is longer than its sums are: q[n, c] k[n, d] over all positions n"""
+    return any(map(is_dynamic, reduce.axes)) and not any(map(is_dynamic, frozenset().union(*sides)))
 
 
 def _with_origin(order: int, axes: tuple[Axis, ...], dims, sides: Sides) -> tuple[frozenset[Tag], ...]:
