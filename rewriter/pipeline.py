@@ -172,6 +172,8 @@ def _planned(item: Fused, name: str, traced: TracedModule, needed: dict[Dimensio
     try:
         return Fused(item.region, item.chain, plan(item.chain, name))
     except NeedsFixed as sizes:
+        if item.region.tentative:  # parameters have fixed the widths already: these are lengths
+            raise NotPlannable(str(sizes)) from sizes
         dimensions = frozenset().union(*(traced.dimensions_of(s) for s in sizes.sizes))
         for dimension in dimensions:
             needed.setdefault(dimension, site_of(item.region.outputs[0]))
