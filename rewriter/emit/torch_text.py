@@ -19,7 +19,7 @@ from rewriter.errors import RewriteError
 from rewriter.ir import Node, Param, walk
 from rewriter.ir.printer import show
 from rewriter.trace.calls import FILLS, call_name, reads_shape_only
-from rewriter.trace.sizes import number_text, size_node, sizes_in
+from rewriter.trace.sizes import UnknownSize, number_text, size_node, sizes_in
 
 _INFIX = {
     "add": "+",
@@ -186,9 +186,12 @@ class TorchPrinter:
     def size(self, value: torch.SymInt | int) -> str:
         if isinstance(value, int):
             return str(value)
-        return self.size_node(size_node(value))
+        try:
+            return self.size_node(size_node(value))
+        except UnknownSize:  # of no form that an index has
+            return self.number(value)
 
-    def number(self, value: torch.SymFloat) -> str:
+    def number(self, value: torch.SymInt | torch.SymFloat) -> str:
         """A number made from sizes: `length**0.5`"""
         return f"({number_text(value, {p.name: self.size_name(p) for p in sizes_in(value)})})"
 

@@ -32,7 +32,7 @@ from rewriter.ir import Node, Param
 from rewriter.trace.assumed import assumed, conditions_of
 from rewriter.trace.attributes import watched
 from rewriter.trace.caches import caches
-from rewriter.trace.contexts import autocasts, quiet
+from rewriter.trace.contexts import any_function, autocasts, quiet
 from rewriter.trace.ones import Dimension, enlarge, loose
 from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import is_user_file, user_site
@@ -327,7 +327,7 @@ def _try_export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[
         return {d: Dim.STATIC if (k, d) in static else Dim.AUTO for d in range(leaf.dim())}
 
     named = _by_parameter(module, args, pytree.tree_map(dims, (args, kwargs)))
-    with _tracing(), spelled(), _every_frame():
+    with _tracing(), spelled(module), _every_frame():
         return torch.export.export(module, args, kwargs, dynamic_shapes=named, strict=False)
 
 
@@ -341,6 +341,7 @@ def _tracing() -> Iterator[None]:
         sdpa_kernel(SDPBackend.MATH),
         symbolic_config.patch(backed_size_oblivious=True),
         torch.no_grad(),
+        any_function(),
         quiet(),
     ):
         yield
