@@ -32,6 +32,10 @@ def attend(q, k, v, scale=0.25, bias=0.0, keep=None):
     return scores.softmax(-1) @ v
 
 
+def name_of(program) -> str:
+    return getattr(program, "__name__", type(program).__name__)
+
+
 # Numbers
 
 
@@ -97,7 +101,7 @@ NUMBERS = [counted, by_log_of_the_length, by_root_of_the_length, by_functions_of
 NUMBERS += [of_tensors, asked_of_the_op, filled_with, Layer().eval()]
 
 
-@pytest.mark.parametrize("program", NUMBERS, ids=lambda p: getattr(p, "__name__", type(p).__name__))
+@pytest.mark.parametrize("program", NUMBERS, ids=name_of)
 def test_at_other_lengths(program):
     result = fused(program, qkv(2, 7))
     for sizes in ((2, 7), *OTHERS):
@@ -106,6 +110,16 @@ def test_at_other_lengths(program):
 
 def test_a_number_is_written_as_people_write_it():
     assert "* (math.log2(1.0 + length))" in rewrite(Layer().eval(), qkv(2, 7)).sources["module.py"]
+
+
+def sizes_as_operands(q, k, v):
+    n = k.shape[1]
+    away = torch.ones(n).cumsum(0) - (n - 1)
+    return attend(q * away[:, None] / (n + 1) * (2 * n - 1), k - (1 - n), v)
+
+
+def test_sizes_as_operands():
+    test_at_other_lengths(sizes_as_operands)
 
 
 def rounded(q, k, v):
@@ -127,7 +141,7 @@ def by_a_whole_number(q, k, v):
     return attend(q, k, v, int(math.sqrt(k.shape[1])))
 
 
-@pytest.mark.parametrize("program", [by_a_branch, by_a_whole_number], ids=lambda p: p.__name__)
+@pytest.mark.parametrize("program", [by_a_branch, by_a_whole_number], ids=name_of)
 def test_a_choice_by_a_number_is_guarded(program):
     result = fused(program, qkv(2, 7))
     assert_right(result, program, qkv(3, 6))

@@ -79,13 +79,19 @@ class TorchPrinter:
 
     def _generic(self, node: fx.Node, name: str) -> str:
         if self.is_infix(node):
-            left, right = (self.value(a) for a in node.args)
+            left, right = map(self._operand, node.args)
             return f"{left} {_INFIX[name]} {right}"
         plain = _Plain(node)
         for spelled in (_functional, _property, _method, _function):
             if (text := spelled(plain, node, name)) and does_the_same(node, text):
                 return spelled(self, node, name)
         return f"torch.ops.aten.{name}.{node.target._overloadname}({self.arguments(node.args, node.kwargs)})"
+
+    def _operand(self, value: Any) -> str:
+        """x - (length - 1)"""
+        held = value.meta.get("val") if isinstance(value, fx.Node) else value
+        text = self.value(value)
+        return f"({text})" if isinstance(held, torch.SymInt) and not re.fullmatch(r"\w+", text) else text
 
     def said(self, node: fx.Node) -> dict[str, Any]:
         """The keyword arguments that matter."""
