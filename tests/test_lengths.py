@@ -148,3 +148,71 @@ def test_a_choice_by_a_number_is_guarded(program):
     with pytest.warns(UserWarning, match="runs its original code: math.* does not hold"):
         out = result.module(*qkv(2, 37))
     torch.testing.assert_close(out, program(*qkv(2, 37)))
+
+
+# Positions
+
+
+def evenly_spaced(q, k, v):
+    at = torch.linspace(0, 1, k.shape[1])
+    return attend(q, k, v, bias=-(at[:, None] - at).abs() - torch.logspace(-2, -1, k.shape[1]))
+
+
+def spaced_outside(q, k, v):
+    """By an op that stays eager; the last is exact."""
+    n = k.shape[1]
+    at = torch.linspace(-1, n, steps=n, dtype=q.dtype, device=q.device)
+    return attend(q, k, v, bias=torch.flip((at == n) + at.cumsum(0) / 9, (0,)))
+
+
+def below_the_diagonal(q, k, v):
+    n = k.shape[1]
+    keep = torch.eye(n, dtype=torch.bool)
+    i, j = torch.tril_indices(n, n, -1)
+    keep[i, j] = True
+    return attend(q, k, v, keep=keep)
+
+
+def above_the_diagonal(q, k, v):
+    n = k.shape[1]
+    bias = torch.zeros(n, n)
+    bias[tuple(torch.triu_indices(n, n, 2))] = -INF
+    return attend(q, k, v, bias=bias)
+
+
+def blocks_of_two(q, k, v):
+    n = k.shape[1]
+    blocks = torch.kron(torch.ones(n // 2 + 1, n // 2 + 1).tril(), torch.ones(2, 2))
+    return attend(q, k, v, keep=blocks[:n, :n] > 0)
+
+
+def counted_by_position(q, k, v):
+    n = k.shape[1]
+    counts = F.one_hot(torch.arange(n) // 2, n).sum(0)
+    return attend(q, k, v, bias=-counts.float())
+
+
+def averaged_windows(q, k, v):
+    k, v = (F.pad(x, (0, 0, 2, 0)).unfold(1, 3, 1).mean(-1) for x in (k, v))
+    return attend(q, k, v)
+
+
+def on_a_grid(q, k, v):
+    i, j = torch.meshgrid(torch.arange(q.shape[1]), torch.arange(k.shape[1]), indexing="ij")
+    j2, i2 = torch.meshgrid(torch.arange(k.shape[1]), torch.arange(q.shape[1]), indexing="xy")
+    return attend(q, k, v, keep=(j <= i) & (j2 * 2 >= i2))
+
+
+POSITIONS = [evenly_spaced, spaced_outside, blocks_of_two, averaged_windows, on_a_grid, counted_by_position]
+
+
+@pytest.mark.parametrize("program", POSITIONS, ids=name_of)
+def test_positions(program):
+    test_at_other_lengths(program)
+
+
+@pytest.mark.parametrize("program", [below_the_diagonal, above_the_diagonal], ids=name_of)
+def test_masks_that_are_stored(program):
+    result = rewrite(program, qkv(2, 7))
+    for sizes in ((2, 7), *OTHERS):
+        assert_right(result, program, qkv(*sizes))

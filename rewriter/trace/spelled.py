@@ -16,20 +16,15 @@ import sympy
 import torch
 from torch import nn
 from torch.torch_version import TorchVersion
-from torch.utils import _pytree as pytree
 
+from rewriter.trace.composed import composed
 from rewriter.trace.numbers import OF_BUILTINS, OF_MATH, is_symbolic, number, only_calls
 from rewriter.trace.source import is_user_file
 
 SLICES_LOSE_LENGTHS = TorchVersion(torch.__version__) < "2.12"  # also where only the size is no number
-_arange = torch.arange
 _getitem = torch.Tensor.__getitem__
 _setitem = torch.Tensor.__setitem__
-_as_tensor = torch.as_tensor
-_new_tensor = torch.Tensor.new_tensor
 _attention = torch.nn.functional.scaled_dot_product_attention
-_fill_diagonal_ = torch.Tensor.fill_diagonal_
-_masked_fill, _masked_fill_ = torch.Tensor.masked_fill, torch.Tensor.masked_fill_
 _ABSENT = object()
 
 
@@ -63,15 +58,10 @@ def spelled(program: Callable) -> Iterator[None]:
 def _stand_ins() -> Iterator[tuple[Any, str, Callable]]:
     """(owner, name, what it is while tracing)"""
     yield torch.nn.functional, "scaled_dot_product_attention", attention
-    yield torch.Tensor, "fill_diagonal_", fill_diagonal_
     yield torch.Tensor, "__getitem__", getitem
     if SLICES_LOSE_LENGTHS:
         yield torch.Tensor, "__setitem__", setitem
-    yield torch, "arange", arange
-    yield torch.Tensor, "masked_fill", masked_fill
-    yield torch.Tensor, "masked_fill_", masked_fill_
-    yield torch, "as_tensor", as_tensor
-    yield torch.Tensor, "new_tensor", new_tensor
+    yield from composed()
     yield from ((builtins, name, new) for name, new in OF_BUILTINS.items())
     yield from ((math, name, new) for name, new in OF_MATH.items())
 
@@ -100,49 +90,6 @@ def attention(
     if is_symbolic(scale):
         query, scale = query * scale, 1.0
     return _attention(query, key, value, attn_mask, dropout_p, bool(is_causal), scale=scale, **kwargs)
-
-
-def fill_diagonal_(x: torch.Tensor, fill_value: Any, wrap: bool = False) -> torch.Tensor:
-    """where(i == j, fill_value, x): the op itself reads the sizes as numbers."""
-    if wrap or x.dim() != 2:
-        return _fill_diagonal_(x, fill_value, wrap)
-    rows, columns = (torch.arange(n, device=x.device) for n in x.shape)
-    return x.masked_fill_(rows[:, None] == columns, fill_value)
-
-
-def arange(*args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> torch.Tensor:
-    """arange(n - 1, -n, -1.0): whole numbers as floats. Their count is one of whole numbers, where the op itself
-    rounds a float.
-    """
-    symbolic = any(isinstance(a, torch.SymInt) for a in args)
-    whole = all(isinstance(a, (int, torch.SymInt)) or (isinstance(a, float) and a.is_integer()) for a in args)
-    if symbolic and whole and any(isinstance(a, float) for a in args):
-        args, dtype = tuple(int(a) if isinstance(a, float) else a for a in args), dtype or torch.get_default_dtype()
-    return _arange(*args, dtype=dtype, **kwargs)
-
-
-def as_tensor(data: Any, dtype: torch.dtype | None = None, device: Any = None) -> torch.Tensor:
-    """as_tensor(n): the op itself reads sizes as numbers, which `tensor` does not."""
-    if any(map(is_symbolic, pytree.tree_leaves(data))):
-        return torch.tensor(data, dtype=dtype, device=device)
-    return _as_tensor(data, dtype=dtype, device=device)
-
-
-def new_tensor(x: torch.Tensor, data: Any, **kwargs: Any) -> torch.Tensor:
-    """x.new_tensor(n), likewise"""
-    if any(map(is_symbolic, pytree.tree_leaves(data))):
-        return torch.tensor(data, **{"dtype": x.dtype, "device": x.device, **kwargs})
-    return _new_tensor(x, data, **kwargs)
-
-
-def masked_fill(x: torch.Tensor, mask: torch.Tensor, value: Any) -> torch.Tensor:
-    """x.masked_fill(mask, n ** 0.5), likewise"""
-    return _masked_fill(x, mask, torch.tensor(value, dtype=x.dtype) if is_symbolic(value) else value)
-
-
-def masked_fill_(x: torch.Tensor, mask: torch.Tensor, value: Any) -> torch.Tensor:
-    """In place."""
-    return _masked_fill_(x, mask, torch.tensor(value, dtype=x.dtype) if is_symbolic(value) else value)
 
 
 def getitem(x: torch.Tensor, at: Any) -> torch.Tensor:
