@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 
 import pytest
 import torch
-from library_programs import close, said, tensors
+from library_programs import close, said, tensors, tokens
 from torch.utils._pytree import tree_flatten
 
 from rewriter import rewrite
@@ -185,3 +186,25 @@ def test_a_call_after_a_chain_is_the_users(call):
     for args in (tensors(2, 2, 9, 16), tensors(3, 2, 20, 16)):
         with torch.no_grad(), said(kernels=1):
             torch.testing.assert_close(function(*args), names["program"](*args), rtol=1e-4, atol=1e-5)
+
+
+class Masked(torch.nn.TransformerEncoder):
+    """Called without `is_causal`, it looks at what the mask holds."""
+
+    def __init__(self):
+        layer = torch.nn.TransformerEncoderLayer(32, 2, 32, dropout=0.0, batch_first=True)
+        super().__init__(layer, 1, enable_nested_tensor=False)
+        self.requires_grad_(False)
+
+    def forward(self, x, mask):
+        return super().forward(x, mask=mask)
+
+
+def test_a_mask_is_not_looked_at():
+    module, causal = Masked(), torch.nn.Transformer.generate_square_subsequent_mask
+    original = copy.deepcopy(module)
+    function = rewrite(module, (tokens(1, 7), causal(7))).module
+    for batch, n in ((1, 7), (2, 9), (3, 1)):
+        for mask in (causal(n), tensors(n, n, count=1)[0]):
+            with said(kernels=1):
+                close(function(tokens(batch, n), mask), original(tokens(batch, n), mask))

@@ -32,7 +32,7 @@ from rewriter.ir import Node, Param
 from rewriter.trace.assumed import assumed, conditions_of
 from rewriter.trace.attributes import watched
 from rewriter.trace.caches import caches
-from rewriter.trace.contexts import any_function, autocasts, quiet
+from rewriter.trace.contexts import any_function, autocasts, masks_as_given, quiet
 from rewriter.trace.ones import Dimension, enlarge, loose
 from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import is_user_file, user_site
@@ -141,7 +141,7 @@ def capture(
     traced_as = module if isinstance(module, nn.Module) else _Function(module)
     args, kwargs = _apart(args, _in_order(traced_as, kwargs))
     traced_as = _with_every_parameter(traced_as, kwargs)
-    with watched(traced_as, caches(traced_as, args, kwargs)) as state, autocasts() as autocast:
+    with masks_as_given(), watched(traced_as, caches(traced_as, args, kwargs)) as state, autocasts() as autocast:
         try:
             enlarged = enlarge(traced_as, args, kwargs, bound)
         except Exception as error:  # tensors without sizes: nested ones
