@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from library_programs import close, said, tensors, tokens
 from torch.utils._pytree import tree_flatten
 
 from rewriter import rewrite
+from rewriter.emit.spelling import does_the_same
 from rewriter.errors import RewriteError
 from rewriter.trace import capture
 
@@ -208,3 +210,11 @@ def test_a_mask_is_not_looked_at():
         for mask in (causal(n), tensors(n, n, count=1)[0]):
             with said(kernels=1):
                 close(function(tokens(batch, n), mask), original(tokens(batch, n), mask))
+
+
+def test_nothing_is_warned_of_a_program_without_sizes():
+    traced = capture(lambda x: x.relu(), (torch.tensor(1.0),), {})
+    (node,) = (n for n in traced.graph.nodes if n.op == "call_function")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert does_the_same(node, f"torch.relu({node.args[0].name})")

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rewriter.trace.contexts import quiet
+from rewriter.trace.equations import hints_of
 
 
 class _Calls(TorchDispatchMode):
@@ -64,5 +65,4 @@ def _sizes(environment) -> dict[str, torch.SymInt]:
     """The symbolic sizes by name."""
     if environment is None:
         return {}
-    table = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
-    return {s.name: environment.create_symintnode(s, hint=int(hint)) for s, hint in table.items()}
+    return {s.name: environment.create_symintnode(s, hint=int(hint)) for s, hint in hints_of(environment).items()}

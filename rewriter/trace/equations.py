@@ -82,7 +82,7 @@ def _equations(environment) -> tuple[_Equation, ...]:
     fractions = {e.old: e.new for e in exact}
     ratios = [(e.lhs / e.rhs).xreplace(fractions) for e in equalities if e.rhs != 0]
     ratios = [*ratios, *fractions.values()]
-    same = _renaming([pair for r in ratios for pair in _pairs(r, _places(environment), environment.backed_var_to_val)])
+    same = _renaming([pair for r in ratios for pair in _pairs(r, _places(environment), hints_of(environment))])
     exact = [replace(e, conditions=(_leaves_nothing(e.new.xreplace(same)),)) for e in exact]
     return (*_choices(equalities), *exact, *(_Equation(old, new) for old, new in same.items()))
 
@@ -133,6 +133,12 @@ def _places(environment) -> dict[sympy.Symbol, int]:
     """Which dimension of its input each symbol is the size of."""
     first = {s: sources[0] for s, sources in environment.var_to_sources.items() if sources}
     return {s: source.idx for s, source in first.items() if getattr(source, "prop", None) is TensorProperty.SIZE}
+
+
+def hints_of(environment) -> dict[sympy.Symbol, int]:
+    """What each symbol is in the example. Later versions of torch have another name for it, and warn of the former."""
+    named = "backed_var_to_val" if hasattr(environment, "backed_var_to_val") else "var_to_val"
+    return getattr(environment, named)
 
 
 def _renaming(pairs: list[tuple[sympy.Symbol, sympy.Symbol]]) -> dict[sympy.Symbol, sympy.Symbol]:
