@@ -123,6 +123,28 @@ def test_what_depends_on_values_is_named(program, line):
     assert line in str(caught.value) and line in lines[caught.value.reason.site.line - first]
 
 
+class Counting(torch.nn.Module):
+    """Its state is changed by a slice, in a method of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(4, 2, 64, 16))
+
+    def forward(self, q, k, v):
+        self.keep(k)
+        return attend(q, self.cache[: k.shape[0], :, : k.shape[2]], v)
+
+    def keep(self, k):
+        self.cache[: k.shape[0], :, : k.shape[2]] = k
+
+
+def test_what_changes_a_buffer_is_named():
+    with pytest.raises(RewriteError, match="forward changes cache in place") as caught:
+        rewrite(Counting(), tensors(2, 2, 9, 16))
+    lines, first = inspect.getsourcelines(Counting.keep)
+    assert "= k" in lines[caught.value.reason.site.line - first]
+
+
 def test_parts_of_the_program_as_arguments_are_refused():
     def program(q, k, v):
         return torch.cond(q.sum() > 4, lambda x: x * 2, lambda x: x * 3, (attend(q, k, v),))
