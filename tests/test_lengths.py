@@ -216,3 +216,28 @@ def test_masks_that_are_stored(program):
     result = rewrite(program, qkv(2, 7))
     for sizes in ((2, 7), *OTHERS):
         assert_right(result, program, qkv(*sizes))
+
+
+# Pooled keys
+
+
+def interpolated(q, k, v):
+    k, v = (F.interpolate(x.mT, scale_factor=0.5).mT for x in (k, v))
+    return attend(q, k, v)
+
+
+def pooled_by_the_largest(q, k, v):
+    k, v = (F.max_pool1d(x.mT, 2, ceil_mode=True).mT for x in (k, v))
+    return attend(q, k, v)
+
+
+def pooled_by_the_mean(q, k, v):
+    k, v = (F.avg_pool1d(x.mT, 2).mT for x in (k, v))
+    return attend(q, k, v)
+
+
+@pytest.mark.parametrize("program", [interpolated, pooled_by_the_largest, pooled_by_the_mean], ids=name_of)
+def test_pooled_keys(program):
+    result = fused(program, qkv(2, 12))
+    for sizes in ((2, 12), (1, 2), (3, 5), (1, 37)):
+        assert_right(result, program, qkv(*sizes))

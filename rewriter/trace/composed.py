@@ -18,6 +18,7 @@ _one_hot, _tril_indices, _triu_indices, _kron = (
     torch.triu_indices,
     torch.kron,
 )
+_max_pool1d = torch.max_pool1d
 _as_tensor, _new_tensor = torch.as_tensor, Tensor.new_tensor
 _masked_fill, _masked_fill_, _fill_diagonal_ = Tensor.masked_fill, Tensor.masked_fill_, Tensor.fill_diagonal_
 
@@ -27,6 +28,7 @@ def composed() -> Iterator[tuple[Any, str, Callable]]:
     yield from (
         (torch, f.__name__, f) for f in (arange, linspace, logspace, tril_indices, triu_indices, kron, as_tensor)
     )
+    yield torch, "max_pool1d", max_pool1d
     yield torch.nn.functional, "one_hot", one_hot
     yield from ((Tensor, f.__name__, f) for f in (kron, new_tensor, masked_fill, masked_fill_, fill_diagonal_))
 
@@ -106,6 +108,17 @@ def one_hot(x: Tensor, num_classes: Any = -1) -> Tensor:
     if not is_symbolic(num_classes):
         return _one_hot(x, num_classes)
     return (x[..., None] == torch.arange(num_classes, device=x.device)).long()
+
+
+def max_pool1d(x: Tensor, kernel_size, stride=(), padding=0, dilation=1, ceil_mode: bool = False) -> Tensor:
+    """That of rows of pixels"""
+    if not _holds_symbols(tuple(x.shape)):
+        return _max_pool1d(x, kernel_size, stride, padding, dilation, ceil_mode)
+    size, step, pad, apart = (
+        v[0] if isinstance(v, (tuple, list)) and v else v for v in (kernel_size, stride, padding, dilation)
+    )
+    pooled = torch.max_pool2d(x.unsqueeze(-2), (1, size), (1, step or size), (0, pad), (1, apart), ceil_mode)
+    return pooled.squeeze(-2)
 
 
 def as_tensor(data: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:

@@ -4,6 +4,7 @@ Min(128, s) → s, [Min(128, s) = s]     a buffer's slice, as long as asked or a
 4 * (s // 4) → s, [s % 4 = 0]          a tensor of s viewed as groups of 4
 t → s                                  x[.., t] contracted with y[.., s]: the inputs' own guards compare them
 ceil(float(-2 * s) / -1.0) → 2 * s     arange(s, -s, -1.0)
+trunc(0.5 * float(s)) → s // 2         interpolate(x, scale_factor=0.5)
 """
 
 from __future__ import annotations
@@ -37,11 +38,18 @@ def whole(expr: sympy.Basic) -> sympy.Basic:
     """Whole numbers without floating point between.
 
     ceil(float(-2 * s) / -1.0)  →  2 * s"""
-    return expr.replace(lambda e: type(e).__name__ in _ROUNDED and _quotient(e.args[0]) is not None, _rounded)
+    return expr.replace(lambda e: type(e).__name__ in _ROUNDED and _is_quotient(e), _rounded)
 
 
-_ROUNDED = ("CeilToInt", "FloorToInt")
+_ROUNDED = ("CeilToInt", "FloorToInt", "TruncToInt")
+FINEST = 1 << 10  # of binary fractions: a size times one is exact
 _DIVIDED = ("FloatTrueDiv", "IntTrueDiv")
+
+
+def _is_quotient(rounded: sympy.Expr) -> bool:
+    """Whether whole numbers are divided; what is rounded towards zero must not be negative."""
+    quotient = _quotient(rounded.args[0])
+    return quotient is not None and bool(type(rounded).__name__ != "TruncToInt" or quotient.is_nonnegative)
 
 
 def _rounded(rounded: sympy.Expr) -> sympy.Expr:
@@ -57,7 +65,11 @@ def _quotient(expr: sympy.Expr) -> sympy.Expr | None:
     if name == "ToFloat":
         return _quotient(expr.args[0])
     if expr.is_Float:
-        return sympy.Integer(int(expr)) if float(expr).is_integer() else None
+        above, below = float(expr).as_integer_ratio()
+        return sympy.Rational(above, below) if below <= FINEST else None
+    if expr.is_Mul:
+        parts = list(map(_quotient, expr.args))
+        return None if None in parts else sympy.Mul(*parts)
     if name in _DIVIDED:
         above, below = map(_quotient, expr.args)
         return above / below if above is not None and below is not None and below.is_number else None
