@@ -203,6 +203,15 @@ CASES["diagonal"] = lambda: [
     call(aten.diagonal.default, f(5, 7), 2),
     call(aten.diagonal.default, f(5, 3, 7), -1, 2, 0),
 ]
+CASES["unfold"] = lambda: [
+    call(aten.unfold.default, f(3, 7), 1, 3, 2),
+    call(aten.unfold.default, f(7, 3, 2), -3, 2, 1),
+]
+CASES["meshgrid"] = lambda: [
+    call(aten.meshgrid.default, [f(3), f(5)]),
+    call(aten.meshgrid.indexing, [f(3), f(5), f(2)], indexing="xy"),
+    call(aten.meshgrid.indexing, [i(3), i(5)], indexing="ij"),
+]
 CASES["diagonal_scatter"] = lambda: [
     call(aten.diagonal_scatter.default, f(5, 7), f(5)),
     call(aten.diagonal_scatter.default, f(5, 7), f(3), 4),

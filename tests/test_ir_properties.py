@@ -126,6 +126,10 @@ def test_views_of_views_leave_no_division():
     assert apply("floordiv", flat, d) is Index(h) and apply("mod", flat, d) is Index(e)
     again = apply("add", apply("mul", apply("floordiv", Index(i), d), d), apply("mod", Index(i), d))
     assert again is Index(i) and substitute(again, {i: flat}) is flat
+    repeated = apply("add", apply("mul", Index(i), d), Index(e))
+    whole = apply("mul", d, Param("N"))
+    assert apply("floordiv", repeated, whole) is apply("floordiv", Index(i), Param("N"))
+    assert apply("mod", apply("mod", repeated, whole), d) is Index(e)
     heads = apply("add", apply("mod", Index(h), Const(2)), apply("floordiv", Index(h), Const(2)))
     assert apply("add", heads, apply("floordiv", Index(h), Const(2))) is Index(h)
 

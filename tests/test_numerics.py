@@ -258,3 +258,17 @@ def test_what_the_program_raises_is_raised():
         run_float64(lambda x: x @ x, [torch.ones(2, 3)])
     with pytest.raises(KeyError):
         run_float64(lambda x: {}["missing"], [torch.ones(1)])
+
+
+ELSEWHERE = {"weight": torch.rand(3, 3), "bias": torch.rand(3).half()}
+
+
+def test_tensors_from_elsewhere_are_float64():
+    def program(x):
+        ELSEWHERE["bias"].mul_(1)
+        return x @ ELSEWHERE["weight"] + ELSEWHERE["bias"].exp() + x.float().exp()
+
+    x, weight, bias = torch.rand(3, 3), *(t.double() for t in ELSEWHERE.values())
+    out = run_float64(program, [x])
+    assert torch.equal(out, x.double() @ weight + bias.exp() + x.exp())
+    assert [t.dtype for t in ELSEWHERE.values()] == [torch.float32, torch.float16]

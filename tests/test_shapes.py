@@ -390,7 +390,7 @@ def row_by_row(q, k, v):
 
 
 def a_tensor_of_its_own(q, k, v):
-    return attend(q * torch.linspace(0, 1, q.shape[2])[:, None], k, v)
+    return attend(q * torch.hann_window(q.shape[2])[:, None], k, v)
 
 
 def branch(q, k, v):
@@ -405,7 +405,7 @@ def causal_branch(q, k, v):
 
 NUMBERS = {
     row_by_row: "for i in range(q.shape[2]):",
-    a_tensor_of_its_own: "return attend(q * torch.linspace(0, 1, q.shape[2])[:, None], k, v)",
+    a_tensor_of_its_own: "return attend(q * torch.hann_window(q.shape[2])[:, None], k, v)",
     branch: "if q.shape[2] > 1:",
     causal_branch: "return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)",
 }

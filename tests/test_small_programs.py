@@ -82,11 +82,35 @@ def to_the_base_10(q, k, v):
     return p @ v / p.sum(-1, keepdim=True)
 
 
+def graph(m, n):
+    return r(n, 8), r(16, 1), r(n, n) > -0.5
+
+
+def weighed(h, pairs, a, near):
+    """Attention over the neighbours in a graph, by a layer of the features of both ends of each edge."""
+    n = h.shape[0]
+    s = F.leaky_relu((pairs @ a).view(n, n)).masked_fill(~(near | torch.eye(n, dtype=torch.bool)), -9e15)
+    return torch.softmax(s, -1) @ h
+
+
+def pairs_by_repeats(h, a, near):
+    n = h.shape[0]
+    return weighed(h, torch.cat([h.repeat_interleave(n, 0), h.repeat(n, 1)], 1), a, near)
+
+
+def pairs_by_a_view_of_repeats(h, a, near):
+    n = h.shape[0]
+    pairs = torch.cat([h.repeat(1, n).view(n * n, -1), h.repeat(n, 1)], 1)
+    return weighed(h, pairs.view(n, n, -1), a, near)
+
+
 PROGRAMS = {
     squared_scores: qkv,
     decayed: qkv,
     to_the_base_2: qkv,
     to_the_base_10: qkv,
+    pairs_by_repeats: graph,
+    pairs_by_a_view_of_repeats: graph,
     stored_and_read_both_ways: same,
     divided_late_over_groups: grouped,
     filled_by_a_product: qkv,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import warnings
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 
 import pytest
 import torch
-from library_programs import close, said, tensors
+from library_programs import close, said, tensors, tokens
 from torch.utils._pytree import tree_flatten
 
 from rewriter import rewrite
+from rewriter.emit.spelling import does_the_same
 from rewriter.errors import RewriteError
 from rewriter.trace import capture
 
@@ -120,6 +123,28 @@ def test_what_depends_on_values_is_named(program, line):
     assert line in str(caught.value) and line in lines[caught.value.reason.site.line - first]
 
 
+class Counting(torch.nn.Module):
+    """Its state is changed by a slice, in a method of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(4, 2, 64, 16))
+
+    def forward(self, q, k, v):
+        self.keep(k)
+        return attend(q, self.cache[: k.shape[0], :, : k.shape[2]], v)
+
+    def keep(self, k):
+        self.cache[: k.shape[0], :, : k.shape[2]] = k
+
+
+def test_what_changes_a_buffer_is_named():
+    with pytest.raises(RewriteError, match="forward changes cache in place") as caught:
+        rewrite(Counting(), tensors(2, 2, 9, 16))
+    lines, first = inspect.getsourcelines(Counting.keep)
+    assert "= k" in lines[caught.value.reason.site.line - first]
+
+
 def test_parts_of_the_program_as_arguments_are_refused():
     def program(q, k, v):
         return torch.cond(q.sum() > 4, lambda x: x * 2, lambda x: x * 3, (attend(q, k, v),))
@@ -185,3 +210,33 @@ def test_a_call_after_a_chain_is_the_users(call):
     for args in (tensors(2, 2, 9, 16), tensors(3, 2, 20, 16)):
         with torch.no_grad(), said(kernels=1):
             torch.testing.assert_close(function(*args), names["program"](*args), rtol=1e-4, atol=1e-5)
+
+
+class Masked(torch.nn.TransformerEncoder):
+    """Called without `is_causal`, it looks at what the mask holds."""
+
+    def __init__(self):
+        layer = torch.nn.TransformerEncoderLayer(32, 2, 32, dropout=0.0, batch_first=True)
+        super().__init__(layer, 1, enable_nested_tensor=False)
+        self.requires_grad_(False)
+
+    def forward(self, x, mask):
+        return super().forward(x, mask=mask)
+
+
+def test_a_mask_is_not_looked_at():
+    module, causal = Masked(), torch.nn.Transformer.generate_square_subsequent_mask
+    original = copy.deepcopy(module)
+    function = rewrite(module, (tokens(1, 7), causal(7))).module
+    for batch, n in ((1, 7), (2, 9), (3, 1)):
+        for mask in (causal(n), tensors(n, n, count=1)[0]):
+            with said(kernels=1):
+                close(function(tokens(batch, n), mask), original(tokens(batch, n), mask))
+
+
+def test_nothing_is_warned_of_a_program_without_sizes():
+    traced = capture(lambda x: x.relu(), (torch.tensor(1.0),), {})
+    (node,) = (n for n in traced.graph.nodes if n.op == "call_function")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert does_the_same(node, f"torch.relu({node.args[0].name})")

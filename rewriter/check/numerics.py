@@ -162,9 +162,9 @@ def run_float64(
     """Run the program in float64: the reference that others are measured against.
 
     A module is copied, and its parameters, buffers and plain tensor attributes made float64, as are
-    floating inputs; neither module nor inputs are changed. Code that asks for a narrower dtype gets
-    it (`x.float()`), unless the two then do not go together (`x.float() @ self.weight`): such a
-    program is run again with every float made float64.
+    floating inputs and tensors from elsewhere (a file's own `BIAS = torch.randn(...)`); none of them
+    is changed. Code that asks for a narrower dtype gets it (`x.float()`), unless the two then do not
+    go together (`x.float() @ self.weight`): such a program is run again with every float made float64.
 
     Returns:
         What the program returns, without gradients.
@@ -173,16 +173,17 @@ def run_float64(
         Whatever the program raises.
     """
     try:
-        return _run(module_or_fn, args, kwargs or {})
+        return _run(module_or_fn, args, kwargs or {}, _OthersWide())
     except RuntimeError:  # what torch says of dtypes that do not match is worded in many ways
-        with _EveryFloatWide():
-            return _run(module_or_fn, args, kwargs or {})
+        return _run(module_or_fn, args, kwargs or {}, _EveryFloatWide())
 
 
-def _run(program: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+def _run(
+    program: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object], mode: TorchFunctionMode
+) -> object:
     program = _widened(program) if isinstance(program, nn.Module) else program
     args, kwargs = tree_map_only(Tensor, _wide_copy, (tuple(args), dict(kwargs)))
-    with torch.no_grad(), _default_float64():
+    with torch.no_grad(), _default_float64(), mode:
         return program(*args, **kwargs)
 
 
@@ -221,10 +222,30 @@ def _default_float64() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-class _EveryFloatWide(TorchFunctionMode):
-    """`x.float()` and `dtype=torch.float32` mean float64."""
+class _OthersWide(TorchFunctionMode):
+    """Narrow tensors that the program did not make itself are float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.made: dict[int, object] = {}
+        self.wide: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(Tensor, self._widened, (args, kwargs or {}))
+        out = func(*args, **kwargs)
+        self.made |= {id(leaf): leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and _is_narrow(leaf)}
+        return out
+
+    def _widened(self, tensor: Tensor) -> Tensor:
+        if id(tensor) in self.made or not _is_narrow(tensor):
+            return tensor
+        return self.wide.setdefault(id(tensor), (tensor, _wide_copy(tensor)))[1]
+
+
+class _EveryFloatWide(_OthersWide):
+    """`x.float()` and `dtype=torch.float32` mean float64, too."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         func = Tensor.double if func in _TO_NARROWER else func
         args, kwargs = tree_map_only(torch.dtype, _wide, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)

@@ -19,7 +19,7 @@ from rewriter.errors import RewriteError
 from rewriter.ir import Node, Param, walk
 from rewriter.ir.printer import show
 from rewriter.trace.calls import FILLS, call_name, reads_shape_only
-from rewriter.trace.sizes import number_text, size_node, sizes_in
+from rewriter.trace.sizes import UnknownSize, number_text, size_node, sizes_in
 
 _INFIX = {
     "add": "+",
@@ -79,13 +79,19 @@ class TorchPrinter:
 
     def _generic(self, node: fx.Node, name: str) -> str:
         if self.is_infix(node):
-            left, right = (self.value(a) for a in node.args)
+            left, right = map(self._operand, node.args)
             return f"{left} {_INFIX[name]} {right}"
         plain = _Plain(node)
         for spelled in (_functional, _property, _method, _function):
             if (text := spelled(plain, node, name)) and does_the_same(node, text):
                 return spelled(self, node, name)
         return f"torch.ops.aten.{name}.{node.target._overloadname}({self.arguments(node.args, node.kwargs)})"
+
+    def _operand(self, value: Any) -> str:
+        """x - (length - 1)"""
+        held = value.meta.get("val") if isinstance(value, fx.Node) else value
+        text = self.value(value)
+        return f"({text})" if isinstance(held, torch.SymInt) and not re.fullmatch(r"\w+", text) else text
 
     def said(self, node: fx.Node) -> dict[str, Any]:
         """The keyword arguments that matter."""
@@ -186,9 +192,12 @@ class TorchPrinter:
     def size(self, value: torch.SymInt | int) -> str:
         if isinstance(value, int):
             return str(value)
-        return self.size_node(size_node(value))
+        try:
+            return self.size_node(size_node(value))
+        except UnknownSize:  # of no form that an index has
+            return self.number(value)
 
-    def number(self, value: torch.SymFloat) -> str:
+    def number(self, value: torch.SymInt | torch.SymFloat) -> str:
         """A number made from sizes: `length**0.5`"""
         return f"({number_text(value, {p.name: self.size_name(p) for p in sizes_in(value)})})"
 

@@ -5,6 +5,7 @@ sympy keeps `floor(j / h)` although 0 ≤ j < h, so the rules that need ranges a
 
     (a·D + r) // D  →  a + r // D          r // D  →  0   where 0 ≤ r < D,   -1   where -D ≤ r < 0
     (a·D + r) %  D  →  r % D               r %  D  →  r   where 0 ≤ r < D
+    (a·D + r) // (D·E)  →  a // E          (a·D + r) % (D·E)  →  a % E · D + r     where 0 ≤ r < D
     (x // A) // B   →  x // (A·B)          (x % (A·B)) // A  stays
     min(x, y)       →  x                   where x ≤ y
     x // D · D + x % D  →  x
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache
+from math import gcd
 
 import torch
 
@@ -226,6 +228,21 @@ def _split(poly: Poly, divisor: Poly) -> tuple[Poly, Poly] | None:
     return quotient, rest
 
 
+def _reduced(poly: Poly, divisor: Poly) -> tuple[Poly, Poly, Poly, Poly] | None:
+    """(a, E, D, r) where poly = a·D + r and divisor = D·E, for 0 ≤ r < D; None where there are none."""
+    if len(divisor) != 1 or not nonnegative(plus(divisor, {(): 1}, -1)):
+        return None
+    monomial, coefficient = next(iter(divisor.items()))
+    for term, count in poly.items():
+        shared = {tuple((Counter(term) & Counter(monomial)).elements()): gcd(count, coefficient)}
+        quotient, rest = _split(poly, shared)
+        left, _ = _split(divisor, shared)
+        is_part = shared != divisor and shared != {(): 1}
+        if is_part and nonnegative(rest) and nonnegative(plus(plus(shared, rest, -1), {(): 1}, -1)):
+            return quotient, left, shared, rest
+    return None
+
+
 def floordiv(a: Node, b: Node) -> Node:
     """a // b in normal form (rounding down)."""
     pa, pb = to_poly(a), to_poly(b)
@@ -242,6 +259,8 @@ def floordiv(a: Node, b: Node) -> Node:
             return from_poly(plus(quotient, {(): -1}))
         if quotient:
             return from_poly(plus(quotient, to_poly(floordiv(from_poly(rest), b))))
+    if reduced := _reduced(pa, pb):
+        return floordiv(from_poly(reduced[0]), from_poly(reduced[1]))
     a = from_poly(pa)
     if isinstance(a, Apply) and a.op == "floordiv" and nonnegative(plus(to_poly(a.args[1]), {(): 1}, -1)):
         return floordiv(a.args[0], from_poly(times(to_poly(a.args[1]), pb)))
@@ -259,6 +278,9 @@ def mod(a: Node, b: Node) -> Node:
     rest = split[1] if split else pa
     if not rest or (nonnegative(rest) and nonnegative(plus(plus(pb, rest, -1), {(): 1}, -1))):
         return from_poly(rest)
+    if reduced := _reduced(rest, pb):
+        above, below, factor, last = reduced
+        return from_poly(plus(times(to_poly(mod(from_poly(above), from_poly(below))), factor), last))
     rest_node = from_poly(rest)
     if isinstance(rest_node, Apply) and rest_node.op == "mod" and rest_node.args[1] is from_poly(pb):
         return rest_node

@@ -185,7 +185,9 @@ class Cutter:
         return found
 
     def cut(self, roots: list[fx.Node], name: str, tentative: bool, later: set[fx.Node]) -> Region | None:
-        """None where nothing outside reads what the roots lead to. later: roots of regions after this one."""
+        """None where nothing outside reads what the roots lead to, or it is made of positions alone. later: roots of
+        regions after this one.
+        """
         self.origins, self.memo = {}, {}
         self.roots = set(roots)
         written = [n for n in roots if n in self.tags.written]
@@ -197,6 +199,8 @@ class Cutter:
         self.claimed = self._between(roots, outputs) | self.roots
         lifted = [(node, self._inlined(node)) for node in outputs]
         program = Program(name, tuple(self._output(n, v) for n, v in lifted), self.origins)
+        if not program.tensors:
+            return None
         inside = frozenset(self.memo) - {n for n in self.memo if n.op == "placeholder"}
         inputs = tuple(dict.fromkeys(self.by_name[t.name] for t in program.tensors))
         wide = tuple(n for n in self.memo if self.tags.is_wide(n))

@@ -27,8 +27,8 @@ class Repeated:
         if source not in self.cheaper:
             value = self._unstored(source)
             loads = [n for n in walk(value.body) if isinstance(n, Load)]
-            if call_name(source) in ("cat", "stack"):
-                self.cheaper[source] = not loads
+            if loads and call_name(source) in ("cat", "stack"):
+                self.cheaper[source] = all(map(self.is_cheaper, source.all_input_nodes))
             else:
                 everything = frozenset(a for a in value.axes if index(a).free)
                 self.cheaper[source] = not any(covers(load, everything) for load in loads)
@@ -49,6 +49,14 @@ class Repeated:
             return n
 
         return Lifted(value.axes, transform(value.body, rule))
+
+    def opened(self, value: Lifted) -> Lifted:
+        """A view of such a contraction as what that computes: pairs of positions along one axis as two."""
+        source = self.by_name[value.body.tensor.name] if isinstance(value.body, Load) else None
+        local = self.local[source].value if source in self.local else None
+        if not isinstance(local, Lifted) or not self.contracts(local):
+            return value
+        return self.written_out(Lifted(value.axes, local.at(value.body.index)))
 
     def _unstored(self, source: fx.Node) -> Lifted:
         """The value so written out, unless that is long or reduces something."""

@@ -121,7 +121,8 @@ def tag(
         sides = _sides(lifted, reads, narrow)
         if not sides and not _origins(dims):
             # An operand may repeat what it is made of: q[m, d] · (k[n, d] + table[m - n, d])
-            sides = _sides(seen_through, sources(seen_through, by_name), narrow)
+            opened = repeated.opened(seen_through)
+            sides = _sides(opened, sources(opened, by_name), narrow)
         if sides and kind is not Origins.STORED and ahead.is_worth(order, sides, kind):
             tags.origins.add(node)
             dims = _with_origin(order, lifted.axes, dims, ahead.narrowed(order, sides))

@@ -210,6 +210,14 @@ def unbind(ctx: Context, x: Lifted, dim: int = 0) -> tuple[Lifted, ...]:
     )
 
 
+@lifts("meshgrid")
+def meshgrid(ctx: Context, tensors, *, indexing: str = "ij") -> tuple[Lifted, ...]:
+    """Each tensor along a dimension of its own; "xy" has the first two the other way round"""
+    place = [1, 0, *range(2, len(tensors))] if indexing == "xy" and len(tensors) > 1 else range(len(tensors))
+    shape = shape_of(ctx.value[0])
+    return tuple(remap(x, shape, lambda i, d=d, rank=len(x.axes): i[d : d + rank]) for x, d in zip(tensors, place))
+
+
 @lifts("cat", "concat", "concatenate")
 def cat(ctx: Context, tensors, dim: int = 0) -> Lifted:
     """Pieces side by side: `where(i < N, a[i], b[i - N])`; a reduction over i splits there later."""
@@ -290,7 +298,19 @@ def diagonal(ctx: Context, x: Lifted, offset: int = 0, dim1: int = 0, dim2: int 
     return remap(x, ctx.shape, mapping)
 
 
-refuses("a strided view", "unfold", "as_strided")
+@lifts("unfold")
+def unfold(ctx: Context, x: Lifted, dim: int, size, step) -> Lifted:
+    """x[..., i * step + j, ...]; the place in a window is the last dimension"""
+    dim = _dim(dim, len(x.axes))
+
+    def mapping(i: tuple[Node, ...]) -> list[Node]:
+        moved = apply("add", apply("mul", i[dim], scalar(step)), i[-1])
+        return [moved if d == dim else k for d, k in enumerate(i[:-1])]
+
+    return remap(x, ctx.shape, mapping)
+
+
+refuses("a strided view", "as_strided")
 
 
 @lifts("embedding")

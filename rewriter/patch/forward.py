@@ -52,7 +52,7 @@ class ForwardPrinter:
         self.units = units_of(traced, regions)
         self.kernels = dict(zip((r.program.name for r in regions), kernels))
         self.user_names = user_names(traced.graph)
-        self.variables = Variables({"self", "torch", *(k.name for k in kernels), *_roots(leaf_text)})
+        self.variables = Variables({"self", "torch", "math", *(k.name for k in kernels), *_roots(leaf_text)})
         self.sizes: dict[Param, str] = {}
         self.sources = sizes.sources
         self.lines: list[str] = []

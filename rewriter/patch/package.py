@@ -61,6 +61,7 @@ def patch(
         ties=ties(traced),
         guards=guards,
         lines=forward.lines,
+        uses_math=any("math." in text for text in (*forward.lines, *(g.condition for g in guards))),
         classes=forward.classes,
         kernels=[k.name for k in {k.name: k for k in kernels}.values()],
         qualified=program.__qualname__,

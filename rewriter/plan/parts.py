@@ -174,14 +174,16 @@ def _reading_results(chain: Chain, part: Part, results: dict[str, Tensor]) -> Ch
 
 
 def _moved(definition: Definition, moved: Callable[[Node], Node]) -> Definition:
-    shift = definition.shift
+    shift, rest = definition.shift, tuple(map(moved, definition.rest))
     if shift:
         shift = replace(shift, phi=moved(shift.phi), exponent=moved(shift.exponent))
+        if not shift.runs:
+            shift, rest = None, (*shift.factors, *rest)
     centre = definition.centre and replace(definition.centre, mean=moved(definition.centre.mean))
     return replace(
         definition,
         predicate=moved(definition.predicate),
-        rest=tuple(map(moved, definition.rest)),
+        rest=rest,
         shift=shift,
         body=moved(definition.body),
         centre=centre,

@@ -8,6 +8,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import Mod
 
 from rewriter.errors import Reason, Site
 from rewriter.ir import Const, Param
@@ -82,7 +83,9 @@ def _environment(graph: fx.Graph):
 
 
 def _user_guards(graph: fx.Graph) -> list[tuple[sympy.Expr, Site | None]]:
-    """Conditions on sizes that the user's own lines decided; torch's own are about speed, not meaning."""
+    """Conditions on sizes that the user's own lines decided. Torch's own are about speed, not meaning, but where one
+    made a number of a size: s // 2 == 3.
+    """
     environment = _environment(graph)
     out = []
     for guard in environment.guards if environment else ():
@@ -92,7 +95,17 @@ def _user_guards(graph: fx.Graph) -> list[tuple[sympy.Expr, Site | None]]:
             out.append((guard.expr, Site(file, frame.lineno)))
         elif file == spelled.__file__:
             out.append((guard.expr, _site_of_call(graph, "scaled_dot_product_attention")))
+        elif _makes_number(guard.expr):
+            out.append((guard.expr, None))
     return out
+
+
+def _makes_number(guard: sympy.Basic) -> bool:
+    """s // 2 == 3; of a size itself it is a number from there on, and what is divided without rest stays symbolic."""
+    if not isinstance(guard, sympy.Eq):
+        return False
+    size, number = guard.args[::-1] if guard.lhs.is_number else guard.args
+    return number.is_number and not size.is_Symbol and not isinstance(size, Mod)
 
 
 def _site_of_call(graph: fx.Graph, name: str) -> Site | None:

@@ -32,10 +32,10 @@ from rewriter.ir import Node, Param
 from rewriter.trace.assumed import assumed, conditions_of
 from rewriter.trace.attributes import watched
 from rewriter.trace.caches import caches
-from rewriter.trace.contexts import autocasts, quiet
+from rewriter.trace.contexts import any_function, autocasts, masks_as_given, quiet
 from rewriter.trace.ones import Dimension, enlarge, loose
 from rewriter.trace.sizes import shape_of
-from rewriter.trace.source import is_user_file, user_site
+from rewriter.trace.source import is_user_file, origin_of, user_site
 from rewriter.trace.spelled import spelled
 
 MODULE_SLOTS = frozenset(vars(nn.Module()))  # parameters, buffers, hooks: not the user's own
@@ -141,7 +141,7 @@ def capture(
     traced_as = module if isinstance(module, nn.Module) else _Function(module)
     args, kwargs = _apart(args, _in_order(traced_as, kwargs))
     traced_as = _with_every_parameter(traced_as, kwargs)
-    with watched(traced_as, caches(traced_as, args, kwargs)) as state, autocasts() as autocast:
+    with masks_as_given(), watched(traced_as, caches(traced_as, args, kwargs)) as state, autocasts() as autocast:
         try:
             enlarged = enlarge(traced_as, args, kwargs, bound)
         except Exception as error:  # tensors without sizes: nested ones
@@ -155,7 +155,7 @@ def capture(
     for node in graph.nodes:
         if node.op == "placeholder" and node.name in constants:
             node.meta["constant"] = constants[node.name]
-    _refuse_mutation(program.graph_signature)
+    _refuse_mutation(program)
     return TracedModule(
         module,
         graph,
@@ -254,10 +254,16 @@ def _drop_unread(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def _refuse_mutation(signature) -> None:
-    mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-    if mutated:
-        raise RewriteError(f"forward changes {', '.join(mutated)} in place: it stays as it is")
+def _refuse_mutation(program) -> None:
+    """Raises RewriteError at the line that changes a buffer or an argument."""
+    signature = program.graph_signature
+    mutated = signature.buffers_to_mutate | signature.user_inputs_to_mutate
+    if not mutated:
+        return
+    made = {n.name: n for n in program.graph.nodes}
+    origins = (origin_of(made[name]) for name in mutated)
+    site = next((Site(o.file, o.line) for o in origins if o.file), None)
+    raise RewriteError(f"forward changes {', '.join(mutated.values())} in place: it stays as it is", site=site)
 
 
 def _export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[Dimension]):
@@ -327,7 +333,7 @@ def _try_export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[
         return {d: Dim.STATIC if (k, d) in static else Dim.AUTO for d in range(leaf.dim())}
 
     named = _by_parameter(module, args, pytree.tree_map(dims, (args, kwargs)))
-    with _tracing(), spelled(), _every_frame():
+    with _tracing(), spelled(module), _every_frame():
         return torch.export.export(module, args, kwargs, dynamic_shapes=named, strict=False)
 
 
@@ -341,6 +347,7 @@ def _tracing() -> Iterator[None]:
         sdpa_kernel(SDPBackend.MATH),
         symbolic_config.patch(backed_size_oblivious=True),
         torch.no_grad(),
+        any_function(),
         quiet(),
     ):
         yield

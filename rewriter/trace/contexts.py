@@ -7,9 +7,12 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from types import FunctionType
 
 import torch
+from torch._export.verifier import Verifier
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules import transformer
 
 
 @contextmanager
@@ -25,6 +28,30 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+
+
+@contextmanager
+def any_function() -> Iterator[None]:
+    """A graph may hold functions of symbolic numbers (`torch._sym_log2`): export knows one of them alone."""
+    original = Verifier.allowed_op_types
+    Verifier.allowed_op_types = lambda self: (*original(self), FunctionType)
+    try:
+        yield
+    finally:
+        Verifier.allowed_op_types = original
+
+
+@contextmanager
+def masks_as_given() -> Iterator[None]:
+    """torch's encoders and decoders look whether a mask's values are those of a causal one, and say so to their layers:
+    to compute the same in another way.
+    """
+    original = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = original
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Min(128, s) → s, [Min(128, s) = s]     a buffer's slice, as long as asked or a
 4 * (s // 4) → s, [s % 4 = 0]          a tensor of s viewed as groups of 4
 t → s                                  x[.., t] contracted with y[.., s]: the inputs' own guards compare them
 ceil(float(-2 * s) / -1.0) → 2 * s     arange(s, -s, -1.0)
+trunc(0.5 * float(s)) → s // 2         interpolate(x, scale_factor=0.5)
 """
 
 from __future__ import annotations
@@ -37,11 +38,18 @@ def whole(expr: sympy.Basic) -> sympy.Basic:
     """Whole numbers without floating point between.
 
     ceil(float(-2 * s) / -1.0)  →  2 * s"""
-    return expr.replace(lambda e: type(e).__name__ in _ROUNDED and _quotient(e.args[0]) is not None, _rounded)
+    return expr.replace(lambda e: type(e).__name__ in _ROUNDED and _is_quotient(e), _rounded)
 
 
-_ROUNDED = ("CeilToInt", "FloorToInt")
+_ROUNDED = ("CeilToInt", "FloorToInt", "TruncToInt")
+FINEST = 1 << 10  # of binary fractions: a size times one is exact
 _DIVIDED = ("FloatTrueDiv", "IntTrueDiv")
+
+
+def _is_quotient(rounded: sympy.Expr) -> bool:
+    """Whether whole numbers are divided; what is rounded towards zero must not be negative."""
+    quotient = _quotient(rounded.args[0])
+    return quotient is not None and bool(type(rounded).__name__ != "TruncToInt" or quotient.is_nonnegative)
 
 
 def _rounded(rounded: sympy.Expr) -> sympy.Expr:
@@ -57,7 +65,11 @@ def _quotient(expr: sympy.Expr) -> sympy.Expr | None:
     if name == "ToFloat":
         return _quotient(expr.args[0])
     if expr.is_Float:
-        return sympy.Integer(int(expr)) if float(expr).is_integer() else None
+        above, below = float(expr).as_integer_ratio()
+        return sympy.Rational(above, below) if below <= FINEST else None
+    if expr.is_Mul:
+        parts = list(map(_quotient, expr.args))
+        return None if None in parts else sympy.Mul(*parts)
     if name in _DIVIDED:
         above, below = map(_quotient, expr.args)
         return above / below if above is not None and below is not None and below.is_number else None
@@ -82,7 +94,7 @@ def _equations(environment) -> tuple[_Equation, ...]:
     fractions = {e.old: e.new for e in exact}
     ratios = [(e.lhs / e.rhs).xreplace(fractions) for e in equalities if e.rhs != 0]
     ratios = [*ratios, *fractions.values()]
-    same = _renaming([pair for r in ratios for pair in _pairs(r, _places(environment), environment.backed_var_to_val)])
+    same = _renaming([pair for r in ratios for pair in _pairs(r, _places(environment), hints_of(environment))])
     exact = [replace(e, conditions=(_leaves_nothing(e.new.xreplace(same)),)) for e in exact]
     return (*_choices(equalities), *exact, *(_Equation(old, new) for old, new in same.items()))
 
@@ -133,6 +145,12 @@ def _places(environment) -> dict[sympy.Symbol, int]:
     """Which dimension of its input each symbol is the size of."""
     first = {s: sources[0] for s, sources in environment.var_to_sources.items() if sources}
     return {s: source.idx for s, source in first.items() if getattr(source, "prop", None) is TensorProperty.SIZE}
+
+
+def hints_of(environment) -> dict[sympy.Symbol, int]:
+    """What each symbol is in the example. Later versions of torch have another name for it, and warn of the former."""
+    named = "backed_var_to_val" if hasattr(environment, "backed_var_to_val") else "var_to_val"
+    return getattr(environment, named)
 
 
 def _renaming(pairs: list[tuple[sympy.Symbol, sympy.Symbol]]) -> dict[sympy.Symbol, sympy.Symbol]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import sympy
 import torch
 from sympy.printing.precedence import PRECEDENCE
+from torch.utils._sympy.functions import OpaqueUnaryFn_exp, OpaqueUnaryFn_log
 from torch.utils._sympy.printers import PythonPrinter
 
 from rewriter.errors import RewriteError
@@ -14,6 +16,7 @@ from rewriter.ir import Const, Node, Param, apply, cast, const
 from rewriter.ir.ops import OPS
 from rewriter.ir.printer import show
 from rewriter.trace.equations import settled
+from rewriter.trace.numbers import LOG2E
 
 
 class UnknownSize(RewriteError):
@@ -56,10 +59,26 @@ def from_sympy(expr: sympy.Expr) -> Node:
 
 def number_node(number: torch.SymFloat) -> Node:
     """A number made from sizes as a node. Raises UnknownSize."""
-    return _number(settled(number)[0])
+    return _number(_named(settled(number)[0]))
+
+
+def _named(expr: sympy.Basic) -> sympy.Basic:
+    """log2(n) / log2(e) → log(n), e ** x → exp(x)"""
+    expr = expr.replace(_is_log, lambda e: OpaqueUnaryFn_log(e.args[0].args[0]))
+    return expr.replace(_is_exp, lambda e: OpaqueUnaryFn_exp(e.args[1]))
+
+
+def _is_log(expr: sympy.Basic) -> bool:
+    is_log2 = bool(expr.args) and type(expr.args[0]).__name__ == "OpaqueUnaryFn_log2"
+    return is_log2 and type(expr).__name__ == "FloatTrueDiv" and expr.args[1] == LOG2E
+
+
+def _is_exp(expr: sympy.Basic) -> bool:
+    return type(expr).__name__ == "FloatPow" and expr.args[0] == math.e
 
 
 _OF_NUMBERS = {"FloatPow": "pow", "FloatTrueDiv": "div", "IntTrueDiv": "div", "Add": "add", "Mul": "mul"}
+_OF_NUMBERS |= {"Min": "minimum", "Max": "maximum"}
 
 
 def _number(expr: sympy.Expr) -> Node:
@@ -94,16 +113,19 @@ class _Numbers(PythonPrinter):
     def _print_OpaqueUnaryFn_sqrt(self, expr: sympy.Expr) -> str:
         return f"{self.parenthesize(expr.args[0], PRECEDENCE['Pow'] + 1)}**0.5"
 
+    def _print_OpaqueUnaryFn_log(self, expr: sympy.Expr) -> str:
+        return f"math.log({self._print(expr.args[0])})"
 
-def number_text(number: torch.SymFloat, names: dict[str, str]) -> str:
-    """A number made from sizes as Python, symbols by what `names` calls them. Raises UnknownSize."""
-    text = _Numbers().doprint(settled(number)[0])
-    if "math." in text:
-        raise UnknownSize(f"a number of the form {number}")
-    return renamed(text, names)
+    def _print_OpaqueUnaryFn_exp(self, expr: sympy.Expr) -> str:
+        return f"math.exp({self._print(expr.args[0])})"
 
 
-def sizes_in(number: torch.SymFloat) -> tuple[Param, ...]:
+def number_text(number: torch.SymInt | torch.SymFloat, names: dict[str, str]) -> str:
+    """A number made from sizes as Python, symbols by what `names` calls them."""
+    return renamed(_Numbers().doprint(_named(settled(number)[0])), names)
+
+
+def sizes_in(number: torch.SymInt | torch.SymFloat) -> tuple[Param, ...]:
     """The sizes that a number is made from."""
     return tuple(Param(s.name) for s in sorted(settled(number)[0].free_symbols, key=str))
 
@@ -112,14 +134,12 @@ _RELATIONS = {"Equality": "==", "Unequality": "!="}
 
 
 def relation_text(condition: sympy.Basic, names: dict[str, str]) -> str:
-    """A condition on sizes as Python, symbols by what `names` calls them. Raises UnknownSize."""
+    """A condition on sizes as Python, symbols by what `names` calls them."""
     try:
         relation = _RELATIONS.get(type(condition).__name__) or condition.rel_op
         text = f"{show(from_sympy(condition.lhs))} {relation} {show(from_sympy(condition.rhs))}"
     except (UnknownSize, AttributeError):
-        text = PythonPrinter().doprint(condition)
-    if "math." in text:
-        raise UnknownSize(f"a condition of the form {condition}")
+        text = _Numbers().doprint(_named(condition))
     return renamed(text, names)
 
 

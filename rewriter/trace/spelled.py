@@ -5,42 +5,73 @@ A program that calls them decides nothing here: a guard that their stand-ins cau
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import builtins
+import inspect
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import sympy
 import torch
+from torch import nn
 from torch.torch_version import TorchVersion
 
+from rewriter.trace.composed import composed
+from rewriter.trace.numbers import OF_BUILTINS, OF_MATH, is_symbolic, number, only_calls
+from rewriter.trace.source import is_user_file
+
 SLICES_LOSE_LENGTHS = TorchVersion(torch.__version__) < "2.12"  # also where only the size is no number
-_arange = torch.arange
 _getitem = torch.Tensor.__getitem__
 _setitem = torch.Tensor.__setitem__
 _attention = torch.nn.functional.scaled_dot_product_attention
-_fill_diagonal_ = torch.Tensor.fill_diagonal_
+_ABSENT = object()
 
 
 @contextmanager
-def spelled() -> Iterator[None]:
-    """While active, the calls are what they mean. Functions are replaced: argument parsing comes before any tracing
-    hook.
+def spelled(program: Callable) -> Iterator[None]:
+    """While active, the calls are what they mean. Functions are replaced, also where the program's files import them
+    by name: argument parsing comes before any tracing hook.
     """
-    torch.nn.functional.scaled_dot_product_attention = attention
-    torch.Tensor.fill_diagonal_ = fill_diagonal_
-    torch.Tensor.__getitem__ = getitem
-    if SLICES_LOSE_LENGTHS:
-        torch.Tensor.__setitem__ = setitem
-    torch.arange = arange
+    owners = [(vars(owner).get(name, _ABSENT), owner, name, new) for owner, name, new in _stand_ins()]
+    originals = {id(getattr(owner, name)): new for _, owner, name, new in owners}
+    scopes = list(_scopes(program))
+    held = [(scope, name, value) for scope in scopes for name, value in scope.items() if id(value) in originals]
+    called = [scope for scope in scopes if "float" not in scope and only_calls(scope.get("__file__") or "", "float")]
+    for _, owner, name, new in owners:
+        setattr(owner, name, new)
+    for scope, name, value in held:
+        scope[name] = originals[id(value)]
+    for scope in called:
+        scope["float"] = number
     try:
         yield
     finally:
-        torch.nn.functional.scaled_dot_product_attention = _attention
-        del torch.Tensor.fill_diagonal_
-        del torch.Tensor.__getitem__
-        if SLICES_LOSE_LENGTHS:
-            del torch.Tensor.__setitem__
-        torch.arange = _arange
+        for scope in called:
+            del scope["float"]
+        for scope, name, value in held:
+            scope[name] = value
+        for before, owner, name, _ in owners:
+            delattr(owner, name) if before is _ABSENT else setattr(owner, name, before)
+
+
+def _stand_ins() -> Iterator[tuple[Any, str, Callable]]:
+    """(owner, name, what it is while tracing)"""
+    yield torch.nn.functional, "scaled_dot_product_attention", attention
+    yield torch.Tensor, "__getitem__", getitem
+    if SLICES_LOSE_LENGTHS:
+        yield torch.Tensor, "__setitem__", setitem
+    yield from composed()
+    yield from ((builtins, name, new) for name, new in OF_BUILTINS.items())
+    yield from ((math, name, new) for name, new in OF_MATH.items())
+
+
+def _scopes(program: Callable) -> Iterator[dict[str, Any]]:
+    """The globals of the user's files that a program's forwards are in."""
+    parts = program.modules() if isinstance(program, nn.Module) else [program]
+    forwards = (getattr(kind, "forward", None) for part in parts for kind in type(part).__mro__)
+    found = [getattr(inspect.unwrap(f), "__globals__", {}) for f in (program.forward, *filter(callable, forwards))]
+    yield from {id(scope): scope for scope in found if is_user_file(scope.get("__file__") or "<")}.values()
 
 
 def attention(
@@ -50,29 +81,15 @@ def attention(
     attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: Any = False,
+    scale: Any = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """`is_causal=length > 1` is a branch of the program: decided while tracing, and guarded as any other."""
-    return _attention(query, key, value, attn_mask, dropout_p, bool(is_causal), **kwargs)
-
-
-def fill_diagonal_(x: torch.Tensor, fill_value: Any, wrap: bool = False) -> torch.Tensor:
-    """where(i == j, fill_value, x): the op itself reads the sizes as numbers."""
-    if wrap or x.dim() != 2:
-        return _fill_diagonal_(x, fill_value, wrap)
-    rows, columns = (torch.arange(n, device=x.device) for n in x.shape)
-    return x.masked_fill_(rows[:, None] == columns, fill_value)
-
-
-def arange(*args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> torch.Tensor:
-    """arange(n - 1, -n, -1.0): whole numbers as floats. Their count is one of whole numbers, where the op itself
-    rounds a float.
+    """`is_causal=length > 1` is a branch of the program: decided while tracing, and guarded as any other. A scale made
+    from sizes is a factor.
     """
-    symbolic = any(isinstance(a, torch.SymInt) for a in args)
-    whole = all(isinstance(a, (int, torch.SymInt)) or (isinstance(a, float) and a.is_integer()) for a in args)
-    if symbolic and whole and any(isinstance(a, float) for a in args):
-        args, dtype = tuple(int(a) if isinstance(a, float) else a for a in args), dtype or torch.get_default_dtype()
-    return _arange(*args, dtype=dtype, **kwargs)
+    if is_symbolic(scale):
+        query, scale = query * scale, 1.0
+    return _attention(query, key, value, attn_mask, dropout_p, bool(is_causal), scale=scale, **kwargs)
 
 
 def getitem(x: torch.Tensor, at: Any) -> torch.Tensor:
