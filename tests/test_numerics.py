@@ -152,12 +152,22 @@ def test_shape_and_dtype_must_be_the_same():
     assert not verdict(f32(1.0), f32(1.0), None).ok
 
 
-def test_integers_and_booleans_must_be_equal():
+def test_integers_and_booleans_equal_eagers():
     ones = torch.ones(3, dtype=torch.int64)
     assert verdict(ones, ones.clone(), ones).ok
-    check = verdict(ones, torch.tensor([1, 2, 3]), ones)
+    check = verdict(torch.tensor([1, 2, 3]), ones, ones)
     assert not check.ok and check.reason == "2 of 3 values differ"
-    assert not verdict(ones.bool(), ~ones.bool(), ones.bool()).ok
+    assert not verdict(~ones.bool(), ones.bool(), ones.bool()).ok
+
+
+def test_integers_may_be_wrong_twice_as_often_as_eagers():
+    """The nearest of two that are as near: what rounding decides."""
+    exact = torch.arange(8)
+    eager, twice, more = (torch.where(exact < n, -1, exact) for n in (1, 2, 3))
+    check = verdict(twice, eager, exact)
+    assert check.ok and (check.error, check.bound) == (0.25, 0.25)
+    assert not verdict(more, eager, exact).ok
+    assert verdict(eager, eager, exact).ok and verdict(exact, eager, exact).ok
 
 
 def test_what_is_no_tensor_must_be_equal():
