@@ -48,7 +48,6 @@ REFUSED = {
     "a strided view": call(aten.as_strided.default, f(3, 5), [2, 2], [1, 2]),
     "a diagonal in the first dimensions": call(aten.diag_embed.default, f(3, 5), 0, 0, 1),
     "the diagonal of a matrix by its other name": call(aten.diag.default, f(5, 5)),
-    "overlapping windows": call(aten.unfold.default, f(7), 0, 3, 1),
     "dropout in training": call(aten.dropout.default, f(3, 5), 0.5, True),
     "padding by reflection": call(aten.pad.default, f(3, 5), [1, 1], "reflect"),
     "indexing by a mask": call(aten.index.Tensor, f(3, 5), [TWO]),
