@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, seed, settings
 from hypothesis import strategies as st
 
 from rewriter.derive import Chain, NotDerivable, derive
@@ -42,6 +43,7 @@ from tests.strategies import (
     fixed,
     tensors_for,
 )
+from tests.wider_programs import wider_programs
 
 sizes = st.fixed_dictionaries({"B": st.integers(1, 2), "M": st.integers(1, 5), "N": st.integers(1, 5)})
 seeds = st.integers(0, 1 << 20)
@@ -197,3 +199,30 @@ def test_definitions_are_in_order_and_distinct(case):
 
 def chain_names(chain: Chain) -> set[str]:
     return {d.name for d in chain.definitions}
+
+
+# Several reductions, axes and outputs
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_wider_programs(part):
+    """Chains mean what programs mean, and nearly all of them have one."""
+    outcomes: Counter = Counter()
+
+    @seed(part)
+    @given(wider_programs(), sizes, seeds)
+    @settings(fixed(100), derandomize=False)
+    def every_program(program, held, seed):
+        try:
+            chain = derive(program)
+        except NotDerivable as refusal:
+            outcomes[str(refusal)] += 1
+            return
+        outcomes["derived"] += 1
+        tensors = tensors_for(program, held, seed)
+        want, got = evaluate(program, tensors, held), chain_values(chain, tensors, held)
+        for name in want:
+            assert_same(got[name], want[name])
+
+    every_program()
+    assert outcomes["derived"] >= 95 / 100 * outcomes.total(), outcomes
