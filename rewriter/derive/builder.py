@@ -152,8 +152,8 @@ class Builder:
             predicate, body = substitute(predicate, by), substitute(body, by)
         inner = inner | frozenset(named)
         predicate, body = (self._without_inner(n, stream, inner) for n in (predicate, body))
-        if self.streams & frozenset(named):
-            raise NotDerivable(f"a {node.op} over a long axis of the product of two wide values")
+        if any(_meets(axis, stream, (predicate, body)) for axis in named):
+            raise NotDerivable(f"a {node.op} of the product of two wide values")
         return reduce(node.op, tuple(named), body, predicate)
 
     def _first_sweep(self, stream: Axis, *nodes: Node) -> int:
@@ -211,6 +211,12 @@ def is_wide(node: Node, stream: Axis) -> bool:
     paired = frozenset().union(*(_paired(_parts(n)) for n in walk(node)))
     apart = {a for part in parts for a in paired if (a in part) != (stream in part)}
     return stream in paired and bool(apart & node.free)
+
+
+def _meets(axis: Axis, stream: Axis, nodes: tuple[Node, ...]) -> bool:
+    """Whether scores over rows and an axis meet others over that axis and the stream: p[m, axis] · p[axis, stream]"""
+    scores = [s.free for s in walk(*nodes) if axis in _paired(_parts(s))]
+    return any(a - b and stream in b - a for a in scores for b in scores)
 
 
 def _parts(node: Node) -> list[frozenset[Axis]]:
