@@ -7,7 +7,7 @@ import torch
 from rewriter.derive import Definition
 from rewriter.derive.factors import multiply, without_cast
 from rewriter.emit.expr import ATOM, TRITON_DTYPES, NotEmittable, Text, operand, spread, spread_argument, widened
-from rewriter.emit.inner import INTO, Inner, as_held, held_dtype, neutral_text, precision
+from rewriter.emit.inner import INTO, Inner, as_held, held_dtype, neutral_text
 from rewriter.emit.names import Names
 from rewriter.emit.origins import Origins
 from rewriter.emit.scope import Line, Scope
@@ -217,7 +217,7 @@ class Writer(Inner):
         axes = self.tile(definition.axes)
         stored = operand_dtype(self.plan, values)
         value = self._tile_operand(values, self.tile(values.free), self.loop, stored)
-        left, mode = f"{weight.code}.to({TRITON_DTYPES[stored]})", precision(stored)
+        left, mode = f"{weight.code}.to({TRITON_DTYPES[stored]})", self._precision(stored)
         if stored is torch.float16 and not _is_at_most_one(definition):
             # fp16 overflows at 65504; tf32 rounds as fp16 does, and has the range of fp32.
             left, value, mode = weight.code, f"{value}.to(tl.float32)", ', input_precision="tf32"'

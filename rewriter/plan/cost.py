@@ -45,7 +45,7 @@ LONG, SHORT = 4096, 8  # positions of rows and streams whose size is known at th
 # An H100 or H200, per multiprocessor and clock.
 MULTIPROCESSORS = 132
 CLOCK = 1.75e9  # a second
-FLOPS = {"wgmma": 4096, "mma": 2048}
+FLOPS = {"wgmma": 4096, "mma": 2048, "tf32": 1024}
 ARITHMETIC = 128  # operations
 SPECIAL = 16  # operations
 SHARED_BYTES = 128

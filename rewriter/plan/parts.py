@@ -146,8 +146,11 @@ def _scored(chain: Chain) -> frozenset[Axis]:
 
 
 def is_operand(factor: Node, stream: Axis) -> bool:
-    """A factor read from memory along the stream: the values of a weighted sum."""
-    return not any(isinstance(n, (Reduce, Ref)) for n in walk(factor)) and depends_on(factor, stream)
+    """A factor read from memory along the stream, as given or as an earlier kernel has left it there: the values of a
+    weighted sum.
+    """
+    own = (isinstance(n, Reduce) or isinstance(n, Ref) and not depends_on(n, stream) for n in walk(factor))
+    return not any(own) and depends_on(factor, stream)
 
 
 def chains_of(chain: Chain, parts: list[Part]) -> tuple[list[Chain], tuple[Tensor, ...]]:
