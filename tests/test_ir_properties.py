@@ -126,6 +126,9 @@ def test_views_of_views_leave_no_division():
     assert apply("floordiv", flat, d) is Index(h) and apply("mod", flat, d) is Index(e)
     again = apply("add", apply("mul", apply("floordiv", Index(i), d), d), apply("mod", Index(i), d))
     assert again is Index(i) and substitute(again, {i: flat}) is flat
+    shorter = apply("sub", d, Const(1))  # x[:, :-1].view(-1, 4)
+    merged = apply("add", apply("mul", Index(e), Const(4)), Index(h))
+    assert apply("floordiv", merged, apply("mul", shorter, Const(4))) is apply("floordiv", Index(e), shorter)
     heads = apply("add", apply("mod", Index(h), Const(2)), apply("floordiv", Index(h), Const(2)))
     assert apply("add", heads, apply("floordiv", Index(h), Const(2))) is Index(h)
 

@@ -83,6 +83,7 @@ class Builder:
         """The first sweep in which the reduction has a form: that of what it reads, else the one after."""
         stream, predicate, body = self._opened(node)
         predicate, body = (self._without_inner(n, stream) for n in (predicate, body))
+        predicate, body = self._without_positions(predicate, body, stream)
         first = self._first_sweep(stream, predicate, body)
         try:
             return self._in_sweep(node.op, stream, predicate, body, first)
@@ -133,6 +134,21 @@ class Builder:
             return memo[n]
 
         return go(node)
+
+    def _without_positions(self, predicate: Node, body: Node, stream: Axis) -> tuple[Node, Node]:
+        """Contractions for each position, beside earlier reductions that are read there, are made with those, by as many
+        programs.
+
+        sum_m (max_n s[m, n] - sum_d x[m, d] · w[label[m], d])
+        """
+        everything = predicate.free | body.free
+        if not any(isinstance(n, Ref) and everything <= n.free for n in walk(predicate, body)):
+            return predicate, body
+
+        def is_own(n: Reduce) -> bool:
+            return is_leaf(n) and everything <= n.free and not is_wide(n, stream)
+
+        return self._resolved(predicate, is_own), self._resolved(body, is_own)
 
     def _of_inner(self, node: Reduce, stream: Axis, inner: frozenset[Axis]) -> Node:
         if is_leaf(node) and node.free & (inner | {stream}):

@@ -169,7 +169,7 @@ class Nominal:
 
     def __init__(self, chain: Chain, rows: Iterable[Axis]):
         long = {d.stream for d in chain.definitions} | set(rows)
-        self.long = {n for a in long for n in walk(a.extent) if isinstance(n, Param)}
+        self.long = frozenset().union(*(_long_sizes(a.extent) for a in long))
 
     def extent(self, node: Node) -> int:
         match node:
@@ -185,6 +185,16 @@ class Nominal:
 
     def bytes(self, tensor: Tensor) -> int:
         return tensor.dtype.itemsize * math.prod(map(self.extent, tensor.shape))
+
+
+def _long_sizes(extent: Node) -> frozenset[Param]:
+    """Of sizes that are multiplied the last is long: the others number batches that are joined with it."""
+    if isinstance(extent, Param):
+        return frozenset([extent])
+    op = getattr(extent, "op", "")
+    children = extent.children[:1] if op == "sub" else extent.children  # b·s - b is as long as b·s
+    sizes = [found for child in children if (found := _long_sizes(child))]
+    return frozenset().union(*(sizes[-1:] if op == "mul" else sizes))
 
 
 def _programs(plan: KernelPlan, nominal: Nominal) -> int:
