@@ -38,7 +38,7 @@ from rewriter.plan.resources import (
     threads,
     unit,
 )
-from rewriter.plan.tape import Step, Tape, tapes_of
+from rewriter.plan.tape import Inner, Step, Tape, tapes_of
 
 LONG, SHORT = 4096, 8  # positions of rows and streams whose size is known at the call only, and of any other axis
 
@@ -128,6 +128,7 @@ def cost_of(plan: KernelPlan, nominal: Nominal, tapes: list[Tape] | None = None)
         once, each, times = _of_tape(plan, tape, nominal)
         each = _spilling(plan, each, held, at_once)
         waiting = LATENCY / at_once if plan.config.num_stages < 2 and each.l2 else 0
+        waiting += _waiting_inside(plan, tape, nominal, at_once)
         clocks += once.clocks(at_once) + times * (each.clocks(at_once) + waiting)
         total = total + once + each * times
     busy = clocks * max(1.0, programs / MULTIPROCESSORS) / CLOCK
@@ -153,6 +154,22 @@ def _spilling(plan: KernelPlan, tile: Work, cost: Held, at_once: float) -> Work:
     # wgmma works while its warps do something else, unless its results do not stay in registers.
     waiting = tile.products if hot and cost.asynchronous else 0
     return tile + spills + Work(products=waiting)
+
+
+def _waiting_inside(plan: KernelPlan, tape: Tape, nominal: Nominal, at_once: float) -> float:
+    """Clocks that a tile's long contractions wait for their blocks, each loaded while those before are multiplied: few
+    clocks' work, unless the tile is large.
+    """
+    turns: dict[Inner, Work] = {}
+    for step in (s for s in tape.steps if s.inner and s.moves):
+        turns[step.inner] = turns.get(step.inner, Work()) + _of_step(plan, step, True)
+    latency = LATENCY / at_once / max(1, plan.config.num_stages - 1)
+    waits = {inner: max(0.0, latency - work.clocks(at_once)) for inner, work in turns.items() if work.products}
+    return sum(_turns(inner, nominal) * wait for inner, wait in waits.items())
+
+
+def _turns(inner: Inner, nominal: Nominal) -> int:
+    return math.prod(math.ceil(nominal.extent(a.extent) / turn) for a, turn in inner)
 
 
 def _held(plan: KernelPlan, tapes: list[Tape]) -> Held:
@@ -217,8 +234,7 @@ def _of_tape(plan: KernelPlan, tape: Tape, nominal: Nominal) -> tuple[Work, Work
     once, each = Work(), Work()
     in_shared = {key for s in tape.steps if s.kind == "product" for key in s.reads}
     for step in tape.steps:
-        turns = math.prod(math.ceil(nominal.extent(a.extent) / turn) for a, turn in step.inner)
-        work = _of_step(plan, step, step.key in in_shared) * turns
+        work = _of_step(plan, step, step.key in in_shared) * _turns(step.inner, nominal)
         once, each = (once, each + work) if step.moves else (once + work, each)
     if tape.sweep is None:
         return once + each, Work(), 0

@@ -17,6 +17,7 @@ from rewriter.plan.kernel import Dot, KernelPlan, Loop, Sweep
 from rewriter.plan.products import operand_dtype, weighted_values
 
 Key = Hashable
+Inner = tuple[tuple[Axis, int], ...]  # axes of the loops around a step inside a tile, with what one turn of each covers
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Step:
         reads: the values it needs; of a product its left and its right operand.
         bytes: of one element of the result; of a product of one element of its operands.
         moves: whether it is done again for every tile of the stream.
-        inner: the axes of the loops around it inside a tile, with what one turn of each covers.
+        inner: the loops around it inside a tile.
     """
 
     key: Key
@@ -43,7 +44,7 @@ class Step:
     reads: tuple[Key, ...]
     bytes: int
     moves: bool
-    inner: tuple[tuple[Axis, int], ...] = ()
+    inner: Inner = ()
 
 
 @dataclass
@@ -72,7 +73,8 @@ class _Recorder:
         self.tiles = frozenset(plan.tile_axes)
         self.before: set[Key] = set()  # computed once, ahead of every loop
         self.stream: Axis | None = None
-        self.inner: tuple[tuple[Axis, int], ...] = ()
+        self.inner: Inner = ()
+        self.again = False  # whether what the loops inside a tile load is loaded again for every tile
         self.tape = Tape(None)
         self.known: set[Key] = set()
 
@@ -111,7 +113,7 @@ class _Recorder:
     ) -> Key:
         """A step; unless told, it moves where the stream is among its axes."""
         axes = self.tiles & frozenset(free)
-        moves = self.stream is not None and (self.stream in free) if moves is None else moves
+        moves = self.again or (self.stream is not None and self.stream in free) if moves is None else moves
         inner = tuple((a, turn) for a, turn in self.inner if a in free or kind == "product")
         step = Step(key, kind, op, axes, axes | (self.tiles & frozenset(over)), tuple(reads), size, moves, inner)
         self.tape.steps.append(step)
@@ -155,7 +157,9 @@ class _Recorder:
         around = self.inner
         if dot.long:
             self.inner = (*around, (dot.axis, self.plan.sizes[dot.axis]))
+            self.again = self._moves(dot.node)
         operands = self._values(dot.left, dot.right)
+        self.again = False
         tile = frozenset([dot.rows, dot.columns])
         key = ("product", dot.node) if dot.scale else dot.node
         moves = self._moves(dot.node)

@@ -21,6 +21,8 @@ HALF = (
     Config(64, 32, 8, 2),
     Config(32, 32, 4, 2),
 )
+# Of 16-bit operands that are contracted block by block: a large tile reads each block for more products.
+LONG = (Config(128, 128, 8, 3), Config(64, 128, 4, 3), Config(128, 128, 8, 2), Config(64, 128, 4, 2))
 
 
 def configs(plan: KernelPlan) -> tuple[Config, ...]:
@@ -31,7 +33,8 @@ def configs(plan: KernelPlan) -> tuple[Config, ...]:
     first = preferred(plan)
     if is_deep(plan) or not plan.dots or plan.dtype is torch.float32:
         return (first,)
-    return tuple(dict.fromkeys((first, *HALF)))
+    deeper = LONG if any(d.long for d in plan.dots) else ()
+    return tuple(c for c in dict.fromkeys((first, *HALF, *deeper)) if c.num_stages < 3 or not _is_padded(plan))
 
 
 def preferred(plan: KernelPlan) -> Config:
@@ -62,9 +65,16 @@ def _single(width: int) -> Config:
 
 def _narrow(plan: KernelPlan, width: int) -> Config:
     """Three stages where no feature is padded: with padded ones, Triton 3.6 makes wrong code of them."""
-    if any(a.extent.value != padded(a) for a in plan.features):
+    if _is_padded(plan):
         return Config(64, 64, 4, 2)
     return Config(128, 64, 8, 3) if width > 32 else Config(64, 64, 4, 3)
+
+
+def _is_padded(plan: KernelPlan) -> bool:
+    """Whether a tile reaches over the end of an axis that it keeps whole, or takes block by block."""
+    return any(a.extent.value != padded(a) for a in plan.features) or any(
+        a.extent.value % plan.sizes[a] for a in plan.long_axes
+    )
 
 
 def _whole(stream: Axis) -> int:
