@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from rewriter import rewrite
 from rewriter.pipeline import rewrite_module
 from rewriter.plan import KernelPlan
 
@@ -30,7 +31,27 @@ def test_what_an_earlier_kernel_leaves_is_weighed_as_a_matrix():
 
 def test_what_an_earlier_kernel_leaves_is_multiplied_by_the_matrix_unit():
     """It is handed on in fp32: tf32 rounds no more than eager's 16 bits."""
-    text = rewrite_module(two_hops, [r(2, 33, 16)] * 3, {}).kernels[0].text
+    half = r(2, 33, 16), r(2, 33, 16), r(2, 33, 16)
+    text = rewrite_module(two_hops, half, {}).kernels[0].text
     assert text.count('input_precision="tf32"') == 2
-    single = [x.float() for x in [r(2, 33, 16)] * 3]
+    single = tuple(x.float() for x in half)
     assert "tf32" not in rewrite_module(two_hops, single, {}).kernels[0].text
+
+
+def groups(q, k, v):
+    """Softmax inside groups of four keys, then over all: weights that each group's loop computes."""
+    s = (q @ k.mT).unflatten(-1, (-1, 4))
+    p = torch.softmax((s.softmax(-1) + s).flatten(-2), -1)
+    return torch.einsum("bmng,bnge->bme", p.unflatten(-1, (-1, 4)), v.unflatten(1, (-1, 4)))
+
+
+def test_what_a_loop_inside_a_tile_weighs_is_a_matrix():
+    """Each turn of the loop adds a product; the values' features are no grid axis."""
+    inputs = r(2, 33, 16), r(2, 36, 16), r(2, 36, 16)
+    (kernel,) = kernels(groups, *inputs)
+    assert len(kernel.grid) == 1 and len(kernel.features) == 2
+    text = rewrite_module(groups, inputs, {}).kernels[0].text
+    assert "acc = tl.dot(" in text
+    result = rewrite(groups, inputs)
+    wanted, own = groups(*(x.double() for x in inputs)), groups(*inputs)
+    assert (result.module(*inputs) - wanted).norm() <= 2 * (own - wanted).norm()

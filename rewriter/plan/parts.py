@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from rewriter.derive import Chain, Definition
-from rewriter.derive.factors import depends_on
-from rewriter.ir import Axis, Load, Node, Output, Reduce, Ref, Tensor, index, transform, walk
+from rewriter.derive.factors import as_product, depends_on
+from rewriter.ir import Axis, Load, Node, Output, Reduce, Ref, Tensor, index, open_reduce, transform, walk
 
 
 @dataclass
@@ -128,7 +128,7 @@ def _everywhere(chain: Chain) -> frozenset[Axis]:
 def _parts(definition: Definition) -> tuple[Node, ...]:
     """What a reduction multiplies, and where it does."""
     exponent = (definition.shift.exponent,) if definition.shift else ()
-    return (definition.predicate, *exponent, *(definition.rest or (definition.body,)))
+    return (definition.predicate, *exponent, *(factors_of(definition) or (definition.body,)))
 
 
 def _scored(chain: Chain) -> frozenset[Axis]:
@@ -136,13 +136,36 @@ def _scored(chain: Chain) -> frozenset[Axis]:
     scored: frozenset[Axis] = frozenset()
     for d in chain.definitions:
         scored |= d.predicate.free
-        scored |= frozenset().union(*(n.free for n in walk(*d.roots) if isinstance(n, Reduce)))
-        scored |= frozenset().union(*(f.free for f in d.rest if not is_operand(f, d.stream)))
+        opened = {f for f in d.rest if is_weighted(f)}
+        roots = [r for r in d.roots if r is not d.body or not opened]
+        inner = (n for n in walk(*roots, *factors_of(d)) if isinstance(n, Reduce) and n not in opened)
+        scored |= frozenset().union(*(n.free for n in inner))
+        scored |= frozenset().union(*(f.free for f in factors_of(d) if not is_operand(f, d.stream)))
         if d.shift:
             scored |= d.shift.exponent.free | d.shift.phi.free
         if d.op != "sum":
             scored |= d.body.free
     return scored
+
+
+def is_weighted(factor: Node) -> bool:
+    """A sum over a short axis of weights that are computed, and what they weigh: sum_g exp(s[m, n, g]) · v[n, g, e]"""
+    if not isinstance(factor, Reduce) or factor.op != "sum" or len(factor.axes) > 1:
+        return False
+    return any(isinstance(n, (Reduce, Ref)) for n in walk(factor.body))
+
+
+def factors_of(definition: Definition) -> tuple[Node, ...]:
+    """What a sum multiplies, with that of a weighted sum inside it."""
+    out: list[Node] = []
+    for factor in definition.rest:
+        if not is_weighted(factor):
+            out.append(factor)
+            continue
+        _, predicate, body = open_reduce(factor)
+        product = as_product(body)
+        out += [predicate, product.predicate, *product.over, *product.under]
+    return tuple(out)
 
 
 def is_operand(factor: Node, stream: Axis) -> bool:

@@ -14,7 +14,7 @@ from rewriter.derive import Definition
 from rewriter.derive.factors import is_float_cast, is_running, without_cast
 from rewriter.ir import TRUE, Axis, Const, Index, Load, Node, Output, Param, Reduce, Ref
 from rewriter.plan.kernel import Dot, KernelPlan, Loop, Sweep
-from rewriter.plan.products import operand_dtype, weighted_values
+from rewriter.plan.products import Weighed, operand_dtype, weighed
 
 Key = Hashable
 Inner = tuple[tuple[Axis, int], ...]  # axes of the loops around a step inside a tile, with what one turn of each covers
@@ -183,7 +183,11 @@ class _Recorder:
     # -- running reductions -----------------------------------------------------------------------------------------
 
     def _accumulate(self, definition: Definition) -> None:
-        values = weighted_values(self.plan, definition) if definition.op == "sum" else None
+        product = weighed(self.plan, definition)
+        if product and product.inside:
+            self._weigh_inside(definition, product)
+            return
+        values = product and product.values
         factors = [f for f in definition.rest if f is not values]
         summed = definition.op == "sum"
         weight = self._weight(definition, factors) if summed else self._masked(definition, definition.body)
@@ -197,6 +201,22 @@ class _Recorder:
         key = ("sum", definition.name)
         self._write(key, "product", definition.axes, reads, over=[self.stream], size=size, moves=True)
         if definition.shift:
+            self._write(("moved", definition.name), "op", definition.axes, [state], "mul", moves=True)
+
+    def _weigh_inside(self, definition: Definition, product: Weighed) -> None:
+        """A product for every position of a loop, onto the same state."""
+        has_outer = definition.shift or product.weights
+        outer = [self._weight(definition, list(product.weights))] if has_outer else []
+        around, self.inner = self.inner, (*self.inner, (product.inside.axis, 1))
+        own = self._values(product.own, product.predicate, definition.predicate)
+        free = frozenset(definition.axes) & set(self.plan.rows) | {self.stream}
+        weight = self._write(("weight", definition.name), "op", free, [*outer, *own], "mul", moves=True)
+        reads = [weight, *self._values(product.values)]
+        size = operand_dtype(self.plan, product.values).itemsize
+        self._write(("sum", definition.name), "product", definition.axes, reads, "", [self.stream], size, True)
+        self.inner = around
+        if definition.shift:
+            state = ("state", definition.name)
             self._write(("moved", definition.name), "op", definition.axes, [state], "mul", moves=True)
 
     def _masked(self, definition: Definition, node: Node) -> Key:

@@ -7,6 +7,7 @@ import torch
 from rewriter.derive.factors import depends_on
 from rewriter.ir import Axis, Const
 from rewriter.plan.kernel import Config, KernelPlan, padded
+from rewriter.plan.parts import factors_of
 from rewriter.plan.roles import lone_rows
 
 LONGEST_TILE = 1024  # positions of one row in a tile
@@ -85,5 +86,5 @@ def _whole(stream: Axis) -> int:
 def is_deep(plan: KernelPlan) -> bool:
     """Whether a tile has rows, stream and features at once: values of a weighted sum that each row has for itself."""
     rows, features = frozenset(plan.rows), frozenset(plan.features) - {d.axis for d in plan.dots}
-    factors = [(f, d.stream) for d in plan.chain.definitions for f in d.rest]
+    factors = [(f, d.stream) for d in plan.chain.definitions for f in factors_of(d)]
     return any(f.free & features and f.free & rows and depends_on(f, stream) for f, stream in factors)
