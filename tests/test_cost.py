@@ -225,6 +225,15 @@ def test_long_contractions_take_large_tiles():
     assert kernel.long_axes and kernel.config.num_stages == 2
 
 
+def test_values_of_each_pair_are_weighed_by_rows_that_share_them():
+    """Heads share z[m, n, c]: a kernel of its own has them as rows, and the other sums keep their tiles."""
+    plan = planned("ipa_einsum", 512, 8)
+    together = next(c for c in plan.candidates if len(c.kernels) == 1)
+    first, second = plan.kernels
+    assert first.config.block_m >= 64 and [a.extent.value for a in second.rows] == [8]
+    assert together.excess and not plan.candidates[0].excess
+
+
 def test_padded_heads_have_two_stages():
     """Triton 3.6 makes wrong code of three."""
     for width in (24, 40, 48):

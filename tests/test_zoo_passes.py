@@ -74,9 +74,8 @@ OTHERS = {
     "contextual_positions_total": (1, 1),
     "sparsemax": (1, 1),
     "sparsemax_masked": (1, 1),
-    # Three outputs of one softmax share a sweep, values per pair of rows too.
+    # Three outputs of one softmax share a sweep, values per pair of rows too, where few features fit into registers.
     "ipa_openfold": (1, 1),
-    "ipa_einsum": (1, 1),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -9,7 +10,22 @@ import torch
 
 from rewriter.derive import Chain, Definition
 from rewriter.derive.factors import as_product, depends_on
-from rewriter.ir import Axis, Load, Node, Output, Reduce, Ref, Tensor, index, open_reduce, transform, walk
+from rewriter.ir import (
+    Axis,
+    Load,
+    Node,
+    Output,
+    Reduce,
+    Ref,
+    Tensor,
+    apply,
+    const,
+    index,
+    open_reduce,
+    transform,
+    walk,
+    where,
+)
 
 
 @dataclass
@@ -43,6 +59,30 @@ def independent_groups(chain: Chain, parts: list[Part]) -> dict[str, int]:
         for _, names in touched:
             groups |= dict.fromkeys(names, len(set(groups.values())))
     return groups
+
+
+def deep_groups(chain: Chain, rows: frozenset[Axis]) -> dict[str, int]:
+    """The group of each definition, where some weigh values that each of the rows has for itself, and others none.
+
+    sum_n weights[m, n] · z[m, n, e] is one of the first.
+    """
+    features = features_of(chain)
+    deep = {d.name for d in chain.definitions if is_deep(d, rows, features) and _stands_alone(d)}
+    groups = {d.name: int(d.name in deep) for d in chain.definitions}
+    return groups if len(set(groups.values())) > 1 else {}
+
+
+def is_deep(definition: Definition, rows: frozenset[Axis], features: frozenset[Axis]) -> bool:
+    """Whether something that is summed has rows, positions of the stream and features at once."""
+    factors = factors_of(definition)
+    return any(f.free & features and f.free & rows and depends_on(f, definition.stream) for f in factors)
+
+
+def _stands_alone(definition: Definition) -> bool:
+    """Whether a sum needs no other as it runs, but the maximum below which its exponentials are."""
+    return (
+        definition.centre is None and definition.extremum is None and not (definition.shift and definition.shift.mass)
+    )
 
 
 def _things(definition: Definition, names: set[str]) -> set[object]:
@@ -194,9 +234,19 @@ def _reading_results(chain: Chain, part: Part, results: dict[str, Tensor]) -> Ch
     def moved(node: Node) -> Node:
         return transform(node, rule)
 
-    definitions = tuple(_moved(d, moved) for d in part.definitions)
+    definitions = tuple(_moved(_settled(d, own), moved) for d in part.definitions)
     outputs = tuple(replace(o, body=moved(o.body)) for o in part.outputs)
     return replace(chain, definitions=definitions, outputs=outputs)
+
+
+def _settled(definition: Definition, own: set[str]) -> Definition:
+    """exp(exponent − phi) as a factor where phi is that of an earlier kernel: it is final."""
+    shift = definition.shift
+    if shift is None or shift.state.name in own:
+        return definition
+    phi = where(apply("eq", shift.phi, const(-math.inf)), const(0.0), shift.phi)
+    weight = apply("exp", apply("sub", shift.exponent, phi))
+    return replace(definition, shift=None, rest=(weight, *definition.rest))
 
 
 def _moved(definition: Definition, moved: Callable[[Node], Node]) -> Definition:
