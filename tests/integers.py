@@ -16,7 +16,8 @@ POSITIONS = tuple(
     Axis(f"i{k}", extent)
     for k, extent in enumerate([M, N, Const(3), apply("mul", M, Const(2)), apply("add", N, Const(1))])
 )
-DIVISORS = (1, 2, 3, 6, M, N, ("mul", M, 2), ("mul", M, N), ("add", N, 1))
+SUMS = ("add", N, 1), ("add", ("mul", N, 3), 3), ("add", ("mul", M, N), M)
+DIVISORS = (1, 2, 3, 6, M, N, ("mul", M, 2), ("mul", M, N), *SUMS)
 
 
 def trees() -> st.SearchStrategy:

@@ -217,6 +217,23 @@ def test_rows_may_be_another_axis():
     assert len(rows) == 2 and plan.candidates[0].kernels[0].rows != plan.candidates[-1].kernels[0].rows
 
 
+def test_long_contractions_take_large_tiles():
+    """Each block is loaded for as many products as fit; where the last one is padded, there are two stages, too."""
+    (kernel,) = planned("lm_loss_logsumexp", 512, 8).kernels
+    assert kernel.config == Config(128, 128, 8, 3)
+    (kernel,) = planned("lm_loss_logsumexp", 520, 8).kernels
+    assert kernel.long_axes and kernel.config.num_stages == 2
+
+
+def test_values_of_each_pair_are_weighed_by_rows_that_share_them():
+    """Heads share z[m, n, c]: a kernel of its own has them as rows, and the other sums keep their tiles."""
+    plan = planned("ipa_einsum", 512, 8)
+    together = next(c for c in plan.candidates if len(c.kernels) == 1)
+    first, second = plan.kernels
+    assert first.config.block_m >= 64 and [a.extent.value for a in second.rows] == [8]
+    assert together.excess and not plan.candidates[0].excess
+
+
 def test_padded_heads_have_two_stages():
     """Triton 3.6 makes wrong code of three."""
     for width in (24, 40, 48):

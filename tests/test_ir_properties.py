@@ -130,6 +130,9 @@ def test_views_of_views_leave_no_division():
     whole = apply("mul", d, Param("N"))
     assert apply("floordiv", repeated, whole) is apply("floordiv", Index(i), Param("N"))
     assert apply("mod", apply("mod", repeated, whole), d) is Index(e)
+    shorter = apply("sub", d, Const(1))  # x[:, :-1].view(-1, 4)
+    merged = apply("add", apply("mul", Index(e), Const(4)), Index(h))
+    assert apply("floordiv", merged, apply("mul", shorter, Const(4))) is apply("floordiv", Index(e), shorter)
     heads = apply("add", apply("mod", Index(h), Const(2)), apply("floordiv", Index(h), Const(2)))
     assert apply("add", heads, apply("floordiv", Index(h), Const(2))) is Index(h)
 

@@ -109,6 +109,37 @@ class Layer(nn.Module):
         return x + self.down(gate.sigmoid() * up)
 
 
+def squared(q, k, v):
+    p = (q @ k.mT).softmax(-1)
+    return p @ p @ v
+
+
+def of_two_layers(q, k, v):
+    """Each operand has rows and stream of its own."""
+    return (q @ k.mT).softmax(-1) @ (k @ v.mT).softmax(-1)
+
+
+def short_product(q, k, v):
+    """Summed over what both operands have; what is left of each is its own side of the same rows x stream."""
+    p = (q @ k.mT).softmax(-1)
+    return (p[:, :, None, :] * v.mT[:, None]).sum(-1), p.square().sum(-1)
+
+
+def loss(q, k, v):
+    """Scores less the one that each row points at, over all rows: they meet, but not as matrices do."""
+    logits = (q[0] @ k[0].mT).float()
+    return torch.nn.functional.cross_entropy(logits, torch.arange(q.shape[1]))
+
+
+@pytest.mark.parametrize("function, written", [(squared, 1), (of_two_layers, 2), (short_product, 0), (loss, 0)])
+def test_a_product_of_two_wide_values_stays_eager(function, written):
+    """Its operands are written, once, and that is said; between chains it is no chain's."""
+    rewritten = rewrite(function, (r(2, 33, 8), r(2, 33, 8), r(2, 33, 8)))
+    said = [x for x in rewritten.report["unfused"] if "product of two wide values" in x["reason"]]
+    assert len(said) == written
+    assert len(rewritten.report["chains"]) == max(1, written)
+
+
 def test_layers_are_not_computed_again_by_those_after_them():
     """x + f(norm(x)): the dense layer that x comes from is normalised, and written all the same."""
     model = nn.Sequential(*(Layer(16) for _ in range(3)), nn.LayerNorm(16)).eval().requires_grad_(False)

@@ -83,6 +83,7 @@ class Builder:
         """The first sweep in which the reduction has a form: that of what it reads, else the one after."""
         stream, predicate, body = self._opened(node)
         predicate, body = (self._without_inner(n, stream) for n in (predicate, body))
+        predicate, body = self._without_positions(predicate, body, stream)
         first = self._first_sweep(stream, predicate, body)
         try:
             return self._in_sweep(node.op, stream, predicate, body, first)
@@ -134,6 +135,21 @@ class Builder:
 
         return go(node)
 
+    def _without_positions(self, predicate: Node, body: Node, stream: Axis) -> tuple[Node, Node]:
+        """Contractions for each position, beside earlier reductions that are read there, are made with those, by as many
+        programs.
+
+        sum_m (max_n s[m, n] - sum_d x[m, d] · w[label[m], d])
+        """
+        everything = predicate.free | body.free
+        if not any(isinstance(n, Ref) and everything <= n.free for n in walk(predicate, body)):
+            return predicate, body
+
+        def is_own(n: Reduce) -> bool:
+            return is_leaf(n) and everything <= n.free and not is_wide(n, stream)
+
+        return self._resolved(predicate, is_own), self._resolved(body, is_own)
+
     def _of_inner(self, node: Reduce, stream: Axis, inner: frozenset[Axis]) -> Node:
         if is_leaf(node) and node.free & (inner | {stream}):
             return node
@@ -152,8 +168,8 @@ class Builder:
             predicate, body = substitute(predicate, by), substitute(body, by)
         inner = inner | frozenset(named)
         predicate, body = (self._without_inner(n, stream, inner) for n in (predicate, body))
-        if self.streams & frozenset(named):
-            raise NotDerivable(f"a {node.op} over a long axis of the product of two wide values")
+        if any(_meets(axis, stream, (predicate, body)) for axis in named):
+            raise NotDerivable(f"a {node.op} of the product of two wide values")
         return reduce(node.op, tuple(named), body, predicate)
 
     def _first_sweep(self, stream: Axis, *nodes: Node) -> int:
@@ -211,6 +227,12 @@ def is_wide(node: Node, stream: Axis) -> bool:
     paired = frozenset().union(*(_paired(_parts(n)) for n in walk(node)))
     apart = {a for part in parts for a in paired if (a in part) != (stream in part)}
     return stream in paired and bool(apart & node.free)
+
+
+def _meets(axis: Axis, stream: Axis, nodes: tuple[Node, ...]) -> bool:
+    """Whether scores over rows and an axis meet others over that axis and the stream: p[m, axis] · p[axis, stream]"""
+    scores = [s.free for s in walk(*nodes) if axis in _paired(_parts(s))]
+    return any(a - b and stream in b - a for a in scores for b in scores)
 
 
 def _parts(node: Node) -> list[frozenset[Axis]]:

@@ -7,14 +7,14 @@ import torch
 from rewriter.derive import Definition
 from rewriter.derive.factors import multiply, without_cast
 from rewriter.emit.expr import ATOM, TRITON_DTYPES, NotEmittable, Text, operand, spread, spread_argument, widened
-from rewriter.emit.inner import INTO, Inner, as_held, held_dtype, neutral_text, precision
+from rewriter.emit.inner import INTO, Inner, as_held, held_dtype, neutral_text
 from rewriter.emit.names import Names
 from rewriter.emit.origins import Origins
 from rewriter.emit.scope import Line, Scope
 from rewriter.ir import TRUE, Apply, Axis, Const, Index, Load, Node, Output, Param, Where, const
 from rewriter.lift.rounding import has_fill
 from rewriter.plan import KernelPlan, Sweep
-from rewriter.plan.products import operand_dtype, weighted_values
+from rewriter.plan.products import Weighed, operand_dtype, weighed
 
 FOLD = {"max": "tl.max", "min": "tl.min", "sum": "tl.sum"}
 
@@ -187,10 +187,14 @@ class Writer(Inner):
     def _running_sum(self, definition: Definition) -> None:
         state = self.names.state[definition.name]
         rescale = self._rescaled(definition)
-        values = weighted_values(self.plan, definition)
-        if values is not None:
-            weights = [f for f in definition.rest if f is not values]
-            self._matrix_sum(definition, state, rescale, self._weight(definition, weights), values)
+        product = weighed(self.plan, definition)
+        if product and product.inside:
+            self._weigh_inside(definition, state, rescale, product)
+            return
+        if product:
+            weight = self._weight(definition, list(product.weights))
+            bounded = _is_at_most_one(definition)
+            self._matrix_sum(definition, state, rescale, weight, product.values, bounded, self.loop)
             return
         axes = self.tile(definition.axes)
         if self._counts(definition):
@@ -213,16 +217,54 @@ class Writer(Inner):
         start = "full" if "full" in self.plan.segments(self.sweep) else "0"
         return f"({self.value(self.sweep.stream.extent, self.prologue).tight(5)} - {start})"
 
-    def _matrix_sum(self, definition: Definition, state: str, rescale: str, weight: Text, values: Node) -> None:
+    def _weigh_inside(self, definition: Definition, state: str, rescale: str, product: Weighed) -> None:
+        """A product for every position of a loop inside the tile, all added to the same state."""
+        if rescale != state:
+            self.loop.lines.append(Line(f"{state} = {rescale}", self.shape(self.tile(definition.axes))))
+        has_outer = definition.shift or product.weights
+        texts = [self._weight(definition, list(product.weights))] if has_outer else []
+        inner = Scope(self.loop, product.inside.axis)
+        texts.append(self.value(product.own, inner))
+        axes = (*self.tile(set(self.plan.rows) & set(definition.axes)), self.sweep.stream)
+        code = " * ".join(operand(t, axes, 6) if len(texts) > 1 else spread_argument(t, axes) for t in texts)
+        keep = self._kept_inside(definition, product, axes, inner)
+        name = self.names.unique("w")
+        inner.lines.append(
+            Line(f"{name} = tl.where({keep}, {code}, 0.0)" if keep else f"{name} = {code}", self.shape(axes))
+        )
+        self._matrix_sum(definition, state, state, Text(name, axes), product.values, _is_bounded(product.own), inner)
+        extent = self.value(product.inside.axis.extent, self.prologue).code
+        self._nest(self.loop, f"for {self.names.axes[product.inside.axis]} in range(0, {extent}):", inner)
+
+    def _kept_inside(self, definition: Definition, product: Weighed, axes: tuple[Axis, ...], inner: Scope) -> str:
+        """Which positions of a tile take part in one turn of a loop; "" where all do."""
+        parts = []
+        if definition.predicate is not TRUE or self.loop.tail:
+            parts.append(self._keep(definition, axes))
+        if product.predicate is not TRUE:
+            parts.append(spread_argument(self.value(product.predicate, inner), axes))
+        return " & ".join(f"({p})" for p in parts) if len(parts) > 1 else "".join(parts)
+
+    def _matrix_sum(
+        self,
+        definition: Definition,
+        state: str,
+        rescale: str,
+        weight: Text,
+        values: Node,
+        bounded: bool,
+        scope: Scope,
+    ) -> None:
+        """state = weight @ values + rescale. bounded: no weight exceeds 1."""
         axes = self.tile(definition.axes)
         stored = operand_dtype(self.plan, values)
-        value = self._tile_operand(values, self.tile(values.free), self.loop, stored)
-        left, mode = f"{weight.code}.to({TRITON_DTYPES[stored]})", precision(stored)
-        if stored is torch.float16 and not _is_at_most_one(definition):
+        value = self._tile_operand(values, self.tile(values.free), scope, stored)
+        left, mode = f"{weight.code}.to({TRITON_DTYPES[stored]})", self._precision(stored)
+        if stored is torch.float16 and not bounded:
             # fp16 overflows at 65504; tf32 rounds as fp16 does, and has the range of fp32.
             left, value, mode = weight.code, f"{value}.to(tl.float32)", ', input_precision="tf32"'
         code = f"{state} = tl.dot({left}, {value}, {rescale}{mode})"
-        self.loop.lines.append(Line(code, self.shape(axes)))
+        scope.lines.append(Line(code, self.shape(axes)))
 
     def _weight(self, definition: Definition, factors: list[Node]) -> Text:
         """The tile that is summed, zero where the predicate fails."""

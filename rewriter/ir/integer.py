@@ -7,16 +7,17 @@ sympy keeps `floor(j / h)` although 0 ≤ j < h, so the rules that need ranges a
     (a·D + r) %  D  →  r % D               r %  D  →  r   where 0 ≤ r < D
     (a·D + r) // (D·E)  →  a // E          (a·D + r) % (D·E)  →  a % E · D + r     where 0 ≤ r < D
     (x // A) // B   →  x // (A·B)          (x % (A·B)) // A  stays
+    (a·C + r) // (b·C)  →  a // b          where 0 ≤ r < C
     min(x, y)       →  x                   where x ≤ y
     x // D · D + x % D  →  x
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache
-from math import gcd
 
 import torch
 
@@ -234,13 +235,23 @@ def _reduced(poly: Poly, divisor: Poly) -> tuple[Poly, Poly, Poly, Poly] | None:
         return None
     monomial, coefficient = next(iter(divisor.items()))
     for term, count in poly.items():
-        shared = {tuple((Counter(term) & Counter(monomial)).elements()): gcd(count, coefficient)}
+        shared = {tuple((Counter(term) & Counter(monomial)).elements()): math.gcd(count, coefficient)}
         quotient, rest = _split(poly, shared)
         left, _ = _split(divisor, shared)
         is_part = shared != divisor and shared != {(): 1}
         if is_part and nonnegative(rest) and nonnegative(plus(plus(shared, rest, -1), {(): 1}, -1)):
             return quotient, left, shared, rest
     return None
+
+
+def _content(poly: Poly) -> tuple[Poly, Poly]:
+    """(what all terms are multiples of, the rest): 211·s - 211  →  211, s - 1"""
+    size = math.gcd(*poly.values())
+    first, *more = (Counter(a for a in m if isinstance(a, Param)) for m in poly)
+    for other in more:
+        first &= other
+    common = {tuple(sorted(first.elements(), key=_order)): size}
+    return common, _split(poly, common)[0]
 
 
 def floordiv(a: Node, b: Node) -> Node:
@@ -261,6 +272,11 @@ def floordiv(a: Node, b: Node) -> Node:
             return from_poly(plus(quotient, to_poly(floordiv(from_poly(rest), b))))
     if reduced := _reduced(pa, pb):
         return floordiv(from_poly(reduced[0]), from_poly(reduced[1]))
+    common, others = _content(pb)
+    if len(pb) > 1 and common != {(): 1}:
+        whole = floordiv(a, from_poly(common))
+        if not any(isinstance(n, Apply) and n.op == "floordiv" for m in to_poly(whole) for n in m):
+            return floordiv(whole, from_poly(others))
     a = from_poly(pa)
     if isinstance(a, Apply) and a.op == "floordiv" and nonnegative(plus(to_poly(a.args[1]), {(): 1}, -1)):
         return floordiv(a.args[0], from_poly(times(to_poly(a.args[1]), pb)))

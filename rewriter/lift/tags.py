@@ -101,6 +101,12 @@ def tag(
         tags.renewed[node] = frozenset().union(*(tags.renewed.get(y, ()) for y, _ in reads))
         if _contracts(lifted):
             tags.renewed[node] = frozenset().union(*(tags.behind(y) for y, _ in reads))
+        multiplied = _multiplied(lifted, reads, tags)
+        if multiplied:
+            tags.derived[node] = before.union(*(tags.behind(y) for y in multiplied))
+            for source in multiplied:
+                _store(source, tags, "it is an operand of a product of two wide values, which stays eager")
+            continue
         if _has_lost_a_side(dims, reads, tags) or (not _origins(dims) and _is_chain(lifted, reads, moving)):
             tags.roots.append(node)
             tags.derived[node] = before.union(*(_origins(tags.dims.get(y, ())) for y, _ in reads))
@@ -141,6 +147,32 @@ def _begin_stored(order: int, node: fx.Node, ahead: Ahead, tags: Tags) -> None:
         tags.origins.add(node)
         tags.stored.add(node)
         tags.dims[node] = _with_origin(order, axes, [frozenset()] * len(axes), sides)
+
+
+def _multiplied(lifted: Lifted, reads, tags: Tags) -> list[fx.Node]:
+    """The operands of a matrix product of two wide values, sum_n a[i, n] · b[n, j]: where neither is written, every
+    element of one is computed again for every row of the other.
+    """
+    sums = [r for r in walk(lifted.body) if isinstance(r, Reduce) and r.op == "sum"]
+    found: dict[fx.Node, None] = {}
+    for total in sums:
+        inside = _inside(total, reads)
+        for (first, a), (second, b) in itertools.combinations(inside, 2):
+            shared = a.free & b.free & frozenset(total.axes)
+            rows, columns = ((x - y) & frozenset(lifted.axes) for x, y in ((a.free, b.free), (b.free, a.free)))
+            sides = (first, a, rows), (second, b, columns)
+            if all(_spans(tags, node, load, shared, own) for node, load, own in sides):
+                found |= dict.fromkeys((first, second))
+    return list(found)
+
+
+def _spans(tags: Tags, node: fx.Node, load: Load, shared: frozenset[Axis], own: frozenset[Axis]) -> bool:
+    """Whether a value is wide by axes that it shares with another, and by some of its own."""
+    across, along = (
+        frozenset().union(*(held for entry, held in zip(load.index, tags.dims.get(node, ())) if entry.free & axes))
+        for axes in (shared, own)
+    )
+    return bool(_origins((across, along)) - _origins((across,)) - _origins((along,)))
 
 
 def _joined_again(

@@ -38,14 +38,14 @@ from rewriter.plan.resources import (
     threads,
     unit,
 )
-from rewriter.plan.tape import Step, Tape, tapes_of
+from rewriter.plan.tape import Inner, Step, Tape, tapes_of
 
 LONG, SHORT = 4096, 8  # positions of rows and streams whose size is known at the call only, and of any other axis
 
 # An H100 or H200, per multiprocessor and clock.
 MULTIPROCESSORS = 132
 CLOCK = 1.75e9  # a second
-FLOPS = {"wgmma": 4096, "mma": 2048}
+FLOPS = {"wgmma": 4096, "mma": 2048, "tf32": 1024}
 ARITHMETIC = 128  # operations
 SPECIAL = 16  # operations
 SHARED_BYTES = 128
@@ -128,6 +128,7 @@ def cost_of(plan: KernelPlan, nominal: Nominal, tapes: list[Tape] | None = None)
         once, each, times = _of_tape(plan, tape, nominal)
         each = _spilling(plan, each, held, at_once)
         waiting = LATENCY / at_once if plan.config.num_stages < 2 and each.l2 else 0
+        waiting += _waiting_inside(plan, tape, nominal, at_once)
         clocks += once.clocks(at_once) + times * (each.clocks(at_once) + waiting)
         total = total + once + each * times
     busy = clocks * max(1.0, programs / MULTIPROCESSORS) / CLOCK
@@ -155,6 +156,22 @@ def _spilling(plan: KernelPlan, tile: Work, cost: Held, at_once: float) -> Work:
     return tile + spills + Work(products=waiting)
 
 
+def _waiting_inside(plan: KernelPlan, tape: Tape, nominal: Nominal, at_once: float) -> float:
+    """Clocks that a tile's long contractions wait for their blocks, each loaded while those before are multiplied: few
+    clocks' work, unless the tile is large.
+    """
+    turns: dict[Inner, Work] = {}
+    for step in (s for s in tape.steps if s.inner and s.moves):
+        turns[step.inner] = turns.get(step.inner, Work()) + _of_step(plan, step, True)
+    latency = LATENCY / at_once / max(1, plan.config.num_stages - 1)
+    waits = {inner: max(0.0, latency - work.clocks(at_once)) for inner, work in turns.items() if work.products}
+    return sum(_turns(inner, nominal) * wait for inner, wait in waits.items())
+
+
+def _turns(inner: Inner, nominal: Nominal) -> int:
+    return math.prod(math.ceil(nominal.extent(a.extent) / turn) for a, turn in inner)
+
+
 def _held(plan: KernelPlan, tapes: list[Tape]) -> Held:
     wanted, bytes_ = registers(plan, tapes), shared(plan, tapes)
     units = {unit(plan, s) for t in tapes for s in t.steps if s.kind == "product"}
@@ -169,7 +186,7 @@ class Nominal:
 
     def __init__(self, chain: Chain, rows: Iterable[Axis]):
         long = {d.stream for d in chain.definitions} | set(rows)
-        self.long = {n for a in long for n in walk(a.extent) if isinstance(n, Param)}
+        self.long = frozenset().union(*(_long_sizes(a.extent) for a in long))
 
     def extent(self, node: Node) -> int:
         match node:
@@ -185,6 +202,16 @@ class Nominal:
 
     def bytes(self, tensor: Tensor) -> int:
         return tensor.dtype.itemsize * math.prod(map(self.extent, tensor.shape))
+
+
+def _long_sizes(extent: Node) -> frozenset[Param]:
+    """Of sizes that are multiplied the last is long: the others number batches that are joined with it."""
+    if isinstance(extent, Param):
+        return frozenset([extent])
+    op = getattr(extent, "op", "")
+    children = extent.children[:1] if op == "sub" else extent.children  # b·s - b is as long as b·s
+    sizes = [found for child in children if (found := _long_sizes(child))]
+    return frozenset().union(*(sizes[-1:] if op == "mul" else sizes))
 
 
 def _programs(plan: KernelPlan, nominal: Nominal) -> int:
@@ -207,8 +234,7 @@ def _of_tape(plan: KernelPlan, tape: Tape, nominal: Nominal) -> tuple[Work, Work
     once, each = Work(), Work()
     in_shared = {key for s in tape.steps if s.kind == "product" for key in s.reads}
     for step in tape.steps:
-        turns = math.prod(math.ceil(nominal.extent(a.extent) / turn) for a, turn in step.inner)
-        work = _of_step(plan, step, step.key in in_shared) * turns
+        work = _of_step(plan, step, step.key in in_shared) * _turns(step.inner, nominal)
         once, each = (once, each + work) if step.moves else (once + work, each)
     if tape.sweep is None:
         return once + each, Work(), 0

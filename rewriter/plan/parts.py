@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from rewriter.derive import Chain, Definition
-from rewriter.derive.factors import depends_on
-from rewriter.ir import Axis, Load, Node, Output, Reduce, Ref, Tensor, index, transform, walk
+from rewriter.derive.factors import as_product, depends_on
+from rewriter.ir import (
+    Axis,
+    Load,
+    Node,
+    Output,
+    Reduce,
+    Ref,
+    Tensor,
+    apply,
+    const,
+    index,
+    open_reduce,
+    transform,
+    walk,
+    where,
+)
 
 
 @dataclass
@@ -43,6 +59,30 @@ def independent_groups(chain: Chain, parts: list[Part]) -> dict[str, int]:
         for _, names in touched:
             groups |= dict.fromkeys(names, len(set(groups.values())))
     return groups
+
+
+def deep_groups(chain: Chain, rows: frozenset[Axis]) -> dict[str, int]:
+    """The group of each definition, where some weigh values that each of the rows has for itself, and others none.
+
+    sum_n weights[m, n] · z[m, n, e] is one of the first.
+    """
+    features = features_of(chain)
+    deep = {d.name for d in chain.definitions if is_deep(d, rows, features) and _stands_alone(d)}
+    groups = {d.name: int(d.name in deep) for d in chain.definitions}
+    return groups if len(set(groups.values())) > 1 else {}
+
+
+def is_deep(definition: Definition, rows: frozenset[Axis], features: frozenset[Axis]) -> bool:
+    """Whether something that is summed has rows, positions of the stream and features at once."""
+    factors = factors_of(definition)
+    return any(f.free & features and f.free & rows and depends_on(f, definition.stream) for f in factors)
+
+
+def _stands_alone(definition: Definition) -> bool:
+    """Whether a sum needs no other as it runs, but the maximum below which its exponentials are."""
+    return (
+        definition.centre is None and definition.extremum is None and not (definition.shift and definition.shift.mass)
+    )
 
 
 def _things(definition: Definition, names: set[str]) -> set[object]:
@@ -128,7 +168,7 @@ def _everywhere(chain: Chain) -> frozenset[Axis]:
 def _parts(definition: Definition) -> tuple[Node, ...]:
     """What a reduction multiplies, and where it does."""
     exponent = (definition.shift.exponent,) if definition.shift else ()
-    return (definition.predicate, *exponent, *(definition.rest or (definition.body,)))
+    return (definition.predicate, *exponent, *(factors_of(definition) or (definition.body,)))
 
 
 def _scored(chain: Chain) -> frozenset[Axis]:
@@ -136,8 +176,11 @@ def _scored(chain: Chain) -> frozenset[Axis]:
     scored: frozenset[Axis] = frozenset()
     for d in chain.definitions:
         scored |= d.predicate.free
-        scored |= frozenset().union(*(n.free for n in walk(*d.roots) if isinstance(n, Reduce)))
-        scored |= frozenset().union(*(f.free for f in d.rest if not is_operand(f, d.stream)))
+        opened = {f for f in d.rest if is_weighted(f)}
+        roots = [r for r in d.roots if r is not d.body or not opened]
+        inner = (n for n in walk(*roots, *factors_of(d)) if isinstance(n, Reduce) and n not in opened)
+        scored |= frozenset().union(*(n.free for n in inner))
+        scored |= frozenset().union(*(f.free for f in factors_of(d) if not is_operand(f, d.stream)))
         if d.shift:
             scored |= d.shift.exponent.free | d.shift.phi.free
         if d.op != "sum":
@@ -145,9 +188,32 @@ def _scored(chain: Chain) -> frozenset[Axis]:
     return scored
 
 
+def is_weighted(factor: Node) -> bool:
+    """A sum over a short axis of weights that are computed, and what they weigh: sum_g exp(s[m, n, g]) · v[n, g, e]"""
+    if not isinstance(factor, Reduce) or factor.op != "sum" or len(factor.axes) > 1:
+        return False
+    return any(isinstance(n, (Reduce, Ref)) for n in walk(factor.body))
+
+
+def factors_of(definition: Definition) -> tuple[Node, ...]:
+    """What a sum multiplies, with that of a weighted sum inside it."""
+    out: list[Node] = []
+    for factor in definition.rest:
+        if not is_weighted(factor):
+            out.append(factor)
+            continue
+        _, predicate, body = open_reduce(factor)
+        product = as_product(body)
+        out += [predicate, product.predicate, *product.over, *product.under]
+    return tuple(out)
+
+
 def is_operand(factor: Node, stream: Axis) -> bool:
-    """A factor read from memory along the stream: the values of a weighted sum."""
-    return not any(isinstance(n, (Reduce, Ref)) for n in walk(factor)) and depends_on(factor, stream)
+    """A factor read from memory along the stream, as given or as an earlier kernel has left it there: the values of a
+    weighted sum.
+    """
+    own = (isinstance(n, Reduce) or isinstance(n, Ref) and not depends_on(n, stream) for n in walk(factor))
+    return not any(own) and depends_on(factor, stream)
 
 
 def chains_of(chain: Chain, parts: list[Part]) -> tuple[list[Chain], tuple[Tensor, ...]]:
@@ -168,9 +234,19 @@ def _reading_results(chain: Chain, part: Part, results: dict[str, Tensor]) -> Ch
     def moved(node: Node) -> Node:
         return transform(node, rule)
 
-    definitions = tuple(_moved(d, moved) for d in part.definitions)
+    definitions = tuple(_moved(_settled(d, own), moved) for d in part.definitions)
     outputs = tuple(replace(o, body=moved(o.body)) for o in part.outputs)
     return replace(chain, definitions=definitions, outputs=outputs)
+
+
+def _settled(definition: Definition, own: set[str]) -> Definition:
+    """exp(exponent − phi) as a factor where phi is that of an earlier kernel: it is final."""
+    shift = definition.shift
+    if shift is None or shift.state.name in own:
+        return definition
+    phi = where(apply("eq", shift.phi, const(-math.inf)), const(0.0), shift.phi)
+    weight = apply("exp", apply("sub", shift.exponent, phi))
+    return replace(definition, shift=None, rest=(weight, *definition.rest))
 
 
 def _moved(definition: Definition, moved: Callable[[Node], Node]) -> Definition:

@@ -12,7 +12,7 @@ from rewriter.ir import Axis, Output, Param, Ref, Tensor, index, walk
 from rewriter.plan.candidates import Option, Options, choose
 from rewriter.plan.cost import Nominal, cost_of
 from rewriter.plan.kernel import ChainPlan, Config, KernelPlan, Sweep
-from rewriter.plan.parts import Part, chains_of, features_of, independent_groups, parts_of
+from rewriter.plan.parts import Part, chains_of, deep_groups, features_of, independent_groups, parts_of
 from rewriter.plan.roles import MAX_FEATURE, inner_reductions, lone_rows, tile_rows
 from rewriter.plan.tape import tapes_of
 from rewriter.plan.tiles import configs
@@ -40,7 +40,7 @@ def plan(chain: Chain, name: str) -> ChainPlan:
     free = _to_be_fixed(chain).union(*(_sizes_kept_whole(r) for r in plain.roles))
     if free:
         raise NeedsFixed(free)
-    structures = [plain, *_apart(chain, name, parts)]
+    structures = [plain, *_apart(chain, name, parts), *_deep_apart(plain)]
     nominal = Nominal(chain, [a for r in plain.roles for a in r.rows])
     ranked = choose([s.options(nominal) for s in structures])
     return ChainPlan(name, chain, ranked[0].kernels, ranked[0].results, tuple(ranked))
@@ -57,10 +57,20 @@ def _apart(chain: Chain, name: str, parts: list[Part]) -> list[Structure]:
     return [Structure(chain, name, parts_of(chain, groups))]
 
 
+def _deep_apart(plain: Structure) -> list[Structure]:
+    """Values that each row has for itself in kernels of their own: the others keep tiles of two dimensions, and rows of
+    those may be another axis, along which the values are shared.
+    """
+    rows = frozenset().union(*(r.rows for r in plain.roles if len(r.rows) == 1))
+    groups = deep_groups(plain.chain, rows)
+    return [Structure(plain.chain, plain.name, parts_of(plain.chain, groups))] if groups else []
+
+
 class Structure:
     """Which kernel computes what, before tiles are chosen. `results` are what one writes for those after it."""
 
     def __init__(self, chain: Chain, name: str, parts: list[Part]):
+        self.chain, self.name = chain, name
         self.chains, self.results = chains_of(chain, parts)
         self.features = features_of(chain)
         self.parts = parts
@@ -80,18 +90,21 @@ class Structure:
         return _kernel(self.names[k], self.chains[k], roles, self.results)
 
     def _other_rows(self, k: int, own: KernelPlan) -> list[KernelPlan]:
-        """The same with another grid axis as rows, where every matrix product stays one, and tiles stay as flat."""
+        """The same with another grid axis as rows, where every matrix product stays one, and tiles stay as flat, or
+        where tiles become flatter.
+        """
         if len(own.rows) != 1:
             return []
         roles = [_Roles(self.chains[k], self.parts[k], self.features, (axis,)) for axis in own.grid]
         others = [self._kernel(k, r) for r in roles if not _sizes_kept_whole(r)]
-        return [other for other in others if _shape(other) == _shape(own)]
+        return [other for other in others if _shape(other) == _shape(own) or _shape(other)[2] < _shape(own)[2]]
 
 
 def _shape(kernel: KernelPlan) -> tuple[int, int, int]:
     """How many products and inner loops a kernel has, and how many dimensions its tiles."""
     steps = [s for tape in tapes_of(kernel) for s in tape.steps]
-    return sum(s.kind == "product" for s in steps), len(kernel.loops), max((len(s.over) for s in steps), default=0)
+    tiles = (len(s.axes if s.kind == "product" else s.over) for s in steps)
+    return sum(s.kind == "product" for s in steps), len(kernel.loops), max(tiles, default=0)
 
 
 def _tiled(kernel: KernelPlan, nominal: Nominal) -> list[Option]:

@@ -12,6 +12,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 from rewriter.ir import Axis
 from rewriter.plan.estimates import Registers
 from rewriter.plan.kernel import KernelPlan
@@ -31,9 +33,11 @@ def threads(plan: KernelPlan) -> int:
 
 
 def unit(plan: KernelPlan, step: Step) -> str:
-    """What computes a product: Hopper's `wgmma` for 64 rows and more, `mma` for fewer, `fma` in fp32."""
+    """What computes a product: Hopper's `wgmma` for 64 rows and more, `mma` for fewer, `fma` in fp32; `tf32` where a
+    program of 16 bits reads what an earlier kernel left in fp32.
+    """
     if step.bytes > 2:
-        return "fma"
+        return "fma" if plan.dtype is torch.float32 else "tf32"
     return "wgmma" if plan.config.block_m >= 64 and plan.config.num_warps >= 4 else "mma"
 
 

@@ -14,9 +14,10 @@ from rewriter.derive import Definition
 from rewriter.derive.factors import is_float_cast, is_running, without_cast
 from rewriter.ir import TRUE, Axis, Const, Index, Load, Node, Output, Param, Reduce, Ref
 from rewriter.plan.kernel import Dot, KernelPlan, Loop, Sweep
-from rewriter.plan.products import operand_dtype, weighted_values
+from rewriter.plan.products import Weighed, operand_dtype, weighed
 
 Key = Hashable
+Inner = tuple[tuple[Axis, int], ...]  # axes of the loops around a step inside a tile, with what one turn of each covers
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Step:
         reads: the values it needs; of a product its left and its right operand.
         bytes: of one element of the result; of a product of one element of its operands.
         moves: whether it is done again for every tile of the stream.
-        inner: the axes of the loops around it inside a tile, with what one turn of each covers.
+        inner: the loops around it inside a tile.
     """
 
     key: Key
@@ -43,7 +44,7 @@ class Step:
     reads: tuple[Key, ...]
     bytes: int
     moves: bool
-    inner: tuple[tuple[Axis, int], ...] = ()
+    inner: Inner = ()
 
 
 @dataclass
@@ -72,7 +73,8 @@ class _Recorder:
         self.tiles = frozenset(plan.tile_axes)
         self.before: set[Key] = set()  # computed once, ahead of every loop
         self.stream: Axis | None = None
-        self.inner: tuple[tuple[Axis, int], ...] = ()
+        self.inner: Inner = ()
+        self.again = False  # whether what the loops inside a tile load is loaded again for every tile
         self.tape = Tape(None)
         self.known: set[Key] = set()
 
@@ -111,7 +113,7 @@ class _Recorder:
     ) -> Key:
         """A step; unless told, it moves where the stream is among its axes."""
         axes = self.tiles & frozenset(free)
-        moves = self.stream is not None and (self.stream in free) if moves is None else moves
+        moves = self.again or (self.stream is not None and self.stream in free) if moves is None else moves
         inner = tuple((a, turn) for a, turn in self.inner if a in free or kind == "product")
         step = Step(key, kind, op, axes, axes | (self.tiles & frozenset(over)), tuple(reads), size, moves, inner)
         self.tape.steps.append(step)
@@ -155,7 +157,9 @@ class _Recorder:
         around = self.inner
         if dot.long:
             self.inner = (*around, (dot.axis, self.plan.sizes[dot.axis]))
+            self.again = self._moves(dot.node)
         operands = self._values(dot.left, dot.right)
+        self.again = False
         tile = frozenset([dot.rows, dot.columns])
         key = ("product", dot.node) if dot.scale else dot.node
         moves = self._moves(dot.node)
@@ -179,7 +183,11 @@ class _Recorder:
     # -- running reductions -----------------------------------------------------------------------------------------
 
     def _accumulate(self, definition: Definition) -> None:
-        values = weighted_values(self.plan, definition) if definition.op == "sum" else None
+        product = weighed(self.plan, definition)
+        if product and product.inside:
+            self._weigh_inside(definition, product)
+            return
+        values = product and product.values
         factors = [f for f in definition.rest if f is not values]
         summed = definition.op == "sum"
         weight = self._weight(definition, factors) if summed else self._masked(definition, definition.body)
@@ -193,6 +201,22 @@ class _Recorder:
         key = ("sum", definition.name)
         self._write(key, "product", definition.axes, reads, over=[self.stream], size=size, moves=True)
         if definition.shift:
+            self._write(("moved", definition.name), "op", definition.axes, [state], "mul", moves=True)
+
+    def _weigh_inside(self, definition: Definition, product: Weighed) -> None:
+        """A product for every position of a loop, onto the same state."""
+        has_outer = definition.shift or product.weights
+        outer = [self._weight(definition, list(product.weights))] if has_outer else []
+        around, self.inner = self.inner, (*self.inner, (product.inside.axis, 1))
+        own = self._values(product.own, product.predicate, definition.predicate)
+        free = frozenset(definition.axes) & set(self.plan.rows) | {self.stream}
+        weight = self._write(("weight", definition.name), "op", free, [*outer, *own], "mul", moves=True)
+        reads = [weight, *self._values(product.values)]
+        size = operand_dtype(self.plan, product.values).itemsize
+        self._write(("sum", definition.name), "product", definition.axes, reads, "", [self.stream], size, True)
+        self.inner = around
+        if definition.shift:
+            state = ("state", definition.name)
             self._write(("moved", definition.name), "op", definition.axes, [state], "mul", moves=True)
 
     def _masked(self, definition: Definition, node: Node) -> Key:

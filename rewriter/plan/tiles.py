@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from rewriter.derive.factors import depends_on
 from rewriter.ir import Axis, Const
 from rewriter.plan.kernel import Config, KernelPlan, padded
+from rewriter.plan.parts import is_deep
 from rewriter.plan.roles import lone_rows
 
 LONGEST_TILE = 1024  # positions of one row in a tile
@@ -21,6 +21,8 @@ HALF = (
     Config(64, 32, 8, 2),
     Config(32, 32, 4, 2),
 )
+# Of 16-bit operands that are contracted block by block: a large tile reads each block for more products.
+LONG = (Config(128, 128, 8, 3), Config(64, 128, 4, 3), Config(128, 128, 8, 2), Config(64, 128, 4, 2))
 
 
 def configs(plan: KernelPlan) -> tuple[Config, ...]:
@@ -29,15 +31,16 @@ def configs(plan: KernelPlan) -> tuple[Config, ...]:
     slower.
     """
     first = preferred(plan)
-    if is_deep(plan) or not plan.dots or plan.dtype is torch.float32:
+    if has_deep_tiles(plan) or not plan.dots or plan.dtype is torch.float32:
         return (first,)
-    return tuple(dict.fromkeys((first, *HALF)))
+    deeper = LONG if any(d.long for d in plan.dots) else ()
+    return tuple(c for c in dict.fromkeys((first, *HALF, *deeper)) if c.num_stages < 3 or not _is_padded(plan))
 
 
 def preferred(plan: KernelPlan) -> Config:
     """What is chosen unless estimates tell another to be faster."""
     width = max((padded(f) for f in plan.features), default=16)
-    if is_deep(plan):
+    if has_deep_tiles(plan):
         return Config(16, 16, 4, 1)
     if not plan.dots and plan.rows and lone_rows(plan.chain, (*plan.grid, *plan.rows)):
         return Config(64, 32, 4, 2)  # the rows of a tile lie side by side in memory
@@ -62,9 +65,16 @@ def _single(width: int) -> Config:
 
 def _narrow(plan: KernelPlan, width: int) -> Config:
     """Three stages where no feature is padded: with padded ones, Triton 3.6 makes wrong code of them."""
-    if any(a.extent.value != padded(a) for a in plan.features):
+    if _is_padded(plan):
         return Config(64, 64, 4, 2)
     return Config(128, 64, 8, 3) if width > 32 else Config(64, 64, 4, 3)
+
+
+def _is_padded(plan: KernelPlan) -> bool:
+    """Whether a tile reaches over the end of an axis that it keeps whole, or takes block by block."""
+    return any(a.extent.value != padded(a) for a in plan.features) or any(
+        a.extent.value % plan.sizes[a] for a in plan.long_axes
+    )
 
 
 def _whole(stream: Axis) -> int:
@@ -72,8 +82,7 @@ def _whole(stream: Axis) -> int:
     return min(LONGEST_TILE, padded(stream)) if isinstance(stream.extent, Const) else LONGEST_TILE
 
 
-def is_deep(plan: KernelPlan) -> bool:
+def has_deep_tiles(plan: KernelPlan) -> bool:
     """Whether a tile has rows, stream and features at once: values of a weighted sum that each row has for itself."""
     rows, features = frozenset(plan.rows), frozenset(plan.features) - {d.axis for d in plan.dots}
-    factors = [(f, d.stream) for d in plan.chain.definitions for f in d.rest]
-    return any(f.free & features and f.free & rows and depends_on(f, stream) for f, stream in factors)
+    return any(is_deep(d, rows, features) for d in plan.chain.definitions)

@@ -1,0 +1,57 @@
+"""Which axes a kernel keeps whole, which it loops over, and which programs are numbered by."""
+
+from __future__ import annotations
+
+import torch
+
+from rewriter import rewrite
+from rewriter.pipeline import rewrite_module
+from rewriter.plan import KernelPlan
+
+
+def r(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).to(torch.float16)
+
+
+def kernels(function, *inputs: torch.Tensor) -> list[KernelPlan]:
+    rewritten = rewrite_module(function, inputs, {})
+    return [k for f in rewritten.fused for k in f.plan.kernels]
+
+
+def two_hops(q, k, v):
+    p = torch.softmax(q @ k.mT, -1)
+    return p @ (p @ v)
+
+
+def test_what_an_earlier_kernel_leaves_is_weighed_as_a_matrix():
+    """Its features are whole in a tile: no program has one of them for itself, and computes the weights for it."""
+    planned = kernels(two_hops, r(2, 3, 33, 16), r(2, 3, 33, 16), r(2, 3, 33, 16))
+    assert [len(k.grid) for k in planned] == [2, 2, 2]
+
+
+def test_what_an_earlier_kernel_leaves_is_multiplied_by_the_matrix_unit():
+    """It is handed on in fp32: tf32 rounds no more than eager's 16 bits."""
+    half = r(2, 33, 16), r(2, 33, 16), r(2, 33, 16)
+    text = rewrite_module(two_hops, half, {}).kernels[0].text
+    assert text.count('input_precision="tf32"') == 2
+    single = tuple(x.float() for x in half)
+    assert "tf32" not in rewrite_module(two_hops, single, {}).kernels[0].text
+
+
+def groups(q, k, v):
+    """Softmax inside groups of four keys, then over all: weights that each group's loop computes."""
+    s = (q @ k.mT).unflatten(-1, (-1, 4))
+    p = torch.softmax((s.softmax(-1) + s).flatten(-2), -1)
+    return torch.einsum("bmng,bnge->bme", p.unflatten(-1, (-1, 4)), v.unflatten(1, (-1, 4)))
+
+
+def test_what_a_loop_inside_a_tile_weighs_is_a_matrix():
+    """Each turn of the loop adds a product; the values' features are no grid axis."""
+    inputs = r(2, 33, 16), r(2, 36, 16), r(2, 36, 16)
+    (kernel,) = kernels(groups, *inputs)
+    assert len(kernel.grid) == 1 and len(kernel.features) == 2
+    text = rewrite_module(groups, inputs, {}).kernels[0].text
+    assert "acc = tl.dot(" in text
+    result = rewrite(groups, inputs)
+    wanted, own = groups(*(x.double() for x in inputs)), groups(*inputs)
+    assert (result.module(*inputs) - wanted).norm() <= 2 * (own - wanted).norm()
