@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rewriter.derive import Chain
-from rewriter.ir import Apply, Axis, Const, Node, Param, Tensor, walk
+from rewriter.ir import Apply, Axis, Const, Node, Param, Tensor
 from rewriter.plan.estimates import REGISTERS, Held, KernelCost, Registers
 from rewriter.plan.kernel import KernelPlan
 from rewriter.plan.resources import (
