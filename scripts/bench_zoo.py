@@ -53,6 +53,8 @@ SIZES = {  # where batch x S x S is not the size of the program: no batch, one h
     "cosine_swin_v2": Sizes(16, 256),
     "swin_window": Sizes(128, 49),
     "swin_shifted_block": Sizes(2, 3136),
+    "decomposed_grid": Sizes(2, 20, 35),
+    "decomposed_grid_indexed": Sizes(2, 20, 35),
 }
 
 

@@ -286,3 +286,11 @@ def test_a_cpu_without_the_interpreter():
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("runs its original code: tensors on cpu without TRITON_INTERPRET=1") == 2, run.stderr
+
+
+def test_bfloat16_on_a_cpu_runs_the_original():
+    """Triton's interpreter would multiply it wrongly."""
+    model = attention().bfloat16()
+    x = tokens().bfloat16()
+    with torch.no_grad(), said("bfloat16 on a CPU"):
+        assert torch.equal(rewrite(model, (x,)).module(x), model(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import keyword
 import re
@@ -11,23 +12,14 @@ from rewriter.emit.render import helper_names
 from rewriter.ir import Axis, Const, Node, Param, Tensor, walk
 from rewriter.plan import ChainPlan
 
-_RESERVED = {
-    "tl",
-    "triton",
-    "torch",
-    "pid",
-    "offs_m",
-    "offs_n",
-    "start_n",
-    "m_new",
-    "M",
-    "N",
-    "LOG2E",
-    "full",
-    "NEG_INF",
-    "POS_INF",
-    "range",
-}
+# What every emitted file says by itself, in kernels and around them.
+_RESERVED = set(dir(builtins)) | set(
+    "tl triton torch math hashlib Path pid blocks rest start full m_new M N LOG2E NEG_INF POS_INF align"
+    " programs launch reference LIBRARY OP".split()
+)
+_MADE = re.compile(
+    r"(stride|offs|start|BLOCK)_|CONFIG|.*_(ptr|new|kernel)$"
+)  # made of names of tensors, axes and state
 
 
 class Names:
@@ -37,12 +29,12 @@ class Names:
         self.taken: set[str] = _RESERVED | helper_names()
         self.axes = self._axes(plan)
         self.sizes = self._sizes(plan)
+        self.state = self._state(plan)
         results = {t.name for t in plan.results}
         inputs = [t for t in plan.chain.tensors if t.name not in results]
         self.tensors = {t: self.unique(_identifier(display.get(t.name, t.name))) for t in inputs}
         single = len(plan.chain.outputs) == 1
         self.outputs = {o.name: self.unique("out" if single else f"out_{o.name}") for o in plan.chain.outputs}
-        self.state = self._state(plan)
         for result in plan.results:
             called = self.unique(_stored(plan.chain.definition(result.name), self.state))
             self.tensors[result] = self.outputs[result.name] = called
@@ -135,7 +127,7 @@ def _mentions(node: Node, param: Param, named: dict[Node, str]) -> bool:
 
 def _identifier(name: str) -> str:
     name = re.sub(r"\W", "_", name)
-    return f"t_{name}" if not name or name[0].isdigit() else name
+    return f"t_{name}" if not name or name[0].isdigit() or _MADE.match(name) else name
 
 
 def stride_name(tensor: str, k: int, letters: tuple[str, ...]) -> str:

@@ -48,7 +48,10 @@ def _scaled(x: Node, factor) -> Node:
 
 @lifts("einsum")
 def einsum(ctx: Context, equation: str, operands, **kwargs) -> Lifted:
-    """Each letter an axis; letters missing in the result are summed."""
+    """Each letter an axis; one missing in the result is summed as soon as no operand to come has it, as torch does.
+
+    bis,bjs,bij,bje->bie  →  sum j: (sum s: a[b, i, s] b[b, j, s]) c[b, i, j] d[b, j, e]
+    """
     inputs, result = _letters(equation.replace(" ", ""), [len(o.axes) for o in operands])
     extents: dict[str, Node] = {}
     for letters, value in zip(inputs, operands):
@@ -58,11 +61,13 @@ def einsum(ctx: Context, equation: str, operands, **kwargs) -> Lifted:
     axes = {letter: fresh_axis(extent) for letter, extent in extents.items()}
     at = {letter: index(axis) for letter, axis in axes.items()}
     factors = [broadcast_at(v, tuple(at[x] for x in letters)) for letters, v in zip(inputs, operands)]
-    body = factors[0]
-    for factor in factors[1:]:
-        body = _mul(body, factor)
-    summed = tuple(axes[x] for x in extents if x not in result)
-    return Lifted(tuple(axes[x] for x in result), reduce("sum", summed, body) if summed else body)
+    body, left = None, [x for x in extents if x not in result]
+    for k, factor in enumerate(factors):
+        body = factor if body is None else _mul(body, factor)
+        summed = [x for x in left if not any(x in letters for letters in inputs[k + 1 :])]
+        left = [x for x in left if x not in summed]
+        body = reduce("sum", tuple(axes[x] for x in summed), body) if summed else body
+    return Lifted(tuple(axes[x] for x in result), body)
 
 
 def _letters(equation: str, ranks: list[int]) -> tuple[list[list[str]], list[str]]:

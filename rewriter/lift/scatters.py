@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+import functools
 
-from rewriter.ir import Const, Node, apply, cast, reduce, where
-from rewriter.lift.registry import Context, lifts, operand, scalar
+import torch
+from torch import fx
+
+from rewriter.ir import Const, Node, apply, cast, index, reduce, where
+from rewriter.lift.registry import Context, lifts, operand, rule_for, scalar
 from rewriter.lift.values import (
     Lifted,
     NotLiftable,
@@ -15,6 +18,7 @@ from rewriter.lift.values import (
     positions,
     wrapped,
 )
+from rewriter.trace.calls import call_name
 
 
 def _replaced(ctx: Context, x: Lifted, inside, new) -> Lifted:
@@ -74,21 +78,38 @@ def index_fill(ctx: Context, x: Lifted, dim: int, indices: Lifted, value) -> Lif
 
 @lifts("index_put")
 def index_put(ctx: Context, x: Lifted, indices, values: Lifted, accumulate=False) -> Lifted:
-    """`x[mask] = value` and `x[:, indices] = value`, for one value: where(mask, value, x), where(any_k (j ==
-    indices[k]), value, x)
+    """`x[mask] = value`, `x[:, indices] = value` and `x[i, indices] = value` with i = arange(...), for one value:
+    where(mask, value, x), where(any_k (j == indices[k]), value, x), where(j == indices[i], value, x)
     """
-    used = [k for k, i in enumerate(indices) if i is not None]
-    if accumulate or len(used) != 1 or values.axes:
+    chosen = {dim: at for dim, at in enumerate(indices) if at is not None}
+    if accumulate or values.axes or not chosen:
         raise NotLiftable("assignment by index")
-    (dim,) = used
-    chosen = indices[dim]
+    dim = next((d for d in chosen if len(chosen) == 1 or _counts(ctx.node.args[1][d])), None)
+    if dim is None or (len(chosen) > 1 and any(len(at.axes) != 1 for at in chosen.values())):
+        raise NotLiftable("assignment by several indices")
 
     def inside(at: tuple[Node, ...]) -> Node:
-        if chosen.body.dtype is torch.bool:
-            return broadcast_at(chosen, at[dim : dim + len(chosen.axes)])
-        return _is_among(at[dim], chosen, x.axes[dim].extent)
+        if len(chosen) == 1 and chosen[dim].body.dtype is torch.bool:
+            return broadcast_at(chosen[dim], at[dim : dim + len(chosen[dim].axes)])
+        if len(chosen) == 1:
+            return _is_among(at[dim], chosen[dim], x.axes[dim].extent)
+        within = apply("lt", at[dim], chosen[dim].axes[0].extent)
+        found = (
+            apply("eq", at[d], wrapped(broadcast_at(other, (at[dim],)), x.axes[d].extent))
+            for d, other in chosen.items()
+            if d != dim
+        )
+        return functools.reduce(lambda a, b: apply("and", a, b), found, within)
 
     return _replaced(ctx, x, inside, lambda at: values.body)
+
+
+def _counts(source: fx.Node | None) -> bool:
+    """Whether an index is arange(n)."""
+    if source is None or source.op != "call_function" or call_name(source) != "arange":
+        return False
+    made = rule_for(source)(Context(source), *source.args, **source.kwargs)
+    return made.body is index(made.axes[0])
 
 
 def _is_among(i: Node, indices: Lifted, extent: Node) -> Node:

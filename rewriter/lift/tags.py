@@ -86,9 +86,12 @@ def tag(
     ahead = Ahead(graph, local, movers)
     repeated = Repeated(graph, local)
     tags = Tags()
+    layered: set[fx.Node] = set()  # what follows from a dense layer: its widths are numbers, what varies are lengths
     may_be_fixed = kind in TENTATIVE
     for order, node in enumerate(graph.nodes):
         lifted = local[node].value if node in local else None
+        if any(n in layered for n in node.all_input_nodes):
+            layered.add(node)
         if not isinstance(lifted, Lifted) or node in stopped:
             if may_be_fixed:
                 tags.derived[node] = tags.renewed[node] = frozenset().union(*map(tags.behind, node.all_input_nodes))
@@ -96,6 +99,8 @@ def tag(
                 _begin_stored(order, node, ahead, tags)
             continue
         reads = sources(lifted, by_name)
+        if _is_half_fixed(lifted, reads, moving):
+            layered.add(node)
         dims = inherited(lifted, reads, tags.dims)
         before = frozenset().union(*(tags.derived.get(y, ()) for y, _ in reads))
         tags.renewed[node] = frozenset().union(*(tags.renewed.get(y, ()) for y, _ in reads))
@@ -124,11 +129,11 @@ def tag(
         half_fixed = may_be_fixed and _is_half_fixed(lifted, reads, moving)
         alive = {n for n, _ in reads} if half_fixed else moving
         narrow = {n for n in alive if not tags.has_both_sides(n)}
-        sides = _sides(lifted, reads, narrow)
+        sides = _sides(lifted, reads, narrow, node in layered)
         if not sides and not _origins(dims):
             # An operand may repeat what it is made of: q[m, d] · (k[n, d] + table[m - n, d])
             opened = repeated.opened(seen_through)
-            sides = _sides(opened, sources(opened, by_name), narrow)
+            sides = _sides(opened, sources(opened, by_name), narrow, node in layered)
         if sides and kind is not Origins.STORED and ahead.is_worth(order, sides, kind):
             tags.origins.add(node)
             dims = _with_origin(order, lifted.axes, dims, ahead.narrowed(order, sides))
@@ -237,13 +242,13 @@ def _is_half_fixed(lifted: Lifted, reads, moving: set[fx.Node]) -> bool:
     return contracts and len({n in moving for n, _ in reads}) == 2
 
 
-def _sides(lifted: Lifted, reads, moving: set[fx.Node]) -> Sides | None:
-    """A node's own pair of sides, where it is an origin."""
+def _sides(lifted: Lifted, reads, moving: set[fx.Node], is_layered: bool) -> Sides | None:
+    """A node's own pair of sides, where it is an origin; of what follows from a dense layer, not for a summary."""
     reduces = [r for r in walk(lifted.body) if isinstance(r, Reduce)]
     if not reduces:
         return _outer_pair(lifted.axes, reads, moving)
     pairs = ((r, _outer_pair(lifted.axes, _inside(r, reads), moving)) for r in reduces)
-    return next((sides for r, sides in pairs if sides and not _is_summary(r, sides)), None)
+    return next((sides for r, sides in pairs if sides and not (is_layered and _is_summary(r, sides))), None)
 
 
 def _is_summary(reduce: Reduce, sides: Sides) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import re
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ def patch(
         forward, guards = printer.print(), guards_of(traced, signature, sizes)
     except UnknownSize as size:
         raise RewriteError(f"forward depends on {size}, which can't be written down") from size
+    _refuse_hidden(traced, [*forward.lines, *(g.condition for g in guards)])
     is_module = isinstance(traced.module, nn.Module)
     name = type(traced.module).__name__ if is_module else traced.module.__name__
     program = type(traced.module) if is_module else traced.module
@@ -71,3 +73,12 @@ def patch(
     if missing := undefined_names(text):
         raise RewriteError(f"the new forward would need {', '.join(sorted(missing))}")
     return Patched(name, text)
+
+
+def _refuse_hidden(traced: TracedModule, lines: list[str]) -> None:
+    """Raises RewriteError for an argument that hides what the new forward calls: `len`, `torch`."""
+    program = traced.module.forward if isinstance(traced.module, nn.Module) else traced.module
+    called = {name for line in lines for name in re.findall(r"(?<![\w.])(\w+)(?=\(|\.\w+\()", line)}
+    for name in inspect.signature(program).parameters:
+        if name == "torch" or (name in called and name in vars(builtins)):
+            raise RewriteError(f"forward has an argument called {name}, which the new one calls")
