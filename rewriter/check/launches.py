@@ -30,9 +30,11 @@ class Launch:
 class Recorder:
     """Stands in for the kernels of a package; `launches` has the first of each since `clear`.
 
-    While `dry`, nothing runs: results are whatever their memory held, shapes and guards are real.
+    While `dry`, nothing runs: results are whatever their memory held, shapes and guards are real, but for that of what
+    Triton's interpreter would multiply wrongly.
     """
 
+    files: tuple[ModuleType, ...] = ()
     dry: bool = False
     launches: dict[str, Launch] = field(default_factory=dict)
 
@@ -43,10 +45,15 @@ class Recorder:
     def dry_run(self) -> Iterator[None]:
         """Launch nothing inside the block."""
         before, self.dry = self.dry, True
+        guarded = [file.MISMULTIPLIED for file in self.files]
         try:
+            for file in self.files:
+                file.MISMULTIPLIED = ()
             yield
         finally:
             self.dry = before
+            for file, held in zip(self.files, guarded):
+                file.MISMULTIPLIED = held
 
     @property
     def programs(self) -> int:
@@ -58,9 +65,10 @@ def record(package: ModuleType, kernels: Sequence[tuple[str, str]]) -> Recorder:
     package.
     """
     __import__(f"{package.__name__}.module")
-    recorder = Recorder()
+    files = {name: sys.modules[f"{package.__name__}.kernels.{name}"] for name, _ in kernels}
+    recorder = Recorder((sys.modules[f"{package.__name__}.module"], *files.values()))
     for name, function in kernels:
-        file = sys.modules[f"{package.__name__}.kernels.{name}"]
+        file = files[name]
         setattr(file, function, _Recorded(function, getattr(file, function), recorder))
     return recorder
 

@@ -78,7 +78,7 @@ def patch(
 def _refuse_hidden(traced: TracedModule, lines: list[str]) -> None:
     """Raises RewriteError for an argument that hides what the new forward calls: `len`, `torch`."""
     program = traced.module.forward if isinstance(traced.module, nn.Module) else traced.module
-    called = {name for line in lines for name in re.findall(r"(?<![\w.])(\w+)(?=\(|\.\w+\()", line)}
+    called = {name for line in lines for name in re.findall(r"(?<![\w.])(\w+)(?=\()", line)}
     for name in inspect.signature(program).parameters:
         if name == "torch" or (name in called and name in vars(builtins)):
             raise RewriteError(f"forward has an argument called {name}, which the new one calls")

@@ -34,7 +34,16 @@ def configs(plan: KernelPlan) -> tuple[Config, ...]:
     if has_deep_tiles(plan) or not plan.dots or plan.dtype is torch.float32:
         return (first,)
     deeper = LONG if any(d.long for d in plan.dots) else ()
-    return tuple(c for c in dict.fromkeys((first, *HALF, *deeper)) if c.num_stages < 3 or not _is_padded(plan))
+    return tuple(c for c in dict.fromkeys((first, *HALF, *deeper)) if _is_sound(c, plan))
+
+
+def _is_sound(config: Config, plan: KernelPlan) -> bool:
+    """What Triton 3.6 makes right code of on an H200: three stages where no feature is padded; of two accumulators, one
+    of them narrower than 64, streams of 32 (the narrow one was wrong at 64 in 4 warps, and slower).
+    """
+    values = {padded(a) for a in plan.features if a not in {d.axis for d in plan.dots}}
+    is_mixed = len(values) > 1 and min(values) < 64
+    return (config.num_stages < 3 or not _is_padded(plan)) and (config.block_n <= 32 or not is_mixed)
 
 
 def preferred(plan: KernelPlan) -> Config:
@@ -64,7 +73,6 @@ def _single(width: int) -> Config:
 
 
 def _narrow(plan: KernelPlan, width: int) -> Config:
-    """Three stages where no feature is padded: with padded ones, Triton 3.6 makes wrong code of them."""
     if _is_padded(plan):
         return Config(64, 64, 4, 2)
     return Config(128, 64, 8, 3) if width > 32 else Config(64, 64, 4, 3)

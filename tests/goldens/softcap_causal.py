@@ -250,10 +250,12 @@ def launch(query, key, value):
     return out
 
 
+MISMULTIPLIED = (torch.bfloat16,)  # by Triton's interpreter
+
+
 def _on_cpu(*args):
-    """Triton's interpreter multiplies bfloat16 wrongly."""
     runs = triton.knobs.runtime.interpret and not any(
-        getattr(a, "dtype", None) is torch.bfloat16 for a in args
+        getattr(a, "dtype", None) in MISMULTIPLIED for a in args
     )
     return launch(*args) if runs else reference(*args)
 
