@@ -152,11 +152,14 @@ class _Partition:
 
 
 def features_of(chain: Chain) -> frozenset[Axis]:
-    """Axes that of all that is streamed only the last operand (the values) carries: kept whole in a tile."""
+    """Axes that of all that is streamed only the last operand (the values) carries: kept whole in a tile. Those of a
+    sum that others are sums over, too, with an axis more, are rows of both: sum_n w[m, n], sum_n w[m, n] v[n, e]
+    """
     others = _scored(chain) | _everywhere(chain)
     streams = {d.stream for d in chain.definitions}
-    own = [[a for a in d.axes if a not in others and a not in streams] for d in chain.definitions]
-    return frozenset(axes[-1] for axes in own if axes)
+    own = {d.axes: [a for a in d.axes if a not in others and a not in streams] for d in chain.definitions}
+    rows = {axes for axes in own for more in own if set(axes) < set(more) and own[more] and own[more][-1] not in axes}
+    return frozenset(found[-1] for axes, found in own.items() if found and axes not in rows)
 
 
 def _everywhere(chain: Chain) -> frozenset[Axis]:
