@@ -19,6 +19,7 @@ from rewriter.pipeline import rewrite_module
 from rewriter.plan import ChainPlan, Config, KernelPlan
 from rewriter.plan.candidates import MARGIN
 from rewriter.plan.estimates import SHARED, SHARED_AMD, Registers
+from rewriter.plan.kernel import padded
 from rewriter.plan.resources import registers, shared
 from rewriter.plan.show import show_plan
 from rewriter.plan.tape import tapes_of
@@ -244,6 +245,13 @@ def test_padded_heads_have_two_stages():
         plans = planned("vanilla_einsum", 4 * width, 4).candidates
         assert all(k.config.num_stages == 2 for c in plans for k in c.kernels)
     assert all(c.num_stages == 2 for c in HALF)
+
+
+def test_accumulators_of_several_widths_have_streams_of_32():
+    """Triton 3.6 computes the one narrower than 64 wrongly at streams of 64 in 4 warps."""
+    kernel = planned("ipa_einsum", 512, 8).kernels[0]
+    values = {padded(a) for a in kernel.features if a not in {d.axis for d in kernel.dots}}
+    assert values == {16, 64} and all(c.block_n == 32 for c in configs(kernel))
 
 
 def test_the_preferred_tile_is_a_candidate():

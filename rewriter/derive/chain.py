@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rewriter.ir import Axis, Const, Load, Node, Origin, Output, Reduce, Ref, Tensor, apply, index, walk
+from rewriter.ir import Axis, Const, Load, Node, Origin, Output, Reduce, Ref, Tensor, index, walk
 from rewriter.ir.printer import show
 
 
@@ -30,17 +30,6 @@ class Shift:
     def state(self) -> Ref:
         """The running reduction that phi reads."""
         return next(n for n in walk(self.phi) if isinstance(n, Ref) and not n.final)
-
-    @property
-    def runs(self) -> bool:
-        """Whether phi moves: it does not where an earlier kernel has computed it."""
-        return any(isinstance(n, Ref) and not n.final for n in walk(self.phi))
-
-    @property
-    def factors(self) -> tuple[Node, ...]:
-        """What the body is multiplied by where phi does not move."""
-        moved = apply("sub", self.exponent, self.phi)
-        return (apply("exp", moved), moved) if self.mass else (apply("exp", moved),)
 
 
 @dataclass(frozen=True)

@@ -243,26 +243,27 @@ def _reading_results(chain: Chain, part: Part, results: dict[str, Tensor]) -> Ch
 
 
 def _settled(definition: Definition, own: set[str]) -> Definition:
-    """exp(exponent − phi) as a factor where phi is that of an earlier kernel: it is final."""
+    """exp(exponent − phi), and exponent − phi where a moment has it, as factors where phi is that of an earlier kernel:
+    it is final.
+    """
     shift = definition.shift
     if shift is None or shift.state.name in own:
         return definition
     phi = where(apply("eq", shift.phi, const(-math.inf)), const(0.0), shift.phi)
-    weight = apply("exp", apply("sub", shift.exponent, phi))
-    return replace(definition, shift=None, rest=(weight, *definition.rest))
+    gap = apply("sub", shift.exponent, phi)
+    factors = (apply("exp", gap), gap) if shift.mass else (apply("exp", gap),)
+    return replace(definition, shift=None, rest=(*factors, *definition.rest))
 
 
 def _moved(definition: Definition, moved: Callable[[Node], Node]) -> Definition:
-    shift, rest = definition.shift, tuple(map(moved, definition.rest))
+    shift = definition.shift
     if shift:
         shift = replace(shift, phi=moved(shift.phi), exponent=moved(shift.exponent))
-        if not shift.runs:
-            shift, rest = None, (*shift.factors, *rest)
     centre = definition.centre and replace(definition.centre, mean=moved(definition.centre.mean))
     return replace(
         definition,
         predicate=moved(definition.predicate),
-        rest=rest,
+        rest=tuple(map(moved, definition.rest)),
         shift=shift,
         body=moved(definition.body),
         centre=centre,
