@@ -7,6 +7,7 @@ import torch
 from rewriter import rewrite
 from rewriter.pipeline import rewrite_module
 from rewriter.plan import KernelPlan
+from rewriter.plan.parts import _settled
 
 
 def r(*shape: int) -> torch.Tensor:
@@ -55,3 +56,18 @@ def test_what_a_loop_inside_a_tile_weighs_is_a_matrix():
     result = rewrite(groups, inputs)
     wanted, own = groups(*(x.double() for x in inputs)), groups(*inputs)
     assert (result.module(*inputs) - wanted).norm() <= 2 * (own - wanted).norm()
+
+
+def test_a_moment_keeps_its_exponent_where_an_earlier_kernel_has_the_maximum():
+    """sum e^(s - m) (s - m): both factors, once m is read from memory."""
+
+    def peakedness(q, k):
+        s = q @ k.mT
+        gap = s - s.amax(-1, keepdim=True)
+        return (gap.exp() * gap).sum(-1) / gap.exp().sum(-1)
+
+    args = torch.randn(2, 5, 8), torch.randn(2, 7, 8)
+    (fused,) = rewrite_module(peakedness, args, {}, stop_after="derive").fused
+    (moment,) = (d for d in fused.chain.definitions if d.shift and d.shift.mass)
+    settled = _settled(moment, set())
+    assert settled.shift is None and len(settled.rest) == len(moment.rest) + 2
