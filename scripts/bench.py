@@ -5,6 +5,7 @@ scripts/bench.py                        every program of tests/zoo at bf16 and f
 scripts/bench.py --only causal --dtype bf16 --no-compile
 scripts/bench.py --part 2               programs of several passes, axes and outputs
 scripts/bench.py --kernels              emitted kernels alone, TFLOP/s, swept over tiles
+scripts/bench.py --custom               what FlexAttention can't say, at published sizes, milliseconds
 scripts/bench.py --kernels --hand DIR   and beside the hand-written ones of DIR/ceiling2.py
 
 Compare within one run only. Exit codes: 0 done, 1 a program failed its check or raised, 2 no GPU or bad usage.
@@ -34,6 +35,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 TASK_SECONDS = 150  # a task that takes longer hangs
 FIELDS = {
     "zoo": "dtype program batch q kv chains ok error eager_error mib eager_mib ms eager_ms" " compile_ms flex_ms note",
+    "custom": "program dtype kernels default_ms default_tile best_ms best_tile eager_ms compile_ms error eager_error note",
     "kernels": "variant head_dim dtype default default_tile best best_tile flex hand hand_tile error note",
 }
 
@@ -43,6 +45,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--kernels", action="store_true", help="emitted kernels alone, swept over tiles")
+    add("--custom", action="store_true", help="differential, Evoformer and point attention at published sizes")
     add("--hand", metavar="DIR", help="with --kernels: a folder that holds ceiling2.py")
     add("--seconds", type=float, default=540, help="what is not begun by then is left out")
     add("--only", default="", metavar="TEXT", help="names (or zoo families) that contain it")
@@ -194,6 +197,37 @@ def run_kernels(args) -> list[dict]:
     return rows
 
 
+def run_custom(args) -> list[dict]:
+    from bench_custom import DRY, SHAPES, Task, measured
+
+    end = time.time() + args.seconds
+    cases = [name for name in (DRY if args.dry else SHAPES) if args.only in name]
+    rows, worker = [], None
+    for done, name in enumerate(cases):
+        share = (end - time.time()) / (len(cases) - done)
+        if share < 5:
+            print(f"time is up: {len(cases) - done} rows left out, from {name}", flush=True)
+            break
+        dtype = args.dtype or "bf16"
+        worker = worker or Worker(measured, args)
+        new = worker.ask(Task(name, dtype, share - 25, args.dry), min(share + TASK_SECONDS, end + 20 - time.time()))
+        if new is None:
+            new, worker = {"note": "crashed, or took too long"}, None
+        rows.append({"program": name, "dtype": dtype} | new)
+        show_custom(rows[-1])
+        save(args, rows)
+    return rows
+
+
+def show_custom(row: dict):
+    parts = [f"{row['program']:26} kernels {row.get('kernels', '-')}  ms"]
+    for part in ("default", "best", "eager", "compile"):
+        tile = f"({row[f'{part}_tile']})" if f"{part}_tile" in row else ""
+        parts.append(f"{part} {number(row.get(f'{part}_ms'), '.3f')} {tile}".rstrip())
+    parts += [f"error {number(row.get('error'), '.1e')} ({number(row.get('eager_error'), '.1e')})", row.get("note", "")]
+    print("  ".join(parts), flush=True)
+
+
 def show_kernel(row: dict):
     parts = [f"{row['variant']:9} D{row['head_dim']:<4} TFLOP/s"]
     for part in ("default", "best", "hand", "flex"):
@@ -212,7 +246,7 @@ def save(args, rows: list[dict]):
     import torch
     import triton
 
-    name = "kernels" if args.kernels else "zoo"
+    name = "kernels" if args.kernels else "custom" if args.custom else "zoo"
     gpu = "none" if args.dry else torch.cuda.get_device_name()
     told = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__}
     told |= {"arguments": sys.argv[1:], "rows": rows}
@@ -234,6 +268,9 @@ def main() -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     if args.kernels:
         rows = run_kernels(args)
+        return int(any("best" not in row for row in rows))
+    if args.custom:
+        rows = run_custom(args)
         return int(any("best" not in row for row in rows))
     with tempfile.TemporaryDirectory() as folder:
         rows = Zoo(args, folder).run()

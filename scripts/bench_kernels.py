@@ -127,51 +127,71 @@ def _document_ids(length: int):
 
 
 class Emitted:
-    """The kernel file the rewriter writes for a case, and the arguments its wrapper gets."""
+    """The kernel files the rewriter writes for a case, and the arguments their wrappers get; one tile for all."""
 
     def __init__(self, case: Case, folder: str):
         result = rewrite(case.module, tuple(case.inputs), out=folder)
-        if len(result.report["chains"]) != 1:
-            raise RuntimeError(f"not one chain; not fused: {result.report['unfused']}")
-        (self.name,) = (Path(kernel).stem for kernel in result.report["chains"][0]["kernels"])
+        kernels = [kernel for chain in result.report["chains"] for kernel in chain["kernels"]]
+        if not kernels or result.report["unfused"]:
+            raise RuntimeError(f"not fused: {result.report['unfused']}")
         package = import_package(Path(folder))
-        self.file = importlib.import_module(f"{package.__name__}.kernels.{self.name}")
-        self.config = dict(self.file.CONFIG)
-        # The patched forward calls the kernel by its name in module.py: there its arguments are caught.
-        setattr(importlib.import_module(f"{package.__name__}.module"), self.name, self._launch)
-        self.args = None
-        self.out = package.apply(copy.copy(case.module))(*case.inputs)
-        if self.args is None:
+        module = importlib.import_module(f"{package.__name__}.module")
+        names = [Path(kernel).stem for kernel in kernels]
+        self.files = {name: importlib.import_module(f"{package.__name__}.kernels.{name}") for name in names}
+        self.configs = {name: dict(file.CONFIG) for name, file in self.files.items()}
+        self.calls, self.inputs = [], case.inputs
+        # The patched forward calls kernels by their names in module.py: there their arguments are caught.
+        for name in names:
+            setattr(module, name, functools.partial(self._launch, name))
+        self.module = package.apply(copy.copy(case.module))
+        self.out = self.module(*case.inputs)
+        if not self.calls:
             raise RuntimeError("the rewritten module did not call its kernel")
+        self.caught = tuple(self.calls)
 
-    def _launch(self, *args):
-        self.args = args
-        return self.file.launch(*args)
+    def _launch(self, name: str, *args):
+        self.calls.append((name, args))
+        return self.files[name].launch(*args)
 
     def run(self):
-        return self.file.launch(*self.args)
+        """Every kernel, one after the other; the last one's result."""
+        for name, args in self.caught:
+            out = self.files[name].launch(*args)
+        return out
+
+    def result(self):
+        """What the drop-in gives, with the tile in use."""
+        self.calls.clear()
+        return self.module(*self.inputs)
 
     def use(self, tile: tuple | None) -> dict:
-        """Sets a tile, or the emitted one again. The first two BLOCK sizes are the rows' and the stream's."""
-        blocks = [key for key in self.config if key.startswith("BLOCK_")][:2]
-        keys = (*blocks, "num_warps", "num_stages")
-        self.file.CONFIG = self.config | (dict(zip(keys, tile, strict=True)) if tile else {})
-        return self.file.CONFIG
+        """Sets a tile, or the emitted ones again. The first two BLOCK sizes are the rows' and the stream's."""
+        for name, config in self.configs.items():
+            blocks = [key for key in config if key.startswith("BLOCK_")][:2]
+            keys = (*blocks, "num_warps", "num_stages")
+            self.files[name].CONFIG = config | (dict(zip(keys, tile, strict=True)) if tile else {})
+        return self.files[name].CONFIG
 
     def compile_all(self, tiles):
         """Compiles many tiles side by side: one at a time, the compiler would take all of the time."""
-        attribute = f"{self.name}_kernel"
-        kernel = getattr(self.file, attribute)
         if triton.knobs.runtime.interpret:
             return
+        kernels = [
+            (file, key, value)
+            for file in self.files.values()
+            for key, value in vars(file).items()
+            if key.endswith("_kernel") and isinstance(value, triton.JITFunction)
+        ]
         with ThreadPoolExecutor(12) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
-            setattr(self.file, attribute, _Compiled(kernel))
+            for file, key, kernel in kernels:
+                setattr(file, key, _Compiled(kernel))
             try:
                 for tile in tiles:
                     self.use(tile)
                     self.run()
             finally:
-                setattr(self.file, attribute, kernel)
+                for file, key, kernel in kernels:
+                    setattr(file, key, kernel)
 
 
 class _Compiled:
@@ -190,7 +210,8 @@ def emitted_row(row: Row, case: Case, seconds: float):
     with tempfile.TemporaryDirectory() as folder, row.step("emitted"):
         kernel = Emitted(case, folder)
         row["error"] = case.error(kernel.out)
-        row["default"], row["default_tile"] = case.tflops(kernel.run), _shown(kernel.config)
+        row["kernels"] = len(kernel.caught)
+        row["default"], row["default_tile"] = case.tflops(kernel.run), _shown(kernel.use(None))
         with row.step("compiling side by side"):
             kernel.compile_all(SWEEP if seconds > 5 else ())
         row["sweep"], row["failed"] = [], {}
@@ -200,7 +221,7 @@ def emitted_row(row: Row, case: Case, seconds: float):
                 break
             shown = _shown(kernel.use(tile))
             try:
-                if not (error := case.error(kernel.run())) < 0.02:
+                if not (error := case.error(kernel.result())) < 0.02:
                     raise ValueError(f"wrong, error {error:.2g}")
                 row["sweep"].append((case.tflops(kernel.run), shown))
             except Exception as problem:  # most often: more shared memory than there is

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import Phase, given, seed, settings
-from random_programs import WEIGHTS, RandomProgram, attention_programs
+from hypothesis.strategies import SearchStrategy
+from random_programs import OUTPUTS, WEIGHTS, RandomProgram, attention_programs, wider_programs
 from strategies import MORE, fixed
 from whole_path import assert_right, fused
 
 PHASES = [Phase.generate, *([Phase.shrink] if os.environ.get("FLASHLIGHT_SHRINK") else [])]
-SETTINGS = settings(fixed(6), phases=PHASES)  # for each of eight kinds of weights
 _numbers = itertools.count()
 
 
@@ -50,20 +50,29 @@ def check(program: RandomProgram, folder: Path) -> None:
         assert_right(result, attend, program.arguments(sizes), rows_and_stream(program, sizes))
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_random_programs(weights, tmp_path):
+def check_every(programs: SearchStrategy[RandomProgram], examples: int, number: int, folder: Path) -> None:
+    """`number` is of the kind: else every kind would go with the same masks and layouts."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors this small take longer on two
     seen: set[str] = set()
 
-    @SETTINGS
-    @given(program=attention_programs(weights))
+    @settings(fixed(examples), phases=PHASES)
+    @given(program=programs)
     def every_program_drawn(program):
         if program.source not in seen:
-            check(program, tmp_path)
+            check(program, folder)
             seen.add(program.source)
 
-    # Else every kind of weights would go with the same masks and layouts.
-    drawn = every_program_drawn if MORE else seed(WEIGHTS.index(weights))(every_program_drawn)
+    drawn = every_program_drawn if MORE else seed(number)(every_program_drawn)
     drawn()
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_random_programs(weights, tmp_path):
+    check_every(attention_programs(weights), 4, WEIGHTS.index(weights), tmp_path)
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_random_programs_of_several_outputs(output, tmp_path):
+    check_every(wider_programs(output), 3, OUTPUTS.index(output), tmp_path)

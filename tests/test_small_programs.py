@@ -240,6 +240,23 @@ def test_scores_that_memory_holds_are_normalised_in_the_kernel():
             assert_right(result, program, inputs(*sizes))
 
 
+def one_stream_after_another(q, k, x):
+    """Along keys, along another stream of another length, along keys again: each has a whole-tile bound of its own."""
+    s, t = q @ k.mT, q @ x.mT
+    s = s - s.square().mean(-1, keepdim=True)
+    s = s * torch.tanh(t.square().mean(-1, keepdim=True) / 50 + s.mean(-1, keepdim=True))
+    return s.relu().sum(-1)
+
+
+def test_a_stream_that_comes_back():
+    def inputs(m: int, n: int):
+        return r(2, m, 8), r(2, n + 70, 8), r(2, n, 8)
+
+    result = fused(one_stream_after_another, inputs(7, 9))
+    for sizes in ((7, 9), (20, 37), (5, 130)):
+        assert_right(result, one_stream_after_another, inputs(*sizes))
+
+
 class Channels(nn.Module):
     """Channels attend to channels: their scores are small, however many positions there are."""
 

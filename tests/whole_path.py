@@ -22,14 +22,17 @@ def fused(program: Callable, args: tuple, folder: Path | None = None, **options)
     return result
 
 
-def assert_right(result: Rewrite, program: Callable, args: tuple, wide: tuple[int, int] = ()) -> None:
-    """As right as eager, by its kernels, and without writing a tensor over both sizes of `wide`."""
-    shapes = {tuple(t.shape) for t in pytree.tree_leaves(args) if torch.is_tensor(t)}
+def assert_right(
+    result: Rewrite, program: Callable, args: tuple, wide: tuple[int, int] = (), dtype: torch.dtype = torch.float32
+) -> None:
+    """As right as eager, by its kernels, and without writing a tensor over both sizes of `wide` that is not given."""
+    eager = program(*args)
+    shapes = {tuple(t.shape) for t in pytree.tree_leaves((args, eager)) if torch.is_tensor(t)}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*runs its original code.*")
         with NothingWide((wide,), shapes) if wide else nullcontext():
             out = result.module(*args)
-    leaves = [pytree.tree_leaves(x) for x in (out, program(*args), run_float64(program, args))]
-    for got, eager, wanted in zip(*leaves, strict=True):
-        verdict = compare(got, eager, wanted, torch.float32)
+    leaves = [pytree.tree_leaves(x) for x in (out, eager, run_float64(program, args))]
+    for got, own, wanted in zip(*leaves, strict=True):
+        verdict = compare(got, own, wanted, dtype)
         assert verdict.ok, f"{tuple(args[0].shape)}: {verdict.reason}"

@@ -34,11 +34,13 @@ class Builder:
     """Collects definitions while reductions are replaced by `Ref`s, innermost dependence first.
 
     empty_is_zero: rows that see nothing but -inf give zeros, not eager's NaN.
+    waits: no reduction shares a sweep with one that it reads, so that every body is computed as it is written.
     taken: names that definitions must not have: those of tensors and outputs.
     """
 
     axes: Axes
     empty_is_zero: bool
+    waits: bool = False
     taken: frozenset[str] = frozenset()
     definitions: list[Definition] = field(default_factory=list)
     known: dict[Node, Node] = field(default_factory=dict)
@@ -85,10 +87,13 @@ class Builder:
         predicate, body = (self._without_inner(n, stream) for n in (predicate, body))
         predicate, body = self._without_positions(predicate, body, stream)
         first = self._first_sweep(stream, predicate, body)
+        reads = any(is_running(self.settled(n, first)) for n in (predicate, body))
+        if reads and self.waits:
+            return self._in_sweep(node.op, stream, predicate, body, first + 1)
         try:
             return self._in_sweep(node.op, stream, predicate, body, first)
         except NotDerivable as reason:
-            if not any(is_running(self.settled(n, first)) for n in (predicate, body)):
+            if not reads:
                 raise
             self.notes.append(f"another sweep: {reason}")
             return self._in_sweep(node.op, stream, predicate, body, first + 1)

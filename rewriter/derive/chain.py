@@ -34,7 +34,7 @@ class Shift:
 
 @dataclass(frozen=True)
 class Centre:
-    """The running mean that a moment is about, and the weight it is a mean of.
+    """The running mean or extremum that a moment is about, and the weight of what it is the moment of.
 
     Where the mean falls by δ, a first moment gains δ · mass, a second one δ · (2 · first + δ · mass). The `first`
     beside a second moment is what rounding leaves of it: without it a variance is as wrong as its mean is beside the

@@ -13,7 +13,7 @@ from rewriter.derive.chain import Chain, Definition
 from rewriter.derive.factors import without_cast
 from rewriter.derive.forms import NotDerivable, is_exp
 from rewriter.derive.normal import is_bilinear, normalise
-from rewriter.derive.prove import prove
+from rewriter.derive.prove import Proof, prove
 from rewriter.ir import Apply, Node, Output, Program, Where, apply, const, transform, where
 
 
@@ -21,24 +21,40 @@ def derive(program: Program, masked_rows: str = "match") -> Chain:
     """The chain of a program, proved on random values.
 
     masked_rows: "match" gives rows that see nothing but -inf what eager gives them, "zero" gives zeros.
-    Raises NotDerivable."""
+
+    Where the forms of fewest sweeps are not proved, each reduction waits for what it reads: exp(x - logsumexp(x)) is
+    exp(x) / sum exp(x) only where no sum beside a large fill is rounded. Raises NotDerivable."""
     outputs = tuple(replace(o, body=normalise(o.body)) for o in program.outputs)
     if all(is_bilinear(o.body) for o in outputs):
         raise NotDerivable("a chain of matrix products without anything between them is left to the matrix products")
-    chain = _chain(program, outputs)
+    chain, waits = _chain(program, outputs), False
     proof = prove(program, chain)
     if not proof.ok:
-        raise NotDerivable(f"not proved: {proof.reason}")
+        chain, waits, proof = _waiting(program, outputs, proof)
     if masked_rows == "zero":
-        chain = _chain(program, outputs, empty_is_zero=True)
+        chain = _chain(program, outputs, waits, empty_is_zero=True)
     return replace(chain, derivation=(*chain.derivation, str(proof)))
 
 
-def _chain(program: Program, outputs: tuple[Output, ...], empty_is_zero: bool = False) -> Chain:
+def _waiting(program: Program, outputs: tuple[Output, ...], failed: Proof) -> tuple[Chain, bool, Proof]:
+    """The chain in which each reduction waits for what it reads, with its proof."""
+    refused = NotDerivable(f"not proved: {failed.reason}")
+    try:
+        chain = _chain(program, outputs, waits=True)
+    except NotDerivable:
+        raise refused from None
+    proof = prove(program, chain)
+    if not proof.ok:
+        raise refused
+    note = f"another sweep for each reduction that reads another: {failed.reason} in fewer"
+    return replace(chain, derivation=(*chain.derivation, note)), True, proof
+
+
+def _chain(program: Program, outputs: tuple[Output, ...], waits: bool = False, empty_is_zero: bool = False) -> Chain:
     axes = Axes()
     outputs = axes.of_outputs(outputs)
     taken = frozenset([*(t.name for t in program.tensors), *(o.name for o in outputs)])
-    builder = Builder(axes, empty_is_zero, taken)
+    builder = Builder(axes, empty_is_zero, waits, taken)
     bodies = builder.outputs([o.body for o in outputs])
     if not builder.definitions:
         raise NotDerivable("no reduction is left over a stream")

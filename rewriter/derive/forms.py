@@ -226,16 +226,44 @@ class Form:
             if Counter(exponent) == Counter(terms):
                 return [replace(rest, over=[*rest.over, factor])]
             terms = [*(Counter(terms) - Counter(exponent)).elements(), Term(1, total(exponent))]
-        signed = [as_product(t.node).times(Product([const(float(t.sign))])) for t in terms]
+        terms, about = self._about_extrema(terms)
+        self._check_difference(terms)
+        signed = [as_product(t.node).times(Product([const(float(t.sign))])) for t in [*terms, *about]]
         return [p for s in signed for p in self._distributed(s.times(rest))]
 
+    def _about_extrema(self, terms: list[Term]) -> tuple[list[Term], list[Term]]:
+        """x − R + r  →  where(R = −inf, NaN, 1) · (x − where(R = −inf, 0, R)) + r, R being the running extremum of x"""
+        about = []
+        for term in terms:
+            definition = self._definition(term.node) if isinstance(term.node, Ref) and not term.node.final else None
+            if definition is None or definition.op not in ("max", "min") or definition.predicate is not TRUE:
+                continue
+            own = Counter(Term(-term.sign * t.sign, t.node) for t in as_terms(definition.body))
+            if own - Counter(terms):
+                continue
+            infinite = apply("isinf", term.node)
+            away = apply("sub", definition.body, where(infinite, const(0.0), term.node))
+            about.append(Term(-term.sign, multiply([where(infinite, const(math.nan), const(1.0)), away])))
+            terms = [*(Counter(terms) - own - Counter([term])).elements()]
+        return terms, about
+
+    def _check_difference(self, terms: list[Term]) -> None:
+        """w − R with a row's own value R: what is common to all values would be summed twice, to cancel in the end. The
+        logarithm of a sum of exponentials below their maximum is small."""
+        row = [t for t in terms if is_running(t.node) and not depends_on(t.node, self.stream) and not _is_log(t.node)]
+        moving = {t.sign for t in terms if depends_on(t.node, self.stream)}
+        if any(-t.sign in moving for t in row):
+            raise NotDerivable("a difference from a value of the same sweep would cancel when written out")
+
     def _is_mixed(self, factor: Node) -> bool:
-        sums = isinstance(factor, Apply) and factor.op in ("add", "sub")
+        sums = isinstance(factor, Apply) and factor.op in ("add", "sub") and not _is_settled_difference(factor)
         return sums and is_running(factor) and depends_on(factor, self.stream)
 
     def _one_sum(self, over: list[Node], under: list[Node], predicate: Node, centred: CentredSquare | None) -> Node:
         rest = [f for f in over if not is_exp(f)]
         exponent = [t for f in over if is_exp(f) for t in as_terms(f.args[0])]
+        aways = [f for f in rest if _is_settled_difference(f)]
+        rest = [f for f in rest if f not in aways]
         lever = next((f for f in rest if exponent and _same_terms(f, exponent)), None)
         rest = [f for f in rest if f is not lever]
         if any(is_running(f) for f in [*rest, *under]) or self._runs(predicate):
@@ -244,6 +272,8 @@ class Form:
             rest.append(apply("div", const(1.0), multiply(under)))
         if centred:
             return self._second_moment(centred, exponent, rest, predicate)
+        if aways:
+            return self._first_moment(aways, exponent, [*rest, *([lever] if lever else [])], predicate)
         if not exponent:
             return self._add("sum", predicate, tuple(rest), None, multiply(rest) or const(1.0))
         return self._exponential(exponent, rest, lever, predicate)
@@ -264,19 +294,36 @@ class Form:
             reduced = self._moment(reduced, rest, shift, predicate, inner)
         return reduced if shift.settled else self._of_empty_rows(reduced, shift)
 
+    def _weights(
+        self, exponent: list[Term], rest: list[Node], predicate: Node
+    ) -> tuple[Shift | None, list[Node], list[Node], Node]:
+        """(the shift, factors beside the exponential, all factors, the predicate) of weights that a moment has."""
+        if not exponent:
+            return None, rest, rest, predicate
+        shift, mask = self._shift(exponent, keep_mask=False)
+        predicate = apply("and", predicate, mask)
+        inner = shift.exponent if shift.phi is const(0.0) else apply("sub", shift.exponent, shift.phi)
+        factors = [apply("exp", inner), *rest]
+        if not is_running(shift.phi):
+            return None, factors, factors, predicate
+        self._check_shift(shift, predicate)
+        return shift, rest, factors, predicate
+
+    def _first_moment(self, aways: list[Node], exponent: list[Term], rest: list[Node], predicate: Node) -> Node:
+        """sum w·(x − R) with R the running extremum of x"""
+        away, extremum = aways[0], aways[0].args[1].other
+        if len(aways) > 1 or predicate is not TRUE:
+            raise NotDerivable("differences from an extremum of the same sweep, multiplied or masked")
+        shift, weights, factors, predicate = self._weights(exponent, rest, predicate)
+        self._note(f"moment: where {extremum.name} falls by delta, a sum of differences gains delta · weight")
+        mass = self._add("sum", predicate, tuple(weights), shift, multiply(factors) or const(1.0))
+        body = multiply([*factors, away])
+        reduced = self._add("sum", predicate, (*weights, away), shift, body, Centre(away.args[1], mass))
+        return reduced if shift is None or shift.settled else self._of_empty_rows(reduced, shift)
+
     def _second_moment(self, square: CentredSquare, exponent: list[Term], rest: list[Node], predicate: Node) -> Node:
         """sum w·(x − mean)² with mean = sum w·x / sum w, all of them running, and w never negative"""
-        shift = None
-        if exponent:
-            shift, mask = self._shift(exponent, keep_mask=False)
-            predicate = apply("and", predicate, mask)
-            inner = shift.exponent if shift.phi is const(0.0) else apply("sub", shift.exponent, shift.phi)
-            rest = [apply("exp", inner), *rest]
-        if shift and is_running(shift.phi):
-            self._check_shift(shift, predicate)
-            weights, factors = rest[1:], rest
-        else:
-            shift, weights, factors = None, rest, rest
+        shift, weights, factors, predicate = self._weights(exponent, rest, predicate)
         if not all(is_exp(f) or is_truth_cast(f) for f in weights):
             raise NotDerivable("a variance by weights that may be negative")
         mass = square.mass or self._add("sum", predicate, (), None, const(1.0))
@@ -424,6 +471,11 @@ def _is_nan_if_empty(node: Node) -> bool:
 
 def is_exp(node: Node) -> bool:
     return isinstance(node, Apply) and node.op == "exp"
+
+
+def _is_settled_difference(node: Node) -> bool:
+    """x − where(isinf(R), 0, R): what `_about_extrema` makes"""
+    return isinstance(node, Apply) and node.op == "sub" and is_running(node.args[1]) and _is_settled(node.args[1])
 
 
 def _is_log(node: Node) -> bool:

@@ -17,10 +17,11 @@ from rewriter.derive.chain import Chain
 from rewriter.derive.draws import Draws, Kind, NoSizes
 from rewriter.derive.online import Online
 from rewriter.derive.sampled import Sampled, Values
-from rewriter.ir import Axis, Output, Program
+from rewriter.ir import Axis, Const, Output, Program, walk
 from rewriter.ir.evaluate import TooLarge
 
 TOLERANCE = 1e-9
+LARGEST_FILL = 1e10  # a larger one absorbs what is added to it, here as in the program
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class _Prover:
         self.draws = Draws(program, chain, rng)
         self.finite = False
         self.opened: dict = {}
+        self.tolerance = max(TOLERANCE, 4 * torch.finfo(torch.float64).eps * _largest_constant(program))
 
     def cases(self) -> Iterator[tuple[Kind, Values]]:
         """Those of every proof, then others until one gives a number."""
@@ -116,13 +118,16 @@ class _Prover:
         return evaluator.output(output).to(torch.float64)
 
     def _agree(self, want: torch.Tensor, got: torch.Tensor, kind: Kind) -> bool:
-        """Equal to a relative 1e-9, NaN and inf in the same places; of extreme cases only what is finite counts."""
+        """Equal to a relative 1e-9, NaN and inf in the same places; of extreme cases only what is finite counts.
+
+        Beside a fill of -1e9 a float64 is exact to 1e-7 only, and the logarithm of a sum is added to it in two orders.
+        """
         got, finite = got.to(torch.float64), want.isfinite()
         self.finite = self.finite or bool(finite.any())
         scale = want[finite].abs().max().item() if finite.any() else 0.0
         if kind.extreme:
             want, got = want[finite], got[finite]
-        return torch.allclose(got, want, rtol=TOLERANCE, atol=TOLERANCE * scale, equal_nan=True)
+        return torch.allclose(got, want, rtol=self.tolerance, atol=self.tolerance * scale, equal_nan=True)
 
     def _blocks(self, extent: int) -> list[torch.Tensor]:
         """Positions in blocks of random widths; short ones at either end see what is masked throughout there."""
@@ -135,3 +140,13 @@ class _Prover:
         }
         inner = sorted(c for c in cuts if 0 < c < extent)
         return [torch.arange(a, b) for a, b in zip([0, *inner], [*inner, extent])]
+
+
+def _largest_constant(program: Program) -> float:
+    """The largest float that a program names, up to LARGEST_FILL."""
+    floats = (
+        abs(n.value)
+        for n in walk(*(o.body for o in program.outputs))
+        if isinstance(n, Const) and n.dtype.is_floating_point
+    )
+    return max((c for c in floats if c <= LARGEST_FILL), default=0.0)

@@ -139,7 +139,7 @@ class _KernelView:
             "stream": self.names.axes[sweep.stream],
             "extent": self.text(sweep.stream.extent),
             "steps": self.plan.steps,
-            "is_new": all(s.stream != sweep.stream for s in self.plan.sweeps[:k]),
+            "is_new": k == 0 or self.plan.sweeps[k - 1].stream != sweep.stream,
             "before": commented(self.writer.before[k].lines) if k else [],
             "initial": self.writer.initial(sweep),
             "segments": {name: commented(lines) for name, lines in self.writer.segments[k].items()},

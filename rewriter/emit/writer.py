@@ -364,9 +364,9 @@ class Writer(Inner):
         return f"({state} + {spread(moved, self.tile(definition.axes))} * {mass}) * {alpha}"
 
     def _note_mean(self, definition: Definition) -> None:
-        """Keeps what a sum of squares is about, and the weight of it, before this tile adds to them."""
+        """Keeps what a moment is about, and the weight of it, before this tile adds to them."""
         centre = definition.centre
-        if centre is None or centre.mean in self.means:
+        if centre is None or (centre.mean, centre.mass) in self.means:
             return
         scope = Scope(self.loop, self.sweep.stream, self.loop.tail, is_sweep=True)
         kept = []
@@ -375,15 +375,15 @@ class Writer(Inner):
             scope.lines.append(Line(f"{name} = {text.code}", self.shape(text.axes)))
             kept.append(Text(name, text.axes))
         self.loop.lines += scope.lines
-        self.means[centre.mean] = tuple(kept)
+        self.means[centre.mean, centre.mass] = tuple(kept)
 
     def _gained(self, definition: Definition) -> str:
         """+ δ · mass, or + δ · (2 · first + δ · mass), where a mean has fallen by δ"""
         if definition.centre is None:
             return ""
-        old, seen = self.means[definition.centre.mean]
+        old, seen = self.means[definition.centre.mean, definition.centre.mass]
         new = self.value(definition.centre.mean, self.loop)
-        key = Apply("sub", (definition.centre.mean, definition.centre.mass), torch.float32)
+        key = Apply("sub", (definition.centre.mean, definition.centre.mean), torch.float32)
         if key not in self.loop.known:
             name, axes = self.names.unique("delta"), self._joined([old, new])
             self.loop.lines.append(

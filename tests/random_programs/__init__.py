@@ -4,7 +4,8 @@ Nothing here knows what the rewriter supports. Letters name dimensions: batch b,
 keys n, width of queries and keys d, width of values e.
 """
 
-from random_programs.author import WEIGHTS, attention_programs
+from random_programs.author import WEIGHTS, attention_programs, wider_programs
+from random_programs.outputs import OUTPUTS
 from random_programs.words import RandomProgram
 
-__all__ = ["WEIGHTS", "RandomProgram", "attention_programs"]
+__all__ = ["OUTPUTS", "WEIGHTS", "RandomProgram", "attention_programs", "wider_programs"]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from hypothesis import strategies as st
 
 from random_programs.masks import Masks
+from random_programs.outputs import OUTPUTS, OVER_HEADS, Outputs
 from random_programs.weights import Weights
 from random_programs.words import RandomProgram
 
@@ -39,12 +40,31 @@ LAYOUTS = (
 )
 
 
+HEADS = [(2, 1), (3, 1), (2, 2), (1, 4)]  # of keys, and queries' heads for each
+
+
 @st.composite
 def attention_programs(draw: Callable, weights: str) -> RandomProgram:
     """Programs whose weights are of one kind, a name in WEIGHTS."""
     author = Author(draw, draw(st.sampled_from(LAYOUTS)))
-    key_heads, group = draw(st.sampled_from([(2, 1), (3, 1), (2, 2), (1, 4)]))
+    key_heads, group = draw(st.sampled_from(HEADS))
     author.write(weights, group)
+    return _finished(author, key_heads, group)
+
+
+@st.composite
+def wider_programs(draw: Callable, output: str) -> RandomProgram:
+    """Programs of one to three outputs, one of them of the given kind, a name in OUTPUTS."""
+    layouts = [layout for layout in LAYOUTS if "h" in layout[0] or output not in OVER_HEADS]
+    author = Author(draw, draw(st.sampled_from(layouts)))
+    key_heads, group = draw(st.sampled_from(HEADS))
+    author.write_wider(output, group)
+    return _finished(author, key_heads, group)
+
+
+def _finished(author: Author, key_heads: int, group: int) -> RandomProgram:
+    """What was written, with sizes to trace it at and others to run it at."""
+    draw = author.draw
     body = "\n".join(f"    {line}" for line in author.lines)
     source = HEADER.format(arguments=", ".join(author.inputs), body=body)
     width = draw(st.sampled_from([8, 16]))
@@ -61,19 +81,13 @@ def attention_programs(draw: Callable, weights: str) -> RandomProgram:
     return RandomProgram(source, author.inputs, fixed | traced, fixed | other)
 
 
-class Author(Masks, Weights):
+class Author(Masks, Weights, Outputs):
     """Writes a program in the order in which it is read. `group`: query heads for a key head that is not repeated."""
 
     group = 0
 
     def write(self, weights: str, group: int) -> None:
-        for name, dims in zip("qkv", (self.q, self.k, self.v), strict=True):
-            self.input(name, dims)
-        self.group = group if group > 1 and "h" in self.axes and self.coin() else 0
-        if group > 1 and "h" in self.axes and not self.group:
-            self._repeat_heads(group)
-        if not self.group:
-            self.k, self.v = self.k.replace("g", "h"), self.v.replace("g", "h")
+        self._arguments(group, may_share=True)
         self._scores()
         self._change_scores()
         keep = self.mask() if self.one(True, True, False) else ""
@@ -84,6 +98,28 @@ class Author(Masks, Weights):
         if keep and multiplies:
             self.multiply("p", keep, is_divided=not divisor)
         self._output(divisor)
+
+    def write_wider(self, output: str, group: int) -> None:
+        self._arguments(group, may_share=False)
+        self.one(self._scores, self._scores, self._distances)()
+        self._change_scores()
+        if self.coin():
+            self.fill(self.mask())
+        self.softmax()
+        fitting = [kind for kind in ("plain", *OUTPUTS) if "h" in self.axes or kind not in OVER_HEADS]
+        others = self.draw(st.lists(st.sampled_from(fitting), max_size=2, unique=True))
+        made = [getattr(self, kind)() for kind in dict.fromkeys([output, *others])]
+        self.say(f"return {', '.join(made)}")
+
+    def _arguments(self, group: int, may_share: bool) -> None:
+        for name, dims in zip("qkv", (self.q, self.k, self.v), strict=True):
+            self.input(name, dims)
+        is_grouped = group > 1 and "h" in self.axes
+        self.group = group if is_grouped and may_share and self.coin() else 0
+        if is_grouped and not self.group:
+            self._repeat_heads(group)
+        if not self.group:
+            self.k, self.v = self.k.replace("g", "h"), self.v.replace("g", "h")
 
     def _repeat_heads(self, group: int) -> None:
         """Keys and values get as many heads as the queries have."""
@@ -119,6 +155,17 @@ class Author(Masks, Weights):
             self.say(before)
         product = self._product()
         self.say(f"s = {product}{after}")
+
+    def _distances(self) -> None:
+        """Scores are squared distances, by broadcasting."""
+        self._heads_first()
+        self.say(
+            self.one(
+                "s = -((q.unsqueeze(-2) - k.unsqueeze(-3)) ** 2).sum(-1) / 4",
+                "s = -0.5 * (q[..., :, None, :] - k[..., None, :, :]).square().mean(-1)",
+                "s = -torch.cdist(q, k)",
+            )
+        )
 
     def _product(self) -> str:
         """q times k."""
