@@ -38,7 +38,11 @@ class Evoformer(nn.Module):
 class Points(nn.Module):
     """Invariant point attention: scalars, points and a pair bias in; values and points out."""
 
+    query_points, value_points = 4, 8
+
     def forward(self, q, k, v, q_points, k_points, v_points, bias):
+        q_points, k_points = (t.unflatten(-1, (self.query_points, 3)) for t in (q_points, k_points))
+        v_points = v_points.unflatten(-1, (self.value_points, 3))
         s = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.size(-1)))
         d = ((q_points.unsqueeze(3) - k_points.unsqueeze(2)) ** 2).sum(-1).sum(-1)
         a = torch.softmax(s - 0.5 * math.sqrt(9 / (2 * q_points.size(-2))) * d + bias, -1)
@@ -65,10 +69,11 @@ def evoformer(batch: int, rows: int, length: int, heads: int, dim: int) -> Shape
     return Shape(Evoformer, (head, head, head, *biases), 4.0 * batch * rows * length**2 * heads * dim)
 
 
-def points(batch: int, heads: int, length: int, dim: int, in_points: int, out_points: int) -> Shape:
-    head, at = (batch, heads, length, dim), (batch, heads, length, in_points, 3)
-    inputs = (head, head, head, at, at, (batch, heads, length, out_points, 3), (batch, heads, length, length))
-    return Shape(Points, inputs, 2.0 * batch * heads * length**2 * (2 * dim + 3 * (in_points + out_points)))
+def points(batch: int, heads: int, length: int, dim: int) -> Shape:
+    scored, weighed = 3 * Points.query_points, 3 * Points.value_points
+    widths = dim, dim, dim, scored, scored, weighed, length
+    inputs = tuple((batch, heads, length, width) for width in widths)
+    return Shape(Points, inputs, 2.0 * batch * heads * length**2 * (2 * dim + scored + weighed))
 
 
 SHAPES = {
@@ -78,13 +83,30 @@ SHAPES = {
     "differential 4x4096 D128": differential(4, 4096, 16, 128),
     "evoformer 8x256x256 D64": evoformer(8, 256, 256, 4, 64),
     "evoformer 8x256x256 D128": evoformer(8, 256, 256, 4, 128),
-    "points 2x1024": points(2, 12, 1024, 16, 4, 8),
+    "points 2x1024": points(2, 12, 1024, 16),
 }
 DRY = {
     "differential 1x16384 D64": differential(1, 64, 4, 16),
     "evoformer 8x256x256 D64": evoformer(1, 3, 32, 2, 16),
-    "points 2x1024": points(1, 2, 32, 16, 4, 8),
+    "points 2x1024": points(1, 2, 32, 16),
 }
+
+
+TILES = (
+    (128, 64, 8, 2),
+    (128, 64, 8, 3),
+    (128, 64, 4, 2),
+    (128, 64, 4, 3),
+    (128, 32, 4, 2),
+    (128, 32, 4, 3),
+    (128, 32, 8, 3),
+    (64, 64, 4, 2),
+    (64, 64, 4, 3),
+    (64, 32, 4, 3),
+    (64, 32, 4, 2),
+    (128, 128, 8, 2),
+)
+"""BLOCK_M, BLOCK_N, num_warps, num_stages, swept: those around what won for hand-written kernels."""
 
 
 class Case:
@@ -124,7 +146,7 @@ def measured(task: Task) -> Row:
     row = Row()
     with torch.no_grad(), row.step("inputs"):
         case = Case(task.name, task.dtype, task.dry)
-        emitted_row(row, case, task.seconds)
+        emitted_row(row, case, task.seconds, TILES)
         for part in ("default", "best"):
             if part in row:
                 row[f"{part}_ms"] = case.ms(row[part])

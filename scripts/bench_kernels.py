@@ -204,7 +204,7 @@ class _Compiled:
         return functools.partial(self.kernel.warmup, grid=grid)
 
 
-def emitted_row(row: Row, case: Case, seconds: float):
+def emitted_row(row: Row, case: Case, seconds: float, tiles: tuple = SWEEP):
     """The emitted tile, then the sweep until `seconds` are over."""
     end = time.time() + seconds
     with tempfile.TemporaryDirectory() as folder, row.step("emitted"):
@@ -213,11 +213,11 @@ def emitted_row(row: Row, case: Case, seconds: float):
         row["kernels"] = len(kernel.caught)
         row["default"], row["default_tile"] = case.tflops(kernel.run), _shown(kernel.use(None))
         with row.step("compiling side by side"):
-            kernel.compile_all(SWEEP if seconds > 5 else ())
+            kernel.compile_all(tiles if seconds > 5 else ())
         row["sweep"], row["failed"] = [], {}
-        for tile in SWEEP:
+        for tile in tiles:
             if time.time() > end:
-                row.note(f"swept {len(row['sweep']) + len(row['failed'])} of {len(SWEEP)} tiles")
+                row.note(f"swept {len(row['sweep']) + len(row['failed'])} of {len(tiles)} tiles")
                 break
             shown = _shown(kernel.use(tile))
             try:

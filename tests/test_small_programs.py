@@ -240,6 +240,19 @@ def test_scores_that_memory_holds_are_normalised_in_the_kernel():
             assert_right(result, program, inputs(*sizes))
 
 
+def points_weighed(q, k, v):
+    """Values of four points each, written points first."""
+    return torch.einsum("bmn,bnpc->bpmc", torch.softmax(q @ k.mT, -1), v.unflatten(-1, (4, 2)))
+
+
+def test_axes_that_only_values_have_are_one():
+    result = fused(points_weighed, qkv(7, 9))
+    (kernel,) = (text for name, text in result.sources.items() if name.startswith("kernels/points"))
+    assert "Fixed: D = 8, E = 8." in kernel  # no program for each point, which would compute weights again
+    for sizes in ((7, 9), (20, 37)):
+        assert_right(result, points_weighed, qkv(*sizes))
+
+
 def one_stream_after_another(q, k, x):
     """Along keys, along another stream of another length, along keys again: each has a whole-tile bound of its own."""
     s, t = q @ k.mT, q @ x.mT

@@ -413,10 +413,9 @@ class Writer(Inner):
     def _store(self, output: Output, scope: Scope) -> None:
         name = self.names.outputs[output.name]
         text = self.value(output.body, scope)
-        axes = self.tile(output.axes)
-        index = tuple(Const(0) if a.extent is Const(1) else Index(a) for a in output.axes)
-        pointer = self._pointer(f"{name}_ptr", name, index, axes, scope)
-        mask = self._bounds(frozenset(output.axes), axes, scope)
+        axes = self.tile(output.over)
+        pointer = self._pointer(f"{name}_ptr", name, output.position, axes, scope)
+        mask = self._bounds(frozenset(output.over), axes, scope)
         value = text.code if text.axes == axes else f"tl.broadcast_to({spread(text, axes)}, {self.shape(axes)})"
         if not axes:
             value = text.code

@@ -208,13 +208,30 @@ FALSE = Const(False, torch.bool)
 
 @dataclass(frozen=True)
 class Output:
-    """One result of a program: `name[axes] = body`; where the result has another shape than its axes, `shape`."""
+    """One result of a program: `name[axes] = body`; where the result has another shape than its axes, `shape`.
+
+    Where the body is over other axes than the result's dimensions, `at` says which position of each is meant:
+    `name[at] = body`.
+    """
 
     name: str
     axes: tuple[Axis, ...]
     body: Node
     dtype: torch.dtype
     shape: tuple[Node, ...] = ()
+    at: tuple[Node, ...] = ()
+
+    @property
+    def position(self) -> tuple[Node, ...]:
+        """The position that is written, one index per dimension."""
+        return self.at or tuple(Const(0) if a.extent is Const(1) else Index(a) for a in self.axes)
+
+    @property
+    def over(self) -> tuple[Axis, ...]:
+        """The axes of the body."""
+        if not self.at:
+            return self.axes
+        return tuple(dict.fromkeys(a for p in self.at for a in sorted(p.free, key=lambda a: a.name)))
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ class _Partition:
         return first
 
     def _add_output(self, output: Output) -> None:
-        rows = self._rows(output.axes)
+        rows = self._rows(output.over)
         first = self._earliest((output.body,), rows)
         for at in range(first, len(self.parts)):
             part = self.parts[at]
@@ -152,14 +152,19 @@ class _Partition:
 
 
 def features_of(chain: Chain) -> frozenset[Axis]:
-    """Axes that of all that is streamed only the last operand (the values) carries: kept whole in a tile. Those of a
-    sum that others are sums over, too, with an axis more, are rows of both: sum_n w[m, n], sum_n w[m, n] v[n, e]
+    """Axes that of all that is streamed only the last operand (the values) carries: kept whole in a tile."""
+    return frozenset(own[-1] for own in carried(chain).values())
+
+
+def carried(chain: Chain) -> dict[tuple[Axis, ...], list[Axis]]:
+    """For the axes of sums those that no weight has, only the values. Those of a sum that others are sums over, too,
+    with an axis more, are rows of both: sum_n w[m, n], sum_n w[m, n] v[n, e]
     """
     others = _scored(chain) | _everywhere(chain)
     streams = {d.stream for d in chain.definitions}
     own = {d.axes: [a for a in d.axes if a not in others and a not in streams] for d in chain.definitions}
     rows = {axes for axes in own for more in own if set(axes) < set(more) and own[more] and own[more][-1] not in axes}
-    return frozenset(found[-1] for axes, found in own.items() if found and axes not in rows)
+    return {axes: found for axes, found in own.items() if found and axes not in rows}
 
 
 def _everywhere(chain: Chain) -> frozenset[Axis]:
@@ -237,7 +242,7 @@ def _reading_results(chain: Chain, part: Part, results: dict[str, Tensor]) -> Ch
     def moved(node: Node) -> Node:
         return transform(node, rule)
 
-    definitions = tuple(_moved(_settled(d, own), moved) for d in part.definitions)
+    definitions = tuple(moved_definition(_settled(d, own), moved) for d in part.definitions)
     outputs = tuple(replace(o, body=moved(o.body)) for o in part.outputs)
     return replace(chain, definitions=definitions, outputs=outputs)
 
@@ -255,7 +260,7 @@ def _settled(definition: Definition, own: set[str]) -> Definition:
     return replace(definition, shift=None, rest=(*factors, *definition.rest))
 
 
-def _moved(definition: Definition, moved: Callable[[Node], Node]) -> Definition:
+def moved_definition(definition: Definition, moved: Callable[[Node], Node]) -> Definition:
     shift = definition.shift
     if shift:
         shift = replace(shift, phi=moved(shift.phi), exponent=moved(shift.exponent))

@@ -12,6 +12,7 @@ from rewriter.ir import Axis, Output, Param, Ref, Tensor, index, walk
 from rewriter.plan.candidates import Option, Options, choose
 from rewriter.plan.cost import Nominal, cost_of
 from rewriter.plan.kernel import ChainPlan, Config, KernelPlan, Sweep
+from rewriter.plan.merge import merged
 from rewriter.plan.parts import Part, chains_of, deep_groups, features_of, independent_groups, parts_of
 from rewriter.plan.roles import MAX_FEATURE, inner_reductions, lone_rows, tile_rows
 from rewriter.plan.tape import tapes_of
@@ -35,6 +36,7 @@ def plan(chain: Chain, name: str) -> ChainPlan:
 
     Sizes are settled for the plain structure; what else is considered needs no other.
     """
+    chain = merged(chain)
     parts = parts_of(chain)
     plain = Structure(chain, name, parts)
     free = _to_be_fixed(chain).union(*(_sizes_kept_whole(r) for r in plain.roles))
@@ -124,7 +126,7 @@ class _Roles:
         self.grid = tuple(a for a in ordered if a not in self.rows)
         tiles = self.rows if len(self.rows) > 1 else (*self.rows, *streams)
         self.dots, self.loops = inner_reductions(chain, tiles)
-        used = {a for d in chain.definitions for a in d.axes} | {a for o in chain.outputs for a in o.axes}
+        used = {a for d in chain.definitions for a in d.axes} | {a for o in chain.outputs for a in o.over}
         whole = [d.axis for d in self.dots if not d.long]
         self.features = (*dict.fromkeys(whole), *(a for a in chain.axes if a in features and a in used))
 
@@ -165,7 +167,7 @@ def _kernel(name: str, chain: Chain, roles: _Roles, results: tuple[Tensor, ...])
 def _sweeps(chain: Chain, roles: _Roles) -> tuple[tuple[Sweep, ...], tuple[Output, ...]]:
     """The loops in order, and the outputs that are written after them: an output as wide as a stream has a loop."""
     own = {*roles.rows, *roles.grid, *roles.features}
-    wide = {o: a for o in chain.outputs for a in o.axes if a not in own and index(a).free}
+    wide = {o: a for o in chain.outputs for a in o.over if a not in own and index(a).free}
     turns = {o: (_turn(o, chain), stream) for o, stream in wide.items()}
     keys = dict.fromkeys([*((d.sweep, d.stream) for d in chain.definitions), *turns.values()])
     sweeps = [

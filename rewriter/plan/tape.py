@@ -259,5 +259,5 @@ class _Recorder:
 
     def _store(self, output: Output) -> None:
         reads = self._values(output.body)
-        moves = self.stream is not None and self.stream in output.axes
-        self._write(("store", output.name), "store", output.axes, reads, size=output.dtype.itemsize, moves=moves)
+        moves = self.stream is not None and self.stream in output.over
+        self._write(("store", output.name), "store", output.over, reads, size=output.dtype.itemsize, moves=moves)
