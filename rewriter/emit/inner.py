@@ -9,7 +9,7 @@ import torch
 from rewriter.emit.expr import ATOM, TRITON_DTYPES, NotEmittable, Text, operand, spread_argument
 from rewriter.emit.scope import Line, Scope
 from rewriter.emit.values import Values
-from rewriter.ir import TRUE, Axis, Index, Load, Node, Reduce
+from rewriter.ir import TRUE, Axis, Const, Index, Load, Node, Reduce, walk
 from rewriter.ir.ops import MONOIDS, neutral_of
 from rewriter.plan import Dot, Loop
 from rewriter.plan.products import operand_dtype
@@ -22,6 +22,9 @@ INTO = {
     "sum": "{0} + {1}",
     "prod": "{0} * {1}",
 }
+
+
+UNROLLED = 16  # turns of a loop that is written out, so that its loads do not wait for each other
 
 
 class Inner(Values):
@@ -74,7 +77,8 @@ class Inner(Values):
         scope.lines.append(Line(f"{name} = {start}", shape))
         inner.lines.append(Line(f"{name} = {INTO[loop.node.op].format(name, value.tight(6))}", shape))
         extent = self.value(loop.axis.extent, self.prologue).code
-        self._nest(scope, f"for {axis} in range(0, {extent}):", inner)
+        counted = "tl.static_range" if _turns(loop.node) <= UNROLLED else "range"
+        self._nest(scope, f"for {axis} in {counted}(0, {extent}):", inner)
         return Text(name, value.axes)
 
     def _kept(self, loop: Loop, inner: Scope) -> Text:
@@ -107,6 +111,16 @@ class Inner(Values):
         if isinstance(node, Load) and node.dtype is stored:
             return text.code
         return f"{text.tight(ATOM)}.to({TRITON_DTYPES[stored]})"
+
+
+def _turns(node: Node) -> float:
+    """How often what is inside a reduction, and those in it, is computed; inf where only the call knows."""
+    turns: dict[Node, float] = {}
+    for n in walk(node):
+        turns[n] = max((turns[c] for c in n.children), default=1)
+        for axis in n.axes if isinstance(n, Reduce) else ():
+            turns[n] *= axis.extent.value if isinstance(axis.extent, Const) else math.inf
+    return turns[node]
 
 
 def held_dtype(body: Node) -> torch.dtype:
