@@ -60,7 +60,6 @@ OTHERS = {
     "talking_conv_causal": (2, 2),
     "talking_reattention": (2, 2),
     "talking_reattention_by_hand": (2, 2),
-    "weights_averaged_module": (3, 3),
     # A number of heads that the program fixes is no axis: all are in one sweep.
     "weights_max_over_heads_unbound": (1, 2),
     "slot_multihead_logsumexp": (3, 2),

@@ -14,6 +14,7 @@ from rewriter.derive.factors import without_cast
 from rewriter.derive.forms import NotDerivable, is_exp
 from rewriter.derive.normal import is_bilinear, normalise
 from rewriter.derive.prove import Proof, prove
+from rewriter.derive.unmerge import unmerged
 from rewriter.ir import Apply, Node, Output, Program, Where, apply, const, transform, where
 
 
@@ -24,6 +25,7 @@ def derive(program: Program, masked_rows: str = "match") -> Chain:
 
     Where the forms of fewest sweeps are not proved, each reduction waits for what it reads: exp(x - logsumexp(x)) is
     exp(x) / sum exp(x) only where no sum beside a large fill is rounded. Raises NotDerivable."""
+    program = replace(program, outputs=unmerged(program.outputs))
     outputs = tuple(replace(o, body=normalise(o.body)) for o in program.outputs)
     if all(is_bilinear(o.body) for o in outputs):
         raise NotDerivable("a chain of matrix products without anything between them is left to the matrix products")

@@ -53,10 +53,13 @@ class Names:
         return name
 
     def _axes(self, plan: ChainPlan) -> dict[Axis, str]:
-        """The last kernel, which gives the results, has rows m and stream n; the others share its letters."""
+        """The last kernel, which gives the results, has rows m and stream n; the others share its letters. What the
+        most grid axes are called goes for all.
+        """
         out: dict[Axis, str] = {}
         kernels = plan.kernels[::-1]
-        grid = list(dict.fromkeys(a for k in kernels for a in k.grid[::-1]))
+        by_grid = sorted(kernels, key=lambda k: -len(k.grid))
+        grid = list(dict.fromkeys(a for k in by_grid for a in k.grid[::-1]))
         for letters, axes in (
             ("mn", [a for k in kernels for a in k.rows]),
             ("nmjtuvw", [a for k in kernels for a in k.streams if not k.steps]),
