@@ -198,6 +198,15 @@ CASES["index_fill"] = lambda: [
     call(aten.index_fill.int_Scalar, f(3, 7), 1, i(3, least=0), 2.0),
     call(aten.index_fill.int_Tensor, f(7, 3), 0, torch.tensor([-1]), torch.tensor(-INF)),
 ]
+CASES["scatter.value"] = lambda: [
+    call(aten.scatter.value, f(3, 7), 1, i(3, 1, least=0), 2.0),
+    call(aten.scatter.value, f(7, 5), 0, i(1, 3, least=0), -INF),
+]
+CASES["scatter.src"] = lambda: [
+    call(aten.scatter.src, f(3, 7), 1, i(3, 1, least=0), f(3, 1)),
+    call(aten.scatter.src, f(7, 5), 0, i(1, 3, least=0), f(2, 5)),
+]
+CASES["one_hot"] = lambda: [call(aten.one_hot.default, i(3, 5, least=0), 9)]
 CASES["diagonal"] = lambda: [
     call(aten.diagonal.default, f(5, 7)),
     call(aten.diagonal.default, f(5, 7), 2),

@@ -69,6 +69,7 @@ REFUSED = {
         aten.scaled_dot_product_attention.default, f(2, 3, 8), f(2, 7, 8), f(2, 7, 5), None, 0.1
     ),
     "assignment that accumulates": call(aten.index_put.default, f(3), [TWO], torch.tensor(1.0), True),
+    "assignment of a value for each element": call(aten.scatter.src, f(3, 5), 1, i(3, 2, least=0), f(3, 2)),
     "assignment of several values": call(aten.index_put.default, f(9), [i(2, least=0)], f(2)),
 }
 

@@ -22,7 +22,43 @@ def classes_in_two_pieces(x, first, second, labels):
     return F.cross_entropy(torch.cat((x @ first.T, x @ second.T), -1), labels, reduction="none")
 
 
-PROGRAMS = {classes_in_two_pieces: labelled}
+def pairs(m: int, n: int) -> tuple[torch.Tensor, ...]:
+    return r(2, m, 8), r(2, n, 8)
+
+
+def products(q, k):
+    p = torch.sigmoid(q @ k.mT + 4)
+    return (1 - p).prod(-1), torch.prod(p, 1)
+
+
+def wins(q, k):
+    """Beside the best key, what the other keys weigh."""
+    s = q @ k.mT
+    best = torch.zeros_like(s).scatter_(-1, s.argmax(-1, keepdim=True), 1.0)
+    return torch.where(best == 1, s, s.exp()).sum(-1)
+
+
+def best_taken(q, k):
+    return k.take_along_dim((q @ k.mT).argmax(-1, keepdim=True), dim=1)
+
+
+def fixed_classes(x, weight, labels):
+    logits = x @ weight.T
+    return F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, 33).float(), reduction="none").sum(-1)
+
+
+def labelled_of_33(rows: int, _: int) -> tuple[torch.Tensor, ...]:
+    x, weight, _, labels = labelled(rows, 33)
+    return x, weight, labels
+
+
+PROGRAMS = {
+    classes_in_two_pieces: labelled,
+    fixed_classes: labelled_of_33,
+    products: pairs,
+    wins: pairs,
+    best_taken: pairs,
+}
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.__name__)

@@ -16,7 +16,8 @@ from rewriter.lift.rounding import has_fill
 from rewriter.plan import KernelPlan, Sweep
 from rewriter.plan.products import Weighed, operand_dtype, weighed
 
-FOLD = {"max": "tl.max", "min": "tl.min", "sum": "tl.sum"}
+FOLD = {"max": "tl.max({0}, {1})", "min": "tl.min({0}, {1})", "sum": "tl.sum({0}, {1})"}
+FOLD["prod"] = "tl.reduce({0}, {1}, product)"
 
 
 class Writer(Inner):
@@ -148,26 +149,30 @@ class Writer(Inner):
     # -- running reductions -----------------------------------------------------------------------------------------
 
     def _accumulate(self, definition: Definition) -> None:
-        if definition.op in ("max", "min"):
-            self._running_extremum(definition)
-        elif definition.op == "sum":
+        if definition.op == "sum":
             self._running_sum(definition)
+        elif definition.op in FOLD:
+            self._running_fold(definition)
         else:
             raise NotEmittable(f"a running {definition.op}")
 
-    def _folded(self, function: str, text: Text) -> Text:
+    def _folded(self, op: str, text: Text) -> Text:
         """⊕ over the tile's part of the stream."""
         if self.plan.steps:
             return text
+        if op == "prod":
+            self.helpers.add("product")
         at = text.axes.index(self.sweep.stream)
-        return Text(f"{function}({text.code}, {at})", text.axes[:at] + text.axes[at + 1 :])
+        return Text(FOLD[op].format(text.code, at), text.axes[:at] + text.axes[at + 1 :])
 
-    def _running_extremum(self, definition: Definition) -> None:
-        score = self._masked(definition.body, definition, self._neutral(definition))
+    def _running_fold(self, definition: Definition) -> None:
+        """An extremum or a product: the state before the tile with what the tile folds to."""
+        body = self._masked(definition.body, definition, self._neutral(definition))
         new = self._new(definition)
-        folded = self._folded(FOLD[definition.op], score)
+        (body,) = widened([body], calls=definition.op == "prod")
+        folded = self._folded(definition.op, body)
         axes = self.tile(definition.axes)
-        code = INTO[definition.op].format(self._kept_state(definition), spread(folded, axes))
+        code = INTO[definition.op].format(self._kept_state(definition), operand(folded, axes, 6))
         self.loop.lines.append(Line(f"{new} = {code}", self.shape(axes)))
         self.loop.known[definition.ref] = Text(new, axes)
 
@@ -201,7 +206,7 @@ class Writer(Inner):
             self.loop.lines.append(Line(f"{state} = {rescale} + {self._positions()}", self.shape(axes)))
             return
         (weight,) = widened([self._weight(definition, list(definition.rest))], calls=True)
-        folded = self._folded("tl.sum", weight)
+        folded = self._folded("sum", weight)
         self.loop.lines.append(Line(f"{state} = {rescale} + {operand(folded, axes, 6)}", self.shape(axes)))
 
     def _counts(self, definition: Definition) -> bool:
@@ -405,7 +410,7 @@ class Writer(Inner):
         return Text(name, old.axes)
 
     def _advance(self, definition: Definition) -> None:
-        if definition.op in ("max", "min"):
+        if definition.op != "sum":
             self.loop.lines.append(Line(f"{self.names.state[definition.name]} = {self._new(definition)}"))
 
     # -- results ----------------------------------------------------------------------------------------------------

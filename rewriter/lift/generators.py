@@ -59,6 +59,14 @@ def eye(ctx: Context, *args, **kwargs) -> Lifted:
     return Lifted(axes, where(apply("eq", i, j), const(1, ctx.dtype), const(0, ctx.dtype)))
 
 
+@lifts("one_hot")
+def one_hot(ctx: Context, x: Lifted, *args) -> Lifted:
+    """1 where x == the last position, 0 elsewhere"""
+    axes = fresh_axes(ctx.shape)
+    *at, last = positions(axes)
+    return Lifted(axes, where(apply("eq", x.at(tuple(at)), last), const(1, ctx.dtype), const(0, ctx.dtype)))
+
+
 @lifts("diag", "diag_embed")
 def diag_embed(ctx: Context, x: Lifted, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Lifted:
     """A matrix of zeros with `x` on a diagonal: where(j - i == offset, x[min(i, j)], 0)"""

@@ -20,6 +20,8 @@ from rewriter.lift.values import (
 )
 from rewriter.trace.calls import call_name
 
+FEW = 8  # indices that a tile is compared with, one after the other
+
 
 def _replaced(ctx: Context, x: Lifted, inside, new) -> Lifted:
     """where(inside(at), new(at), x[at])"""
@@ -66,6 +68,31 @@ def diagonal_scatter(ctx: Context, x: Lifted, src: Lifted, offset=0, dim1=0, dim
         return src.at((*(i for d, i in enumerate(at) if d not in (dim1, dim2)), along))
 
     return _replaced(ctx, x, lambda at: apply("eq", apply("sub", at[dim2], at[dim1]), shift), new)
+
+
+@lifts("scatter.src", "scatter.value")
+def scatter(ctx: Context, x: Lifted, dim: int, indices: Lifted, src) -> Lifted:
+    """where(i == indices[0], src, x[i]), and where(any_k (i == indices[k]), value, x[i]) for a few of them"""
+    dim, extent = dim % len(x.axes), indices.axes[dim].extent
+    most = 1 if isinstance(src, Lifted) and src.axes else FEW
+    if not (isinstance(extent, Const) and 1 <= extent.value <= most):
+        raise NotLiftable("assignment by an index for each element")
+    turns = fresh_axes((extent,))
+
+    def along(at: tuple[Node, ...], place: Node) -> tuple[Node, ...]:
+        return (*at[:dim], place, *at[dim + 1 :])
+
+    def inside(at: tuple[Node, ...]) -> Node:
+        (k,) = positions(turns)
+        found = reduce("any", turns, apply("eq", at[dim], indices.at(along(at, k))))
+        within = (apply("lt", i, a.extent) for d, (i, a) in enumerate(zip(at, indices.axes)) if d != dim)
+        return functools.reduce(lambda a, b: apply("and", a, b), within, found)
+
+    def new(at: tuple[Node, ...]) -> Node:
+        value = operand(src, ctx.dtype)
+        return value.at(along(at, Const(0))) if value.axes else value.body
+
+    return _replaced(ctx, x, inside, new)
 
 
 @lifts("index_fill")

@@ -18,7 +18,7 @@ _one_hot, _tril_indices, _triu_indices, _kron = (
     torch.triu_indices,
     torch.kron,
 )
-_max_pool1d = torch.max_pool1d
+_max_pool1d, _take_along_dim = torch.max_pool1d, torch.take_along_dim
 _as_tensor, _new_tensor = torch.as_tensor, Tensor.new_tensor
 _masked_fill, _masked_fill_, _fill_diagonal_ = Tensor.masked_fill, Tensor.masked_fill_, Tensor.fill_diagonal_
 
@@ -30,6 +30,7 @@ def composed() -> Iterator[tuple[Any, str, Callable]]:
     )
     yield torch, "max_pool1d", max_pool1d
     yield torch.nn.functional, "one_hot", one_hot
+    yield from ((owner, "take_along_dim", take_along_dim) for owner in (torch, Tensor))
     yield from ((Tensor, f.__name__, f) for f in (kron, new_tensor, masked_fill, masked_fill_, fill_diagonal_))
 
 
@@ -108,6 +109,16 @@ def one_hot(x: Tensor, num_classes: Any = -1) -> Tensor:
     if not is_symbolic(num_classes):
         return _one_hot(x, num_classes)
     return (x[..., None] == torch.arange(num_classes, device=x.device)).long()
+
+
+def take_along_dim(x: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:
+    """gather, of both as large as each other but along `dim`"""
+    if dim is None or x.dim() != indices.dim() or not _holds_symbols((tuple(x.shape), tuple(indices.shape))):
+        return _take_along_dim(x, indices, dim)
+    dim = dim % x.dim()
+    both = [b if isinstance(a, int) and a == 1 else a for a, b in zip(x.shape, indices.shape)]
+    wanted, held = ([*both[:dim], t.shape[dim], *both[dim + 1 :]] for t in (indices, x))
+    return x.expand(held).gather(dim, indices.expand(wanted))
 
 
 def max_pool1d(x: Tensor, kernel_size, stride=(), padding=0, dilation=1, ceil_mode: bool = False) -> Tensor:
