@@ -103,7 +103,7 @@ def rewrite_module(
         return Rewritten(traced, tuple(fused), None, tuple(unfused), printed, _refused(lone, fused))
     progress("plan")
     names = iter(_kernel_names(module, fused))
-    needed: dict[Dimension, Site | None] = {}
+    needed = _undecided(lone, traced)
     fused = _each(fused, lambda f: _planned(f, next(names), traced, needed), lambda f: f.region, unfused)
     if needed.keys() - bound.keys():
         return rewrite_module(
@@ -146,6 +146,11 @@ def _lone_rows(traced: TracedModule, fused: list[Fused], first: int) -> Rows:
     """The lone rows of what no chain has taken, as regions numbered from `first`."""
     taken = frozenset().union(*({*f.region.inside, *f.region.outputs} for f in fused))
     return lift_rows(traced, taken, first)
+
+
+def _undecided(lone: Rows, traced: TracedModule) -> dict[Dimension, Site | None]:
+    """Dimensions whose sizes decide whether rows lie together, by the line of the rows."""
+    return {d: site_of(node) for size, node in lone.undecided.items() for d in traced.dimensions_of(size)}
 
 
 def _refused(lone: Rows, fused: list[Fused]) -> dict[fx.Node, str]:

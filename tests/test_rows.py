@@ -132,6 +132,18 @@ def test_rows_of_several_axes_are_read_in_any_layout():
         assert_right(result, normed, (x,))
 
 
+def test_a_group_of_channels_that_no_parameter_counts():
+    """Whether groups divide the channels is known once these are fixed."""
+
+    def grouped(x):
+        return F.group_norm(x, 3)
+
+    result = rewrite(grouped, (r(2, 12, 7),), rows=True)
+    assert kernels_of(result.sources) == 1 and result.report["unfused"] == []
+    for size in ((2, 12, 7), (1, 12, 5), (3, 12, 1)):
+        assert_right(result, grouped, (r(*size),))
+
+
 def variance(x):
     return x.var(-1)
 

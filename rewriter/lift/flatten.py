@@ -12,6 +12,7 @@ from rewriter.ir import (
     Index,
     Load,
     Node,
+    Param,
     Reduce,
     apply,
     fresh_axis,
@@ -20,6 +21,7 @@ from rewriter.ir import (
     reduce,
     substitute,
     transform,
+    walk,
 )
 from rewriter.ir.integer import product, proves
 from rewriter.lift.values import Lifted, fresh_axes, positions
@@ -63,10 +65,21 @@ def flat_of(shape: tuple[Node, ...], lengths: dict[int, Node]) -> Flat | None:
     """
     first, last = min(lengths), max(lengths)
     parts = [apart for apart in (apply("floordiv", shape[first], lengths[first]),) if apart is not Const(1)]
-    if sorted(lengths) != list(range(first, last + 1)) or any(shape[d] is not lengths[d] for d in lengths if d > first):
+    if not _lie_together(shape, lengths):
         return None
     found = (*shape[:first], *parts, product(lengths.values()), *shape[last + 1 :])
     return Flat(found, first + len(parts)) if proves("eq", product(found), product(shape)) else None
+
+
+def undecided(shape: tuple[Node, ...], lengths: dict[int, Node]) -> frozenset[Param]:
+    """Sizes that must be known to see that a part of a dimension divides it: C, of x[b, C // 4 * g + c]"""
+    return frozenset(n for n in walk(shape[min(lengths)]) if isinstance(n, Param) and _lie_together(shape, lengths))
+
+
+def _lie_together(shape: tuple[Node, ...], lengths: dict[int, Node]) -> bool:
+    """Whether a row runs along the whole of all its dimensions but the first, and these follow one another."""
+    first, last = min(lengths), max(lengths)
+    return sorted(lengths) == list(range(first, last + 1)) and all(shape[d] is lengths[d] for d in lengths if d > first)
 
 
 def _with_one_axis(node: Node) -> Node:

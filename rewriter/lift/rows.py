@@ -7,15 +7,15 @@ reductions of the same rows, and what is computed position by position from thei
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import fx
 
-from rewriter.ir import Axis, Const, Load, Node, Program, Reduce, index, walk
+from rewriter.ir import Axis, Const, Load, Node, Param, Program, Reduce, index, walk
 from rewriter.ir.integer import product, proves
-from rewriter.lift.flatten import Flat, flat_of
+from rewriter.lift.flatten import Flat, flat_of, undecided
 from rewriter.lift.local import LocalLift, lift_locally
 from rewriter.lift.region import Cutter, Region, moving_nodes
 from rewriter.lift.tags import Tags, sources
@@ -38,10 +38,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Rows:
-    """The regions of lone rows, and why a reduction that begins one has none."""
+    """The regions of lone rows, and why a reduction that begins one has none; what could be one if sizes were known."""
 
     regions: tuple[Region, ...]
     refused: dict[fx.Node, str]
+    undecided: dict[Param, fx.Node] = field(default_factory=dict)
 
 
 def lift_rows(traced: TracedModule, taken: frozenset[fx.Node], first: int) -> Rows:
@@ -52,6 +53,7 @@ def lift_rows(traced: TracedModule, taken: frozenset[fx.Node], first: int) -> Ro
     free = frozenset(moving_nodes(traced.graph, traced).given) - taken
     regions: list[Region] = []
     refused: dict[fx.Node, str] = {}
+    sizes: dict[Param, fx.Node] = {}
     for seed in graph.nodes:
         if seed not in free or not _is_seed(seed, local):
             continue
@@ -64,10 +66,11 @@ def lift_rows(traced: TracedModule, taken: frozenset[fx.Node], first: int) -> Ro
             continue
         if growth.refusal:
             refused |= dict.fromkeys(growth.members, growth.refusal)
+            sizes |= dict.fromkeys(growth.undecided, growth.outputs[0])
         else:
             regions.append(region)
         free = free - growth.members
-    return Rows(tuple(regions), refused)
+    return Rows(tuple(regions), refused, sizes)
 
 
 def _is_seed(node: fx.Node, local: dict[fx.Node, LocalLift]) -> bool:
@@ -174,6 +177,12 @@ class _Growth:
         if self._is_folded and self._flat is None:
             return "a row is of several axes that do not lie together"
         return ""
+
+    @property
+    def undecided(self) -> frozenset[Param]:
+        """Sizes without which a row of several axes is not seen to be one."""
+        is_apart = self._is_folded and self._flat is None
+        return undecided(self.shape, self.lengths) if is_apart else frozenset()
 
     def laid(self, node: fx.Node, value: Lifted) -> Lifted:
         """A member over the axes of rows and position, where its own are several or others."""
