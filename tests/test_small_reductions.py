@@ -42,6 +42,18 @@ def best_taken(q, k):
     return k.take_along_dim((q @ k.mT).argmax(-1, keepdim=True), dim=1)
 
 
+def whole_numbers(m: int, n: int) -> tuple[torch.Tensor, ...]:
+    """Products of which are exact, and now and then equal."""
+    return tuple(x.round() for x in pairs(m, n))
+
+
+def mutual_best(q, k):
+    """Scores of every row with the keys that rows found best are made in a tile, too, and never held."""
+    s = q @ k.mT
+    there = s.argmax(2)
+    return there, s.argmax(1).gather(1, there) == torch.arange(q.shape[1])
+
+
 def fixed_classes(x, weight, labels):
     logits = x @ weight.T
     return F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, 33).float(), reduction="none").sum(-1)
@@ -58,6 +70,7 @@ PROGRAMS = {
     products: pairs,
     wins: pairs,
     best_taken: pairs,
+    mutual_best: whole_numbers,
 }
 
 
@@ -67,3 +80,9 @@ def test_a_small_program(program):
     result = fused(program, inputs(7, 70))
     for sizes in ((7, 70), (20, 33), (1, 100)):
         assert_right(result, program, inputs(*sizes))
+
+
+def test_scores_of_rows_that_were_found_are_not_held():
+    result = fused(mutual_best, whole_numbers(7, 70))
+    (text,) = (text for name, text in result.sources.items() if name.endswith("mutual_best.py"))
+    assert "row_" not in text and [chain["passes"] for chain in result.report["chains"]] == [2]

@@ -242,11 +242,25 @@ def _meets(axis: Axis, stream: Axis, nodes: tuple[Node, ...]) -> bool:
 
 def _parts(node: Node) -> list[frozenset[Axis]]:
     """The axes of what a score is made of: of the operands of a contraction, or of the two sides of a comparison."""
-    if isinstance(node, Reduce) and node.depth == 1:
-        return [n.free for n in walk(node) if isinstance(n, Load)]
+    if isinstance(node, Reduce):
+        inside = _beside_indices(node.predicate, node.body)
+        is_contraction = not any(isinstance(n, Reduce) for n in inside)
+        return [n.free for n in inside if isinstance(n, Load)] if is_contraction else []
     if isinstance(node, Apply) and node.op in ("lt", "le", "eq", "ne"):
         return [a.free for a in node.args]
     return []
+
+
+def _beside_indices(*nodes: Node) -> list[Node]:
+    """Every node below some, but what tells where a tensor is read: an argmax, in k[argmax]."""
+    found: dict[Node, None] = {}
+    left = list(nodes)
+    while left:
+        node = left.pop()
+        if node not in found:
+            found[node] = None
+            left += () if isinstance(node, Load) else node.children
+    return list(found)
 
 
 def _paired(parts: list[frozenset[Axis]]) -> frozenset[Axis]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -232,22 +232,27 @@ def chains_of(chain: Chain, parts: list[Part]) -> tuple[list[Chain], tuple[Tenso
 
 
 def _reading_results(chain: Chain, part: Part, results: dict[str, Tensor]) -> Chain:
-    own = {d.name for d in part.definitions}
+    own = {d.name: d.body.dtype for d in part.definitions}
 
     def rule(n: Node) -> Node:
-        if not isinstance(n, Ref) or n.name in own:
+        if not isinstance(n, Ref):
             return n
+        if n.name in own:
+            return replace(n, dtype=own[n.name])
         return Load(results.setdefault(n.name, result_of(chain.definition(n.name))), n.index)
 
     def moved(node: Node) -> Node:
         return transform(node, rule)
 
-    definitions = tuple(moved_definition(_settled(d, own), moved) for d in part.definitions)
+    definitions = []
+    for definition in part.definitions:
+        definitions.append(moved_definition(_settled(definition, own), moved))
+        own[definition.name] = definitions[-1].body.dtype  # as it is held, where it is all that is reduced
     outputs = tuple(replace(o, body=moved(o.body)) for o in part.outputs)
-    return replace(chain, definitions=definitions, outputs=outputs)
+    return replace(chain, definitions=tuple(definitions), outputs=outputs)
 
 
-def _settled(definition: Definition, own: set[str]) -> Definition:
+def _settled(definition: Definition, own: Container[str]) -> Definition:
     """exp(exponent − phi), and exponent − phi where a moment has it, as factors where phi is that of an earlier kernel:
     it is final.
     """
