@@ -282,14 +282,41 @@ class Channels(nn.Module):
         return (torch.softmax(F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT, -1) @ v).mT
 
 
+class Features(nn.Module):
+    """Linear attention with softmaxes over features and over positions: two narrow products."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return self.out((q.softmax(-1) @ (k.softmax(-2).mT @ v)).transpose(1, 2).flatten(2))
+
+
+class FeaturesApart(nn.Module):
+    """Without heads, by layers of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        q, k, v = self.q(x).softmax(-1), self.k(x).softmax(1), self.v(x)
+        return q @ (k.mT @ v)
+
+
 @pytest.mark.parametrize(
     "program, args",
     [
         (Channels(), (r(2, 17, 8),)),
+        (Features(2), (r(2, 17, 8),)),
+        (FeaturesApart(), (r(2, 17, 8),)),
         (lambda q, k, v: torch.softmax(k, 1).mT @ v, qkv(17, 19)),  # positions weighed into a summary
         (lambda q, k, v: F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT, qkv(17, 19)),
     ],
-    ids=["channels", "summary", "cosines"],
+    ids=["channels", "features", "features_apart", "summary", "cosines"],
 )
 def test_narrow_values_are_left(program, args):
     assert not rewrite(program, args).report["chains"]

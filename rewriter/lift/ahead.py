@@ -68,7 +68,7 @@ class Ahead:
         for node, reads, held, _ in self._readers(order, (), self.moving):
             lifted = self.local[node].value
             reduced |= _over_itself(lifted, reads, held) & axes
-            stream = _over_others(lifted, reads, held, self.moving) & reduced
+            stream = over_others(lifted, reads, held, self.moving) & reduced
             others = frozenset().union(*(load.free for n, load in reads if n not in held))
             left = _held_at(frozenset().union(*(load.free for n, load in reads if n in held)), reads, held)
             rows = (axes & left) - stream - _held_at(others, reads, held)
@@ -87,7 +87,7 @@ class Ahead:
         found: set[Axis] = set()
         for node, reads, held, _ in self._readers(order, sides, frozenset()):
             lifted = self.local[node].value
-            found |= _over_others(lifted, reads, held, self.moving) | _over_itself(lifted, reads, held)
+            found |= over_others(lifted, reads, held, self.moving) | _over_itself(lifted, reads, held)
         return tuple(side & found or side for side in sides)
 
     def is_worth(self, order: int, sides: Sides, kind: Origins) -> bool:
@@ -105,7 +105,7 @@ class Ahead:
             reader = self.local[node].value
             if axes & _over_itself(reader, reads, held):
                 return True
-            if weighs and not is_product and axes & _over_others(reader, reads, held, operands):
+            if weighs and not is_product and axes & over_others(reader, reads, held, operands):
                 return True
         return False
 
@@ -125,7 +125,7 @@ class Ahead:
             is_product = _is_weighed(lifted, reads, held, sides) and all(n in products for n, _ in reads if n in held)
             yield node, reads, held, is_product
             dims = inherited(lifted, reads, held)
-            if not _over_others(lifted, reads, held, operands) and all(
+            if not over_others(lifted, reads, held, operands) and all(
                 side & frozenset().union(*dims) for side in sides
             ):
                 held[node] = dims
@@ -152,7 +152,7 @@ def is_dynamic(axis: Axis) -> bool:
     return not isinstance(axis.extent, Const)
 
 
-def _over_others(lifted: Lifted, reads, held, operands: Set[fx.Node]) -> frozenset[Axis]:
+def over_others(lifted: Lifted, reads, held, operands: Set[fx.Node]) -> frozenset[Axis]:
     """Of the axes that are held, those summed together with an operand that is narrow."""
     narrow = [load.free for n, load in reads if n in operands and n not in held]
     return _held_at(frozenset().union(*narrow) - frozenset(lifted.axes), reads, held)

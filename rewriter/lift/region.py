@@ -10,7 +10,7 @@ from torch import fx
 
 from rewriter.errors import Reason, Site
 from rewriter.ir import Load, Node, Origin, Output, Program, Reduce, index, transform, walk
-from rewriter.lift.ahead import TENTATIVE, Moving, Origins
+from rewriter.lift.ahead import TENTATIVE, Moving, Origins, inherited, is_dynamic, over_others
 from rewriter.lift.broadcast import broadcast_dimensions
 from rewriter.lift.local import LocalLift, lift_locally
 from rewriter.lift.repeated import Repeated, covers, has_reduction, sources
@@ -67,7 +67,7 @@ def lift(traced: TracedModule) -> LiftResult:
     for kind in Origins:
         taken = set().union(*({*r.inside, *r.outputs} for r in regions))
         tags = tag(graph, local, moving, taken, kind)
-        regions += _cut_all(traced, local, tags, names, len(regions), tentative=kind in TENTATIVE)
+        regions += _cut_all(traced, local, tags, names, len(regions), moving.given if kind in TENTATIVE else None)
         if kind is Origins.MOVING:
             reasons, written = tags.reasons, tags.written
     fused = set().union(*({*r.inside, *r.outputs} for r in regions))
@@ -75,12 +75,14 @@ def lift(traced: TracedModule) -> LiftResult:
     return LiftResult(tuple(regions), tuple(unfused), broadcast_dimensions(traced, local))
 
 
-def _cut_all(traced, local, tags: Tags, names, first: int = 0, tentative: bool = False) -> list[Region]:
+def _cut_all(traced, local, tags: Tags, names, first: int, given: set[fx.Node] | None) -> list[Region]:
+    """given: nodes that depend on the caller's tensors, where regions are tentative."""
+    tentative = given is not None
     cutter = Cutter(traced, local, tags, names)
     stages = [s for roots in _components(tags, cutter.reads_of) for s in _stages(traced.graph, roots, local)]
     groups = [g for g in stages if cutter.saves(g)]
     if tentative:
-        groups = [g for g in groups if cutter.holds_layer(g)]
+        groups = [g for g in groups if cutter.holds_layer(g) and not any(cutter.has_features(r, given) for r in g)]
     groups.sort(key=lambda g: max(map(cutter.order.__getitem__, g)))
     later = [set().union(*groups[k + 1 :]) for k in range(len(groups))]
     cut = [cutter.cut(g, f"chain_{first + k}", tentative, later[k]) for k, g in enumerate(groups)]
@@ -172,6 +174,32 @@ class Cutter:
         """Whether a dense layer is computed inside: one that is written anyway, normalised, is better computed once."""
         inside = set().union(*map(self._wide_below, roots))
         return bool(set(roots) - set(self.tags.written)) and bool(inside & self.tags.origins)
+
+    def has_features(self, root: fx.Node, given: set[fx.Node]) -> bool:
+        """Whether the outputs of a layer are its features: they weigh a summary that the caller's tensors give, or what
+        positions were weighed into is multiplied along them by something else.
+
+        softmax(q[n, d]) · (sum_n softmax_n(k[n, d]) v[n, e]) is linear attention, two narrow products.
+        """
+        axes = self.local[root].value.axes
+        reads = sources(self.local[root].value, self.by_name)
+        wide = [load for source, load in reads if self.tags.is_wide(source)]
+        rows = frozenset(axes).intersection(*(load.free for load in wide))
+        summed = {a for load in wide for a in load.free - frozenset(axes) if not is_dynamic(a)}
+        if any(s in given and load.free & summed and not rows <= load.free for s, load in reads):
+            return True
+        left = inherited(self.local[root].value, reads, self.tags.dims)
+        held = {root: tuple(frozenset([a]) if tags else frozenset() for a, tags in zip(axes, left))}
+        for node in list(self.graph.nodes)[self.order[root] + 1 :]:
+            lifted = self.local[node].value if node in self.local else None
+            reads = sources(lifted, self.by_name) if isinstance(lifted, Lifted) else []
+            if not any(source in held for source, _ in reads):
+                continue
+            if over_others(lifted, reads, held, self.by_name.values()):
+                return True
+            if call_name(node) in VIEWS:
+                held[node] = inherited(lifted, reads, held)
+        return False
 
     def _wide_below(self, root: fx.Node) -> set[fx.Node]:
         """The values of the region that a root is computed from."""

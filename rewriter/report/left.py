@@ -81,18 +81,30 @@ def _is_row(node: fx.Node) -> bool:
 
 def _is_spread(node: fx.Node) -> bool:
     """Whether a reduction's result meets what it was taken over: `e / e.sum(-1, keepdim=True)`."""
-    row = node.args[0].meta["val"].shape
-    todo, seen = list(node.users), set()
+    row, own = node.args[0].meta["val"].shape, _lineage(node.args[0])
+    todo, seen = list(node.users), {node}
     while todo:
         user = todo.pop()
         value = user.meta.get("val")
         if user in seen or user.op != "call_function" or not _keeps_positions(user):
             continue
         seen.add(user)
-        if torch.is_tensor(value) and value.shape == row:
+        others = [n for n in user.all_input_nodes if n not in seen]
+        if torch.is_tensor(value) and value.shape == row and any(_lineage(n) & own for n in others):
             return True
         todo += user.users
     return False
+
+
+def _lineage(node: fx.Node) -> set[fx.Node]:
+    """A value and what it is computed from position by position."""
+    found, todo = set(), [node]
+    while todo:
+        value = todo.pop()
+        if value not in found and torch.is_tensor(value.meta.get("val")):
+            found.add(value)
+            todo += value.all_input_nodes if value.op == "call_function" and _keeps_positions(value) else ()
+    return found
 
 
 def _keeps_positions(node: fx.Node) -> bool:
