@@ -241,3 +241,35 @@ def test_pooled_keys(program):
     result = fused(program, qkv(2, 12))
     for sizes in ((2, 12), (1, 2), (3, 5), (1, 37)):
         assert_right(result, program, qkv(*sizes))
+
+
+def landmarks(x: torch.Tensor) -> torch.Tensor:
+    """Means of eight equal parts; the features are what is left of the shape."""
+    return x.reshape(x.shape[0], 8, x.shape[1] // 8, -1).mean(2)
+
+
+def landmarks_as_queries(q, k, v):
+    return attend(landmarks(q), k, v)
+
+
+def landmarks_as_keys(q, k, v):
+    return attend(q, landmarks(k), landmarks(v))
+
+
+@pytest.mark.parametrize("program", [landmarks_as_queries, landmarks_as_keys], ids=name_of)
+def test_landmarks(program):
+    result = fused(program, qkv(2, 24))
+    for sizes in ((2, 24), (1, 8), (3, 40)):
+        assert_right(result, program, qkv(*sizes))
+
+
+def test_a_length_that_is_divided_by_its_eighth():
+    """Below eight it has none: a proof draws longer ones."""
+
+    def in_parts(q, k, v):
+        q, k, v = (x.reshape(x.shape[0], x.shape[1] // 8, -1, 16) for x in (q, k, v))
+        return attend(q, k, v)
+
+    result = fused(in_parts, qkv(2, 24))
+    for sizes in ((2, 24), (3, 40)):
+        assert_right(result, in_parts, qkv(*sizes))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -94,9 +95,10 @@ class Draws:
         for k in range(TRIES):
             most = 9 if k < TRIES // 2 else 64
             sizes = {p.name: self._size(p, most, floors) for p in self.params}
-            evaluator = Evaluator({}, sizes)
-            if all(evaluator.extent(e) > 0 for e in self.extents):
-                return sizes
+            with suppress(RuntimeError):  # n // (n // 8) of n below 8
+                evaluator = Evaluator({}, sizes)
+                if all(evaluator.extent(e) > 0 for e in self.extents):
+                    return sizes
         raise NoSizes
 
     def _size(self, param: Param, most: int, floors: dict[str, int]) -> int | float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +22,7 @@ _one_hot, _tril_indices, _triu_indices, _kron = (
 )
 _max_pool1d, _take_along_dim = torch.max_pool1d, torch.take_along_dim
 _as_tensor, _new_tensor = torch.as_tensor, Tensor.new_tensor
+_view, _reshape, _torch_reshape = Tensor.view, Tensor.reshape, torch.reshape
 _masked_fill, _masked_fill_, _fill_diagonal_ = Tensor.masked_fill, Tensor.masked_fill_, Tensor.fill_diagonal_
 
 
@@ -31,7 +34,10 @@ def composed() -> Iterator[tuple[Any, str, Callable]]:
     yield torch, "max_pool1d", max_pool1d
     yield torch.nn.functional, "one_hot", one_hot
     yield from ((owner, "take_along_dim", take_along_dim) for owner in (torch, Tensor))
-    yield from ((Tensor, f.__name__, f) for f in (kron, new_tensor, masked_fill, masked_fill_, fill_diagonal_))
+    yield torch, "reshape", torch_reshape
+    yield from (
+        (Tensor, f.__name__, f) for f in (view, reshape, kron, new_tensor, masked_fill, masked_fill_, fill_diagonal_)
+    )
 
 
 def _holds_symbols(value: Any) -> bool:
@@ -130,6 +136,58 @@ def max_pool1d(x: Tensor, kernel_size, stride=(), padding=0, dilation=1, ceil_mo
     )
     pooled = torch.max_pool2d(x.unsqueeze(-2), (1, size), (1, step or size), (0, pad), (1, apart), ceil_mode)
     return pooled.squeeze(-2)
+
+
+def view(x: Tensor, *shape: Any, **kwargs: Any) -> Tensor:
+    """x.view(b, 8, n // 8, -1): what is left is d, as an expression of sizes only b * n * d // (b * 8 * (n // 8))."""
+    return _view(x, *_inferred(x, shape), **kwargs)
+
+
+def reshape(x: Tensor, *shape: Any, **kwargs: Any) -> Tensor:
+    """Likewise"""
+    return _reshape(x, *_inferred(x, shape), **kwargs)
+
+
+def torch_reshape(input: Tensor, shape: Any) -> Tensor:
+    """Likewise"""
+    return _torch_reshape(input, *_inferred(input, (shape,)))
+
+
+def _inferred(x: Tensor, shape: tuple) -> tuple:
+    """A shape as it was given, its -1 the dimension of `x` that the other entries leave, if that is easily seen."""
+    entries = list(shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape)
+    unknown = [k for k, n in enumerate(entries) if isinstance(n, int) and n == -1]
+    if len(unknown) != 1 or not all(map(_is_size, entries)) or not _holds_symbols((tuple(x.shape), tuple(entries))):
+        return shape
+    own, given = list(x.shape), entries[: unknown[0]] + entries[unknown[0] + 1 :]
+    for n, count, part in itertools.product(x.shape, given, given):
+        left = _holds(own, n) and _holds(given, count) and _holds(given, part)
+        if left and is_symbolic(n) and isinstance(count, int) and is_symbolic(part) and _is_equal(n // count, part):
+            own, given = _without(own, n), _without(_without(given, count), part)
+    for size in given:
+        own, given = (_without(own, size), _without(given, size)) if _holds(own, size) else (own, given)
+    return shape if given else (*entries[: unknown[0]], math.prod(own), *entries[unknown[0] + 1 :])
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, (int, torch.SymInt))
+
+
+def _is_equal(a: Any, b: Any) -> bool:
+    """Whether two sizes are the same expression: whether they are equal numbers is not asked."""
+    if is_symbolic(a) != is_symbolic(b):
+        return False
+    return a.node.expr == b.node.expr if is_symbolic(a) else a == b
+
+
+def _holds(sizes: list[Any], size: Any) -> bool:
+    return any(_is_equal(size, n) for n in sizes)
+
+
+def _without(sizes: list[Any], size: Any) -> list[Any]:
+    """All but the first that is equal."""
+    k = next((k for k, n in enumerate(sizes) if _is_equal(size, n)), len(sizes))
+    return sizes[:k] + sizes[k + 1 :]
 
 
 def as_tensor(data: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
