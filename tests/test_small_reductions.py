@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from whole_path import assert_right, fused
+
+from rewriter import rewrite
 
 
 def r(*shape: int) -> torch.Tensor:
@@ -86,3 +89,24 @@ def test_scores_of_rows_that_were_found_are_not_held():
     result = fused(mutual_best, whole_numbers(7, 70))
     (text,) = (text for name, text in result.sources.items() if name.endswith("mutual_best.py"))
     assert "row_" not in text and [chain["passes"] for chain in result.report["chains"]] == [2]
+
+
+class LateInteraction(nn.Module):
+    """Its layer is normalised before it meets the other's: computed once, by itself, and not in a kernel for the norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8, bias=False)
+
+    def forward(self, q, k):
+        q, k = (F.normalize(self.linear(x), dim=-1) for x in (q, k))
+        return (q @ k.mT).amax(-1).sum(1)
+
+
+def test_a_layer_that_is_written_anyway_is_in_no_chain():
+    torch.manual_seed(0)
+    model = LateInteraction().eval()
+    result = rewrite(model, pairs(7, 70))
+    assert [chain["passes"] for chain in result.report["chains"]] == [1]
+    with torch.no_grad():
+        assert_right(result, model, pairs(20, 33))

@@ -140,7 +140,7 @@ def tag(
         tags.dims[node] = dims
         tags.derived[node] = before | _reduced_origins(lifted, reads, tags)
         if tags.has_both_sides(node):
-            _place_wide(node, local, tags)
+            _place_wide(node, local, tags, stopped)
     return tags
 
 
@@ -201,11 +201,11 @@ def _contracts(lifted: Lifted) -> bool:
     return any(len({n.tensor for n in walk(r.body) if isinstance(n, Load) and n.free & set(r.axes)}) > 1 for r in sums)
 
 
-def _place_wide(node: fx.Node, local: dict[fx.Node, LocalLift], tags: Tags) -> None:
+def _place_wide(node: fx.Node, local: dict[fx.Node, LocalLift], tags: Tags, stopped: set[fx.Node]) -> None:
     """A wide value is inside a chain, unless something outside reads it: then it is written, by the chain if it
     follows from a reduction, else by the program itself.
     """
-    reader = _reader_outside(node, local)
+    reader = _reader_outside(node, local, stopped)
     derived = tags.is_derived(node)
     if reader is None or derived:
         tags.wide.append(node)
@@ -304,11 +304,11 @@ def _is_chain(lifted: Lifted, reads, moving: set[fx.Node]) -> bool:
     return False
 
 
-def _reader_outside(node: fx.Node, local: dict[fx.Node, LocalLift]) -> str | None:
-    """Why a wide value must be written: "" where it is returned, else what of index notation is missing in its
-    reader.
+def _reader_outside(node: fx.Node, local: dict[fx.Node, LocalLift], stopped: set[fx.Node]) -> str | None:
+    """Why a wide value must be written: "" where it is returned, or read by a chain that was cut before, else what of
+    index notation is missing in its reader.
     """
     readers = [u for u in node.users if u in local and local[u].value is None]
     if readers:
         return local[readers[0]].reason
-    return "" if any(u.op == "output" for u in node.users) else None
+    return "" if any(u.op == "output" or u in stopped for u in node.users) else None
