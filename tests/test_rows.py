@@ -144,6 +144,31 @@ def test_a_group_of_channels_that_no_parameter_counts():
         assert_right(result, grouped, (r(*size),))
 
 
+def permuted(x, places):
+    """Weights at other places of their row, and beside them."""
+    p = torch.softmax(x, -1)
+    return p.gather(-1, places) + p
+
+
+def label_loss(x, places):
+    return F.cross_entropy(x, places[:, 0], reduction="none")
+
+
+def label_log_probability(x, places):
+    return torch.log_softmax(x, -1).gather(-1, places[:, :1])
+
+
+@pytest.mark.parametrize("function, sweeps", [(permuted, 2), (label_loss, 1), (label_log_probability, 1)])
+def test_rows_that_are_read_where_something_says(function, sweeps):
+    def args(rows: int, length: int) -> tuple[torch.Tensor, ...]:
+        return r(rows, length), torch.rand(rows, length).argsort(-1)
+
+    result = rewrite(function, args(3, 37), rows=True)
+    assert [chain["passes"] for chain in result.report["chains"]] == [sweeps]
+    for size in ((3, 37), (5, 1), (2, 1050)):
+        assert_right(result, function, args(*size))
+
+
 def variance(x):
     return x.var(-1)
 

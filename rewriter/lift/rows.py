@@ -273,7 +273,7 @@ class _Growth:
             if load.free & bound:
                 if not self._reduces_all(load, line, bound):
                     return None
-            elif line.along:
+            elif line.along and not _is_looked_up(load, line):
                 plain.add((along, apart))
             rows |= apart - bound
         if len(plain) > 1 or not known:
@@ -331,6 +331,11 @@ class _Growth:
         reads = {source for source, _ in self.graph.reads[node]}
         is_first = not (reads & self.members) and all(self.graph.readers(s) & self.members <= {node} for s in reads)
         return is_first or not (self.graph.readers(node) & self.members)
+
+
+def _is_looked_up(load: Load, line: Line) -> bool:
+    """Whether a row is read where something of the row says: the label's logit."""
+    return any(isinstance(n, Load) for d in line.along for n in walk(load.index[d]))
 
 
 def _axes_at(load: Load, dims: frozenset[int]) -> frozenset[Axis]:
