@@ -204,6 +204,15 @@ def test_an_argument_that_hides_what_the_new_forward_calls():
             rewrite(program, qkv(7, 9))
 
 
+def test_a_generator_that_forward_makes():
+    def noisy(q, k, v):
+        noise = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+        return (q @ noise @ k.mT).softmax(-1) @ v
+
+    with pytest.raises(RewriteError, match="forward makes a Generator"):
+        rewrite(noisy, qkv(7, 9))
+
+
 def four_operands(q, k, v):
     """Scores, a mask and values in one einsum: what is summed first makes scores."""
     mask = torch.ones(q.shape[1], k.shape[1]).tril()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
+from torch.export.graph_signature import CustomObjArgument
 from torch.utils import _pytree as pytree
 
 from rewriter.emit.spelling import does_the_same
@@ -178,6 +179,8 @@ class TorchPrinter:
             return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
         if isinstance(value, torch.device):
             return self.device
+        if isinstance(value, CustomObjArgument):
+            raise RewriteError(f"forward makes a {value.class_fqn.split('.')[-1]}, which cannot be written down")
         if isinstance(value, float) and not math.isfinite(value):
             return f'float("{value}")'
         return str(value) if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)) else repr(value)
