@@ -27,7 +27,7 @@ def halves(*shape: int) -> torch.Tensor:
     ].reshape(shape)
 
 
-unary("negative absolute tan sinh cosh trunc fix frac deg2rad rad2deg relu6 mish hardsigmoid hardswish")
+unary("negative positive absolute tan sinh cosh trunc fix frac deg2rad rad2deg relu6 mish hardsigmoid hardswish")
 unary("special_exp2 special_expm1 special_expit special_erf")
 unary("special_log1p log10", p)
 unary("isfinite isposinf isneginf", odd)
@@ -35,6 +35,10 @@ unary("log_sigmoid", lambda *s: 30 * f(*s))
 unary("round special_round", halves)
 unary("atanh arctanh", inner)
 unary("sgn")
+CASES["isclose"] = lambda: [
+    call(aten.isclose.default, torch.tensor([1.0, 2.0, INF, INF]), torch.tensor([1.0, 2.1, INF, 3.0])),
+    call(aten.isclose.default, f(3, 5), f(5), 0.1, 0.2),
+]
 CASES["special_entr"] = lambda: [
     call(aten.special_entr.default, share(3, 5)),
     call(aten.special_entr.default, torch.tensor([-1.0, NAN, INF, 0.5])),

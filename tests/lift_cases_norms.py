@@ -72,6 +72,20 @@ CASES["frobenius_norm"] = lambda: [
     call(aten.frobenius_norm.dim, f(2, 3, 5), [1, 2]),
     call(aten.frobenius_norm.dim, f(2, 3, 5), [1, 2], True),
 ]
+CASES["linalg_norm"] = lambda: [
+    *(call(aten.linalg_norm.default, f(2, 3, 5), order, [-1]) for order in (None, 1, INF, 3)),
+    call(aten.linalg_norm.default, f(2, 3, 5)),
+    call(aten.linalg_norm.default, f(2, 3, 5), None, [0, 2], True),
+    call(aten.linalg_norm.default, f(5), 1),
+    call(aten.linalg_norm.ord_str, f(2, 3, 5), "fro", [1, 2]),
+    call(aten.linalg_norm.default, f(3, 5).half(), 2, [1], dtype=torch.float32),
+]
+CASES["linalg_matrix_norm"] = lambda: [call(aten.linalg_matrix_norm.str_ord, f(2, 3, 5))]
+CASES["cross"] = lambda: [call(aten.cross.default, f(2, 5, 3), f(2, 5, 3), -1)]
+CASES["linalg_cross"] = lambda: [
+    call(aten.linalg_cross.default, f(2, 5, 3), f(1, 5, 3)),
+    call(aten.linalg_cross.default, f(2, 3, 5), f(2, 3, 5), dim=1),
+]
 CASES["dist"] = lambda: [call(aten.dist.default, f(3, 5), f(5)), call(aten.dist.default, f(3, 5), f(3, 5), 1)]
 CASES["cdist"] = lambda: [
     *(call(aten.cdist.default, f(2, 3, 5), f(2, 7, 5), order) for order in (2.0, 1.0, INF, 3.0, 0.0)),
@@ -154,6 +168,10 @@ CASES["kl_div"] = lambda: [
 ]
 for name in ("mse_loss", "l1_loss"):
     CASES[name] = lambda op=getattr(aten, name).default: [call(op, f(3, 5), f(3, 5), how) for how in (0, 1, 2)]
+CASES["huber_loss"] = lambda: [call(aten.huber_loss.default, 3 * f(3, 5), f(3, 5), how, 0.7) for how in (0, 1, 2)]
+CASES["smooth_l1_loss"] = lambda: [
+    call(aten.smooth_l1_loss.default, 3 * f(3, 5), f(3, 5), how, width) for how in (0, 1) for width in (0.7, 1.0, 0.0)
+]
 CASES["binary_cross_entropy_with_logits"] = lambda: [
     call(aten.binary_cross_entropy_with_logits.default, 30 * f(3, 5), b(3, 5).float(), None, None, how)
     for how in (0, 1, 2)

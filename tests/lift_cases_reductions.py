@@ -21,6 +21,7 @@ CASES["matmul"] = lambda: [
     call(aten.matmul.default, f(2, 3, 1), f(2, 1, 7)),
 ]
 CASES["bmm"] = lambda: [call(aten.bmm.default, f(2, 3, 5), f(2, 5, 7))]
+CASES["linalg_matmul"] = lambda: [call(aten.linalg_matmul.default, f(2, 3, 5), f(5, 7))]
 CASES["mm"] = lambda: [call(aten.mm.default, f(3, 5), f(5, 7))]
 CASES["mv"] = lambda: [call(aten.mv.default, f(3, 5), f(5))]
 CASES["dot"] = lambda: [call(aten.dot.default, f(5), f(5))]

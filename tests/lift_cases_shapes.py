@@ -221,6 +221,11 @@ CASES["meshgrid"] = lambda: [
     call(aten.meshgrid.indexing, [f(3), f(5), f(2)], indexing="xy"),
     call(aten.meshgrid.indexing, [i(3), i(5)], indexing="ij"),
 ]
+CASES["broadcast_tensors"] = lambda: [call(aten.broadcast_tensors.default, [f(3, 1), f(5), i(2, 1, 5)])]
+CASES["roll"] = lambda: [
+    call(aten.roll.default, f(3, 5), [1], [-1]),
+    call(aten.roll.default, f(3, 5, 2), [-2, 7], [0, 1]),
+]
 CASES["diagonal_scatter"] = lambda: [
     call(aten.diagonal_scatter.default, f(5, 7), f(5)),
     call(aten.diagonal_scatter.default, f(5, 7), f(3), 4),

@@ -27,7 +27,7 @@ def contraction(a: Lifted, b: Lifted, shape: tuple[Node, ...]) -> Lifted:
     return Lifted(axes, reduce("sum", (k,), _mul(x, y)))
 
 
-@lifts("matmul", "bmm", "mm", "mv", "dot")
+@lifts("matmul", "bmm", "mm", "mv", "dot", "linalg_matmul")
 def matmul(ctx: Context, a: Lifted, b: Lifted) -> Lifted:
     return contraction(a, b, ctx.shape)
 

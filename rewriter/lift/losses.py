@@ -147,6 +147,24 @@ def l1_loss(ctx: Context, x: Lifted, target: Lifted, reduction=MEAN) -> Lifted:
     return _elementwise(ctx, x, target, reduction, lambda a, t: apply("abs", apply("sub", a, t)))
 
 
+@lifts("huber_loss", "smooth_l1_loss")
+def huber_loss(ctx: Context, x: Lifted, target: Lifted, reduction=MEAN, width=1.0) -> Lifted:
+    """|d| ≤ w ? d² / 2 : w · (|d| - w / 2) of d = x - t; the smooth one divides by w"""
+    is_smooth = "smooth" in ctx.node.target._schema.name
+    if is_smooth and not width:
+        return l1_loss(ctx, x, target, reduction)
+
+    def loss(a: Node, t: Node) -> Node:
+        away = apply("sub", a, t)
+        size, w = apply("abs", away), const(float(width), away.dtype)
+        near = apply("mul", apply("mul", away, away), const(0.5, away.dtype))
+        far = apply("mul", w, apply("sub", size, const(width / 2, away.dtype)))
+        both = where(apply("le", size, w), near, far)
+        return apply("div", both, w) if is_smooth else both
+
+    return _elementwise(ctx, x, target, reduction, loss)
+
+
 @lifts("binary_cross_entropy_with_logits")
 def bce_with_logits(ctx: Context, x, target, weight=None, pos_weight=None, reduction=MEAN) -> Lifted:
     """(1 - t) · x - log σ(x), where -log σ(x) is log1p(exp(-|x|)) - min(x, 0)"""

@@ -78,6 +78,17 @@ def vector_norm(ctx: Context, x: Lifted, order=2, dim=None, keepdim=False, *, dt
     return fold(x, dims, keepdim, lambda axes, body: norm_over(axes, cast(body, ctx.dtype), order))
 
 
+@lifts("linalg_norm", "linalg_matrix_norm")
+def linalg_norm(ctx: Context, x: Lifted, order=None, dim=None, keepdim=False, *, dtype=None) -> Lifted:
+    """That of a vector along one dimension, or of all numbers of a matrix: no order, or fro"""
+    if "matrix" in ctx.node.target._schema.name:
+        order, dim = "fro" if order is None else order, [-2, -1] if dim is None else dim
+    is_vector = order is None or len(dims_of(dim, len(x.axes))) == 1
+    if order != "fro" and not is_vector:
+        raise NotLiftable(f"the norm {order} of a matrix")
+    return vector_norm(ctx, x, None if order == "fro" else order, dim, keepdim)
+
+
 @lifts("dist")
 def dist(ctx: Context, a: Lifted, b: Lifted, p=2) -> Lifted:
     """(sum |a - b|^p)^(1/p) over everything"""
@@ -105,6 +116,22 @@ def pairwise_distance(ctx: Context, a: Lifted, b: Lifted, p=2.0, eps=1e-6, keepd
     at = (*positions(axes[:-1] if keepdim else axes), index(d))
     away = apply("sub", broadcast_at(a, at), broadcast_at(b, at))
     return Lifted(axes, norm_over((d,), apply("add", away, const(float(eps), away.dtype)), float(p)))
+
+
+@lifts("cross", "linalg_cross")
+def cross(ctx: Context, a: Lifted, b: Lifted, dim=-1) -> Lifted:
+    """a[i + 1] b[i + 2] - a[i + 2] b[i + 1], of three coordinates"""
+    if dim is None:
+        raise NotLiftable("a cross product along a dimension that sizes decide")
+    axes = fresh_axes(ctx.shape)
+    at = list(positions(axes))
+    dim = dim % len(axes)
+
+    def moved(x: Lifted, by: int) -> Node:
+        place = apply("mod", apply("add", at[dim], const(by)), const(3))
+        return broadcast_at(x, (*at[:dim], place, *at[dim + 1 :]))
+
+    return Lifted(axes, apply("sub", *(apply("mul", moved(a, k), moved(b, 3 - k)) for k in (1, 2))))
 
 
 @lifts("cosine_similarity")

@@ -188,6 +188,21 @@ def logical_not(ctx: Context, x) -> Lifted:
     return pointwise(ctx, lambda a: apply("sub", const(-1), a), x)
 
 
+@lifts("isclose")
+def isclose(ctx: Context, a: Lifted, b: Lifted, rtol=1e-5, atol=1e-8, equal_nan=False) -> Lifted:
+    """a = b or |a - b| ≤ atol + rtol · |b|, neither being infinite"""
+    if equal_nan or not (a.body.dtype is b.body.dtype and a.body.dtype.is_floating_point):
+        raise NotLiftable("isclose of what is not numbers of one floating type")
+
+    def go(x: Node, y: Node) -> Node:
+        away, size = apply("abs", apply("sub", x, y)), apply("abs", y)
+        allowed = apply("add", const(atol, x.dtype), apply("mul", const(rtol, x.dtype), size))
+        near = apply("and", apply("le", away, allowed), apply("lt", away, const(float("inf"), x.dtype)))
+        return apply("or", apply("eq", x, y), near)
+
+    return pointwise(ctx, go, a, b)
+
+
 @lifts("bitwise_left_shift", "__lshift__")
 def left_shift(ctx: Context, x, by) -> Lifted:
     """x · 2^by for a number `by`"""
@@ -233,6 +248,7 @@ def to(ctx: Context, x, *args, **kwargs) -> Lifted:
     "clone",
     "detach",
     "alias",
+    "positive",
     "lift_fresh_copy",
     "dropout",
     "feature_dropout",

@@ -143,6 +143,13 @@ def expand(ctx: Context, x: Lifted, *args, **kwargs) -> Lifted:
     return Lifted(axes, broadcast_at(x, positions(axes)))
 
 
+@lifts("broadcast_tensors")
+def broadcast_tensors(ctx: Context, tensors) -> tuple[Lifted, ...]:
+    shape = shape_of(ctx.value[0])
+    axes = [fresh_axes(shape) for _ in tensors]
+    return tuple(Lifted(a, broadcast_at(x, positions(a))) for a, x in zip(axes, tensors))
+
+
 @lifts("repeat", "tile")
 def repeat(ctx: Context, x: Lifted, repeats) -> Lifted:
     rank = len(x.axes)
@@ -278,6 +285,28 @@ def flip(ctx: Context, x: Lifted, dims) -> Lifted:
         return [apply("sub", last[d], k) if d in flipped else k for d, k in enumerate(i)]
 
     return remap(x, ctx.shape, mapping)
+
+
+@lifts("roll")
+def roll(ctx: Context, x: Lifted, shifts, dims=()) -> Lifted:
+    """x[(i - s) mod n]"""
+    if not dims:
+        raise NotLiftable("a roll of all positions")
+    by = dict(zip((_dim(d, len(x.axes)) for d in dims), map(scalar, shifts)))
+    if len(by) < len(dims):
+        raise NotLiftable("two rolls of one dimension")
+    return remap(
+        x, ctx.shape, lambda i: [_rolled(k, by[d], n) if d in by else k for d, (k, n) in enumerate(zip(i, x.shape))]
+    )
+
+
+def _rolled(i: Node, shift: Node, extent: Node) -> Node:
+    back = apply("neg", shift)
+    if proves("le", Const(0), shift):
+        back = apply("sub", extent, apply("mod", shift, extent))
+    elif not proves("le", Const(0), back):
+        raise NotLiftable("a roll in a direction that sizes decide")
+    return apply("mod", apply("add", i, back), extent)
 
 
 @lifts("diagonal")

@@ -188,12 +188,21 @@ def _scored(chain: Chain) -> frozenset[Axis]:
         roots = [r for r in d.roots if r is not d.body or not opened]
         inner = (n for n in walk(*roots, *factors_of(d)) if isinstance(n, Reduce) and n not in opened)
         scored |= frozenset().union(*(n.free for n in inner))
-        scored |= frozenset().union(*(f.free for f in factors_of(d) if not is_operand(f, d.stream)))
+        scored |= frozenset().union(*(_scored_by(f, d.stream) for f in factors_of(d)))
         if d.shift:
             scored |= d.shift.exponent.free | d.shift.phi.free
         if d.op != "sum":
             scored |= d.body.free
     return scored
+
+
+def _scored_by(factor: Node, stream: Axis) -> frozenset[Axis]:
+    """The axes of a weight; of values those that no tensor along the stream has beside it: m of exp(x[m] - y[n])"""
+    if not is_operand(factor, stream):
+        return factor.free
+    loads = [n for n in walk(factor) if isinstance(n, Load) and depends_on(n, stream)]
+    entries = (e for load in loads for e in load.index if not depends_on(e, stream))
+    return factor.free - frozenset().union(*(e.free for e in entries))
 
 
 def is_weighted(factor: Node) -> bool:
