@@ -436,3 +436,41 @@ MASKED = (masked_twice, masked_late, masked_by_rows, masked_by_a_product)
 def test_rows_that_see_nothing_after_their_division(program):
     args = (*qkv(7, 40), torch.arange(40) < torch.arange(14).view(2, 7, 1) % 5)
     assert_right(fused(program, args), program, args)
+
+
+def normalised_both_ways(q, k, v):
+    """Sinkhorn's first step, in logarithms: what is subtracted along the stream is settled in neither or in both."""
+    s = q @ k.mT
+    s = s - torch.logsumexp(s, 1, keepdim=True)
+    return (s - torch.logsumexp(s, 2, keepdim=True)).exp() @ v
+
+
+def test_maxima_over_what_an_earlier_pass_has_normalised():
+    result = fused(normalised_both_ways, qkv(7, 40))
+    assert [c["passes"] for c in result.report["chains"]] == [2]
+    assert_right(result, normalised_both_ways, qkv(9, 33), wide=(9, 33))
+
+
+def of_plain_numbers(x, places, y):
+    """Rows without features, and no maximum: they are no features of values without any, either."""
+    k = torch.exp(-((x[:, :, None] - places[:, None]) ** 2))
+    return (k * y[:, None]).sum(-1) / k.sum(-1)
+
+
+def test_a_row_is_no_feature_of_the_values():
+    result = fused(of_plain_numbers, (r(2, 7), r(2, 40), r(2, 40)))
+    for b, m, n in ((2, 7, 40), (3, 9, 33), (1, 1, 1)):
+        assert_right(result, of_plain_numbers, (r(b, m), r(b, n), r(b, n)))
+
+
+def picked_along(q, k, v):
+    """Indices broadcast over the batch: the op itself wants its sizes as numbers."""
+    i = torch.arange(q.shape[1])[:, None] - torch.arange(k.shape[1])
+    table = torch.tanh(q.cumsum(-1))
+    s = q @ k.mT + torch.take_along_dim(table, i.clamp(0, 7)[None].expand(q.shape[0], -1, -1), -1)
+    return torch.softmax(s, -1) @ v
+
+
+def test_indices_along_a_dimension():
+    result = fused(picked_along, qkv(7, 40))
+    assert_right(result, picked_along, (r(3, 9, 8), r(3, 33, 8), r(3, 33, 8)), wide=(9, 33))

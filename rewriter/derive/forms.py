@@ -506,7 +506,7 @@ def _dominates(shift: Shift, bound: Definition, stream: Axis) -> bool:
 
 def _stream_terms(node: Node, stream: Axis) -> Counter:
     """The summands that move along the stream, as a multiset."""
-    terms = as_terms(node, everywhere=True)
+    terms = [s for t in as_terms(node, everywhere=True) for s in _settled(t)]
     return Counter((t.sign, without_cast(t.node)) for t in terms if depends_on(t.node, stream))
 
 

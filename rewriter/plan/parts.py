@@ -200,8 +200,8 @@ def _scored_by(factor: Node, stream: Axis) -> frozenset[Axis]:
     """The axes of a weight; of values those that no tensor along the stream has beside it: m of exp(x[m] - y[n])"""
     if not is_operand(factor, stream):
         return factor.free
-    loads = [n for n in walk(factor) if isinstance(n, Load) and depends_on(n, stream)]
-    entries = (e for load in loads for e in load.index if not depends_on(e, stream))
+    read = [n for n in walk(factor) if isinstance(n, (Load, Ref)) and depends_on(n, stream)]
+    entries = (e for n in read for e in n.index if not depends_on(e, stream))
     return factor.free - frozenset().union(*(e.free for e in entries))
 
 
