@@ -203,7 +203,23 @@ def on_a_grid(q, k, v):
     return attend(q, k, v, keep=(j <= i) & (j2 * 2 >= i2))
 
 
+def from_a_position(q, k, v):
+    """n - 1 is no start where it is 0, but as good a one as any."""
+    last = k.shape[1] - 1
+    scores = q @ k.mT
+    return (scores - scores[..., last // 2, None]).softmax(-1) @ v + scores[..., last:] * v[:, None, last]
+
+
+def sliced_around_the_middle(q, k, v):
+    """Bounds whose sign depends on two lengths, as a table of distances has them: they are as in the example."""
+    n, m = q.shape[1], k.shape[1]
+    table = torch.linspace(-1, 1, 200)
+    distances = torch.arange(m) - torch.arange(n)[:, None]
+    return attend(q, k[:, m - n :], v[:, -n:], bias=table[100 - n : 100 + m][distances + n])
+
+
 POSITIONS = [evenly_spaced, spaced_outside, blocks_of_two, averaged_windows, on_a_grid, counted_by_position]
+POSITIONS += [from_a_position, sliced_around_the_middle]
 
 
 @pytest.mark.parametrize("program", POSITIONS, ids=name_of)

@@ -52,23 +52,17 @@ def remap(value: Lifted, shape: tuple[Node, ...], mapping) -> Lifted:
 
 def first_of(start: Node, extent: Node) -> Node:
     """Where a slice begins: a start counted from the end is clamped to the first element."""
-    if isinstance(start, Const) and start.value < 0:
-        return apply("maximum", Const(0), apply("add", start, extent))
-    if not proves("le", Const(0), start):
-        raise NotLiftable("a slice that may start before the first element")
-    return start
+    place = position_of(start, extent)
+    return place if place is start else apply("maximum", Const(0), place)
 
 
 def position_of(at: Node, extent: Node) -> Node:
     """One position, counted from the end where it is a negative number."""
-    place = apply("add", at, extent) if isinstance(at, Const) and at.value < 0 else at
-    if not proves("le", Const(0), place):
-        raise NotLiftable("a position that may be before the first element")
-    return place
+    return apply("add", at, extent) if proves("lt", at, Const(0)) else wrapped(at, extent)
 
 
 def wrapped(i: Node, extent: Node) -> Node:
-    """An index from a tensor: torch counts negative ones from the end."""
+    """An index from a tensor, or of a sign that sizes decide: torch counts negative ones from the end."""
     if proves("le", Const(0), i):
         return i
     return where(apply("lt", i, Const(0)), apply("add", i, extent), i)

@@ -94,7 +94,7 @@ def attention(
 
 def getitem(x: torch.Tensor, at: Any) -> torch.Tensor:
     """x[..., a:b] with a length that is known: the op itself compares bounds and sizes as they stand, and where that
-    tells nothing the length is unknown from there on.
+    tells nothing the length is unknown from there on. x[..., n // 2], which it would fix to a number.
     """
     return _getitem(*_narrowed(x, at))
 
@@ -109,23 +109,27 @@ def _narrowed(x: torch.Tensor, at: Any) -> tuple[torch.Tensor, Any]:
     entries = list(at) if isinstance(at, tuple) else [at]
     for k, dim in _dimensions(entries, x.dim()).items():
         size, entry = x.shape[dim], entries[k]
+        if isinstance(entry, torch.SymInt):
+            x, entries[k] = x.narrow(dim, _inside(entry, size), 1), 0
+            continue
         numbers = (size, entry.start, entry.stop)
         if entry == slice(None) or entry.step not in (None, 1) or not any(isinstance(n, torch.SymInt) for n in numbers):
             continue
-        start, stop = (_inside(n, size) for n in (entry.start or 0, size if entry.stop is None else entry.stop))
-        if start is None or stop is None or not (SLICES_LOSE_LENGTHS or _is_plain(entry, start, stop)):
+        bounds = (0 if entry.start is None else entry.start, size if entry.stop is None else entry.stop)
+        start, stop = (_inside(n, size) for n in bounds)
+        if not (SLICES_LOSE_LENGTHS or _is_plain(entry, start, stop)):
             continue
         length = stop - start if _is_nonnegative(stop - start) else torch.sym_max(stop - start, 0)
         x, entries[k] = x.narrow(dim, start, length), slice(None)
     return x, tuple(entries)
 
 
-def _inside(bound: int | torch.SymInt, size: int | torch.SymInt) -> int | torch.SymInt | None:
-    """A bound of a slice as a position from 0 to the size; None where its sign depends on sizes."""
-    if _is_nonnegative(-bound - 1):
+def _inside(bound: int | torch.SymInt, size: int | torch.SymInt) -> int | torch.SymInt:
+    """A bound of a slice as a position from 0 to the size. Where its sign depends on sizes, it is what it is in the
+    example: a branch of the program.
+    """
+    if _is_nonnegative(-bound - 1) or not (_is_nonnegative(bound) or bound >= 0):
         return size + bound if _is_nonnegative(size + bound) else torch.sym_max(size + bound, 0)
-    if not _is_nonnegative(bound):
-        return None
     return bound if _is_nonnegative(size - bound) else torch.sym_min(bound, size)
 
 
@@ -136,13 +140,13 @@ def _is_plain(entry: slice, start: int | torch.SymInt, stop: int | torch.SymInt)
 
 
 def _dimensions(entries: list, rank: int) -> dict[int, int]:
-    """The dimension of each slice; of none where an entry takes several."""
-    if not all(e is None or e is Ellipsis or isinstance(e, (slice, int)) for e in entries):
+    """The dimension of each slice, and of each position made from sizes; of none where an entry takes several."""
+    if not all(e is None or e is Ellipsis or isinstance(e, (slice, int, torch.SymInt)) for e in entries):
         return {}
-    taken = sum(isinstance(e, (slice, int)) for e in entries)
+    taken = sum(isinstance(e, (slice, int, torch.SymInt)) for e in entries)
     out, dim = {}, 0
     for k, entry in enumerate(entries):
-        if isinstance(entry, slice):
+        if isinstance(entry, (slice, torch.SymInt)):
             out[k] = dim
         dim += rank - taken if entry is Ellipsis else entry is not None
     return out
