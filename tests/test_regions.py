@@ -145,3 +145,17 @@ def test_layers_are_not_computed_again_by_those_after_them():
     model = nn.Sequential(*(Layer(16) for _ in range(3)), nn.LayerNorm(16)).eval().requires_grad_(False)
     found = [chain["passes"] for chain in rewrite(model, (r(2, 9, 16),)).report["chains"]]
     assert found == [1, 1, 1]
+
+
+def turned(points, turns, values):
+    """Three coordinates, of which no size says so, are no rows of what a matrix turns: pairs of points are wide."""
+    points = torch.einsum("bnij,bnhj->bnhi", turns, points)
+    away = (points[:, :, None] - points[:, None]).square().sum((-1, -2))
+    return torch.softmax(-away, -1) @ values
+
+
+def test_what_is_paired_later_is_computed_once():
+    args = r(2, 9, 4, 3), r(2, 9, 3, 3), r(2, 9, 8)
+    (region,) = lift(capture(turned, args, {})).regions
+    assert "turns" not in {n.name for n in region.inputs}
+    assert [chain["passes"] for chain in rewrite(turned, args).report["chains"]] == [1]

@@ -31,7 +31,8 @@ class Tags:
     `origins` are the nodes that wide values begin with. `written` are wide values that a chain gives as they are,
     because something outside reads them; `stored` those that are read from memory by what follows. `derived[node]`
     are the origins that a value has been reduced over, or follows from one that has; `renewed[node]` those of them
-    that a matrix product has come after: it may be as wide again.
+    that a matrix product has come after: it may be as wide again. `paired` are origins whose values are paired along
+    other axes later.
     """
 
     dims: dict[fx.Node, tuple[frozenset[Tag], ...]] = field(default_factory=dict)
@@ -43,6 +44,7 @@ class Tags:
     derived: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
     renewed: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
     reasons: dict[fx.Node, str] = field(default_factory=dict)
+    paired: set[fx.Node] = field(default_factory=set)
 
     def has_both_sides(self, node: fx.Node) -> bool:
         return bool(_origins(self.dims.get(node, ())))
@@ -80,8 +82,19 @@ def tag(
 ) -> Tags:
     """Tags every node.
 
-    stopped: nodes taken as they are stored.
+    stopped: nodes taken as they are stored. Points that a matrix turns, R[n, i, j] p[n, h, j], are, too, where pairs of
+    them follow: what is wide are the pairs, and each would turn its points again.
     """
+    tags = _tagged(graph, local, movers, stopped, kind)
+    while tags.paired - stopped:
+        stopped = stopped | tags.paired
+        tags = _tagged(graph, local, movers, stopped, kind)
+    return tags
+
+
+def _tagged(
+    graph: fx.Graph, local: dict[fx.Node, LocalLift], movers: Moving, stopped: set[fx.Node], kind: Origins
+) -> Tags:
     by_name, moving = {n.name: n for n in graph.nodes}, movers.all
     ahead = Ahead(graph, local, movers)
     repeated = Repeated(graph, local)
@@ -137,11 +150,21 @@ def tag(
         if sides and kind is not Origins.STORED and ahead.is_worth(order, sides, kind):
             tags.origins.add(node)
             dims = _with_origin(order, lifted.axes, dims, ahead.narrowed(order, sides))
+        if not sides:
+            pair = _sides(lifted, reads, alive, node in layered)
+            tags.paired |= {ahead.nodes[o] for o in _paired_beside(pair, lifted, dims)}
         tags.dims[node] = dims
         tags.derived[node] = before | _reduced_origins(lifted, reads, tags)
         if tags.has_both_sides(node):
             _place_wide(node, local, tags, stopped)
     return tags
+
+
+def _paired_beside(pair: Sides | None, lifted: Lifted, dims: tuple[frozenset[Tag], ...]) -> set[int]:
+    """The origins whose both sides a value has beside a pair of other axes."""
+    axes = frozenset().union(*pair) if pair else frozenset()
+    inside = {o for axis, held in zip(lifted.axes, dims) if axis in axes for o, _ in held}
+    return _origins(dims) - inside if pair else set()
 
 
 def _begin_stored(order: int, node: fx.Node, ahead: Ahead, tags: Tags) -> None:
