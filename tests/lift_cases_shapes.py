@@ -222,7 +222,6 @@ CASES["meshgrid"] = lambda: [
     call(aten.meshgrid.indexing, [i(3), i(5)], indexing="ij"),
 ]
 CASES["broadcast_tensors"] = lambda: [call(aten.broadcast_tensors.default, [f(3, 1), f(5), i(2, 1, 5)])]
-CASES["one_hot"] = lambda: [call(aten.one_hot.default, i(3, 5, least=0), 9)]
 CASES["roll"] = lambda: [
     call(aten.roll.default, f(3, 5), [1], [-1]),
     call(aten.roll.default, f(3, 5, 2), [-2, 7], [0, 1]),

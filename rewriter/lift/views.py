@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewriter.ir import Const, Node, apply, cast, const, where
+from rewriter.ir import Const, Node, apply, const, where
 from rewriter.ir.integer import product, proves
 from rewriter.lift.registry import Context, lifts, refuses, scalar
 from rewriter.lift.values import (
@@ -347,14 +347,6 @@ def embedding(ctx: Context, table: Lifted, indices: Lifted, *args) -> Lifted:
     axes = fresh_axes(ctx.shape)
     at = positions(axes)
     return Lifted(axes, table.at((indices.at(at[:-1]), at[-1])))
-
-
-@lifts("one_hot")
-def one_hot(ctx: Context, x: Lifted, classes: int = -1) -> Lifted:
-    """x[...] == c"""
-    axes = fresh_axes(ctx.shape)
-    at = positions(axes)
-    return Lifted(axes, cast(apply("eq", x.at(at[:-1]), at[-1]), ctx.dtype))
 
 
 @lifts("index_select")
