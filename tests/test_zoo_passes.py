@@ -75,7 +75,6 @@ OTHERS = {
     "sparsemax_masked": (1, 1),
     # Three outputs of one softmax share a sweep, values per pair of rows too, where few features fit into registers.
     "ipa_openfold": (1, 1),
-    "ipa_einsum": (1, 1),
 }
 
 

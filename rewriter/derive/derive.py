@@ -10,8 +10,9 @@ from dataclasses import replace
 from rewriter.derive.axes import Axes
 from rewriter.derive.builder import Builder
 from rewriter.derive.chain import Chain, Definition
+from rewriter.derive.exponentials import is_exp
 from rewriter.derive.factors import without_cast
-from rewriter.derive.forms import NotDerivable, is_exp
+from rewriter.derive.forms import NotDerivable
 from rewriter.derive.normal import is_bilinear, normalise
 from rewriter.derive.prove import Proof, prove
 from rewriter.derive.unmerge import unmerged

@@ -12,6 +12,22 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rewriter.derive.chain import Centre, Definition, Shift
+from rewriter.derive.exponentials import (
+    dominates,
+    has_minus_inf,
+    is_exp,
+    is_log,
+    is_nan_if_empty,
+    is_settled,
+    is_settled_difference,
+    of_rows,
+    same_terms,
+    sees_nothing,
+    settled_terms,
+    summands,
+    to_base_e,
+    without_logs,
+)
 from rewriter.derive.factors import (
     Product,
     Term,
@@ -28,7 +44,6 @@ from rewriter.derive.factors import (
     quotient,
     split_mask,
     total,
-    without_cast,
 )
 from rewriter.derive.selection import selected
 from rewriter.derive.variance import CentredSquare, centred_square, is_mean
@@ -120,14 +135,14 @@ class Form:
 
     def _is_positive(self, factor: Node) -> bool:
         """A row's sum of exponentials, NaN aside."""
-        value = factor.other if isinstance(factor, Where) and _is_nan_if_empty(factor) else factor
+        value = factor.other if isinstance(factor, Where) and is_nan_if_empty(factor) else factor
         definition = self._definition(value) if isinstance(value, Ref) else None
         return bool(definition and definition.op == "sum" and definition.shift and not definition.rest)
 
     def _sum(self, body: Node, predicate: Node) -> Node:
         """sum_n | p: over/under → (row factors) · sum_n | p: (stream factors)"""
         product = as_product(body) if predicate is TRUE else as_product(body).where(predicate)
-        product = _without_logs(_to_base_e(self._selecting(product)))
+        product = without_logs(to_base_e(self._selecting(product)))
         centred = centred_square(product, self.stream)
         parts = [centred.weights] if centred else self._distributed(product)
         if len(parts) > 1:
@@ -144,7 +159,7 @@ class Form:
     def _selecting(self, product: Product) -> Product:
         """float(x == R) · v  →  where(x == R, v, 0) where R is the running extremum of x"""
         chosen = [f for f in product.over if is_truth_cast(f) and is_running(f) and not self._runs(f.args[0])]
-        if not chosen or any(_has_minus_inf(f) for f in product.over if f not in chosen):
+        if not chosen or any(has_minus_inf(f) for f in product.over if f not in chosen):
             return product
         rest = replace(product, over=[f for f in product.over if f not in chosen])
         return rest.where(conjunction(f.args[0] for f in chosen))
@@ -154,13 +169,13 @@ class Form:
         for k, (_, inside) in enumerate(guards):
             own = [[f for f in side if f in inside] for side in (over, under)]
             over, under = ([f for f in side if f not in inside] for side in (over, under))
-            reduced = _quotient(own[0], reduced, own[1])
+            reduced = of_rows(own[0], reduced, own[1])
             kept = conjunction(p for p, _ in guards[k:])
             gate, rest = self._row_part(kept)
             if rest is not TRUE and any(self._may_be_nan(f, rest) for f in inside):
                 gate = self._any(kept)
             reduced = reduced if gate is TRUE else where(gate, reduced, const(0.0))
-        return _quotient(over, reduced, under)
+        return of_rows(over, reduced, under)
 
     def _may_be_nan(self, factor: Node, predicate: Node) -> bool:
         """Whether a factor is not proved to be a number where the predicate holds nowhere along the stream."""
@@ -219,9 +234,9 @@ class Form:
 
     def _split(self, factor: Node, rest: Product) -> list[Product]:
         """A sum's terms as products, an exponent among them kept whole: (e − Φ) + r → (e − Φ)·g, r·g"""
-        exponent = cancelled([s for f in rest.over if is_exp(f) for t in as_terms(f.args[0]) for s in _settled(t)])
-        exponent = [t for t in exponent if not (_is_log(t.node) and is_running(t.node))]  # divides, see `_without_logs`
-        terms = [s for t in as_terms(factor) for s in (_settled(t) if exponent else [t])]
+        exponent = cancelled([s for f in rest.over if is_exp(f) for t in as_terms(f.args[0]) for s in settled_terms(t)])
+        exponent = [t for t in exponent if not (is_log(t.node) and is_running(t.node))]  # divides, see `without_logs`
+        terms = [s for t in as_terms(factor) for s in (settled_terms(t) if exponent else [t])]
         if exponent and not Counter(exponent) - Counter(terms):
             if Counter(exponent) == Counter(terms):
                 return [replace(rest, over=[*rest.over, factor])]
@@ -250,21 +265,21 @@ class Form:
     def _check_difference(self, terms: list[Term]) -> None:
         """w − R with a row's own value R: what is common to all values would be summed twice, to cancel in the end. The
         logarithm of a sum of exponentials below their maximum is small."""
-        row = [t for t in terms if is_running(t.node) and not depends_on(t.node, self.stream) and not _is_log(t.node)]
+        row = [t for t in terms if is_running(t.node) and not depends_on(t.node, self.stream) and not is_log(t.node)]
         moving = {t.sign for t in terms if depends_on(t.node, self.stream)}
         if any(-t.sign in moving for t in row):
             raise NotDerivable("a difference from a value of the same sweep would cancel when written out")
 
     def _is_mixed(self, factor: Node) -> bool:
-        sums = isinstance(factor, Apply) and factor.op in ("add", "sub") and not _is_settled_difference(factor)
+        sums = isinstance(factor, Apply) and factor.op in ("add", "sub") and not is_settled_difference(factor)
         return sums and is_running(factor) and depends_on(factor, self.stream)
 
     def _one_sum(self, over: list[Node], under: list[Node], predicate: Node, centred: CentredSquare | None) -> Node:
         rest = [f for f in over if not is_exp(f)]
         exponent = [t for f in over if is_exp(f) for t in as_terms(f.args[0])]
-        aways = [f for f in rest if _is_settled_difference(f)]
+        aways = [f for f in rest if is_settled_difference(f)]
         rest = [f for f in rest if f not in aways]
-        lever = next((f for f in rest if exponent and _same_terms(f, exponent)), None)
+        lever = next((f for f in rest if exponent and same_terms(f, exponent)), None)
         rest = [f for f in rest if f is not lever]
         if any(is_running(f) for f in [*rest, *under]) or self._runs(predicate):
             raise NotDerivable("a sum whose terms depend on a running value other than through exp")
@@ -280,7 +295,7 @@ class Form:
 
     def _exponential(self, terms: list[Term], rest: list[Node], lever: Node | None, predicate: Node) -> Node:
         """sum exp(e − Φ)·rest, shifted where Φ runs"""
-        shift, mask = self._shift(terms, keep_mask=any(_has_minus_inf(f) for f in [*rest, *([lever] if lever else [])]))
+        shift, mask = self._shift(terms, keep_mask=any(has_minus_inf(f) for f in [*rest, *([lever] if lever else [])]))
         predicate = apply("and", predicate, mask)
         inner = shift.exponent if shift.phi is const(0.0) else apply("sub", shift.exponent, shift.phi)
         if not is_running(shift.phi):
@@ -330,7 +345,7 @@ class Form:
         made = square.total, mass
         if not is_mean(*map(self._definition, made), weights, square.value, predicate, shift):
             raise NotDerivable("a sum of squares about what is not proved to be their mean")
-        if square.empty is not FALSE and not (shift and square.empty is _sees_nothing(shift)):
+        if square.empty is not FALSE and not (shift and square.empty is sees_nothing(shift)):
             raise NotDerivable("a sum of squares about a mean that is NaN in some rows")
         self._note(
             "variance: where its mean falls by delta, a sum of squares gains"
@@ -355,14 +370,14 @@ class Form:
         """A row whose shift is -inf saw only -inf: eager's exp(-inf + inf) is NaN there, where the kernel sums zeros."""
         if self.builder.empty_is_zero:
             return reduced
-        return where(_sees_nothing(shift), const(math.nan), reduced)
+        return where(sees_nothing(shift), const(math.nan), reduced)
 
     def _shift(self, terms: list[Term], keep_mask: bool) -> tuple[Shift, Node]:
         """exp(e − Φ): Φ is what depends on running values; a −inf mask in e becomes a predicate."""
         if any(is_running(t.node) and depends_on(t.node, self.stream) for t in terms):
             raise NotDerivable("an exponent in which the stream multiplies a running value")
-        settled = any(_is_settled(t.node) for t in terms)
-        terms = cancelled([s for t in terms for s in _settled(t)])
+        settled = any(is_settled(t.node) for t in terms)
+        terms = cancelled([s for t in terms for s in settled_terms(t)])
         runs = any(is_running(t.node) for t in terms)
         moving = [
             t
@@ -378,7 +393,7 @@ class Form:
         """The exponent as the maximum's definition writes it, where it is the same sum: it is computed once."""
         for name in {n.name for n in walk(phi) if isinstance(n, Ref)}:
             body = next(d.body for d in self.builder.definitions if d.name == name)
-            if _summands(body) == _summands(exponent):
+            if summands(body) == summands(exponent):
                 return body
         return exponent
 
@@ -388,131 +403,10 @@ class Form:
         if len(refs) != 1:
             raise NotDerivable("an exponent shifted by several running values")
         bound = self._definition(next(iter(refs)))
-        if bound.op != "max" or not _dominates(shift, bound, self.stream):
+        if bound.op != "max" or not dominates(shift, bound, self.stream):
             raise NotDerivable(f"exp(x − {bound.name}) where {bound.name} is not proved to be at least x")
         if not set(conjuncts(bound.predicate)) <= {TRUE, *conjuncts(predicate)}:
             raise NotDerivable(f"exp(x − {bound.name}) at positions that are masked in {bound.name}")
         # By name alone: axes have none that would last.
         phi = re.sub(r"\[[^]]*\]", "", repr(shift.phi))
         self._note(f"shift: T(old → new) = exp(phi(old) - phi(new)), phi = {phi} at least every exponent seen so far")
-
-
-def _sees_nothing(shift: Shift) -> Node:
-    """Which rows have seen nothing but -inf."""
-    return apply("eq", shift.phi, const(-math.inf))
-
-
-def _to_base_e(product: Product) -> Product:
-    """2^(x - R) → exp((x - R) · ln 2) where R runs, and so for other constant bases"""
-    bases = {f: _base(f) for f in product.over if is_running(f)}
-    known = {f: apply("exp", apply("mul", f.args[-1], const(math.log(b)))) for f, b in bases.items() if b}
-
-    def of(factors: list[Node]) -> list[Node]:
-        return [known.get(f, f) for f in factors]
-
-    return Product(of(product.over), product.under, [(p, of(inside)) for p, inside in product.guards])
-
-
-def _base(node: Node) -> float | None:
-    """What a power has been raised from, where it is a constant above 1."""
-    if isinstance(node, Apply) and node.op == "exp2":
-        return 2.0
-    if isinstance(node, Apply) and node.op == "pow" and isinstance(node.args[0], Const) and node.args[0].value > 1:
-        return float(node.args[0].value)
-    return None
-
-
-def _without_logs(product: Product) -> Product:
-    """exp(x - log y) → exp(x) / y where y is a row's value; exp(x - a + a) → exp(x)"""
-    out = Product([], list(product.under), [(p, list(inside)) for p, inside in product.guards])
-    for factor in product.over:
-        terms = cancelled(as_terms(factor.args[0])) if is_exp(factor) else []
-        logs = [t for t in terms if _is_log(t.node) and is_running(t.node)]
-        over = [t.node.args[0] for t in logs if t.sign > 0]
-        under = [t.node.args[0] for t in logs if t.sign < 0]
-        rest = [t for t in terms if t not in logs]
-        over.append(apply("exp", total(rest)) if is_exp(factor) else factor)
-        out.over += over
-        out.under += under
-        for _, inside in out.guards:
-            inside += [*over, *under] if factor in inside else []
-    return out
-
-
-def _same_terms(factor: Node, exponent: list[Term]) -> bool:
-    """Whether a factor is what the exponential beside it is of: x·exp(x)"""
-    own, others = ([s for t in terms for s in _settled(t)] for terms in (as_terms(factor), exponent))
-    return Counter(cancelled(own)) == Counter(cancelled(others))
-
-
-def _settled(term: Term) -> list[Term]:
-    """where(isinf(R), 0, R) → R: what the kernel's running shift does, too"""
-    node = term.node.other if _is_settled(term.node) else term.node
-    return [Term(term.sign * t.sign, t.node) for t in as_terms(node)]
-
-
-def _is_settled(node: Node) -> bool:
-    if not (isinstance(node, Where) and isinstance(node.predicate, Apply) and node.predicate.op == "isinf"):
-        return False
-    return node.predicate.args[0] is node.other and isinstance(node.then, Const) and node.then.value == 0
-
-
-def _quotient(over: list[Node], reduced: Node, under: list[Node]) -> Node:
-    """where(empty, NaN, acc) / where(empty, NaN, l)  →  acc / l, which is NaN in empty rows by itself: 0 / 0"""
-    values = [reduced, *under]
-    if not under or not all(map(_is_nan_if_empty, values)) or len({v.predicate for v in values}) > 1:
-        return quotient([*over, reduced], under)
-    return quotient([*over, reduced.other], [u.other for u in under])
-
-
-def _is_nan_if_empty(node: Node) -> bool:
-    return isinstance(node, Where) and node.then is const(math.nan)
-
-
-def is_exp(node: Node) -> bool:
-    return isinstance(node, Apply) and node.op == "exp"
-
-
-def _is_settled_difference(node: Node) -> bool:
-    """x − where(isinf(R), 0, R): what `_about_extrema` makes"""
-    return isinstance(node, Apply) and node.op == "sub" and is_running(node.args[1]) and _is_settled(node.args[1])
-
-
-def _is_log(node: Node) -> bool:
-    return isinstance(node, Apply) and node.op == "log"
-
-
-def _dominates(shift: Shift, bound: Definition, stream: Axis) -> bool:
-    """Whether Φ stays at or above the exponent, up to a row constant, because R is the maximum of the same expression.
-
-    Φ is R, several times R as the exponent is, R scaled by a positive constant, or a maximum of such with anything.
-    """
-    phi = without_cast(shift.phi)
-    copies = [t.sign * isinstance(t.node, Ref) for t in as_terms(phi)]
-    if len(copies) > 1 and all(n == 1 for n in copies):
-        once = _stream_terms(bound.body, stream)
-        return _stream_terms(shift.exponent, stream) == Counter({t: n * len(copies) for t, n in once.items()})
-    if isinstance(phi, Apply) and phi.op == "maximum":
-        return any(_dominates(Shift(a, shift.exponent), bound, stream) for a in phi.args if is_running(a))
-    moving = _stream_terms(shift.exponent, stream)
-    if isinstance(phi, Ref):
-        return moving == _stream_terms(bound.body, stream)
-    if isinstance(phi, Apply) and phi.op in ("mul", "div"):
-        value, factor = phi.args if isinstance(without_cast(phi.args[0]), Ref) else phi.args[::-1]
-        if isinstance(without_cast(value), Ref) and isinstance(factor, Const) and factor.value > 0:
-            return moving == _stream_terms(apply(phi.op, bound.body, factor), stream)
-    return False
-
-
-def _stream_terms(node: Node, stream: Axis) -> Counter:
-    """The summands that move along the stream, as a multiset."""
-    terms = [s for t in as_terms(node, everywhere=True) for s in _settled(t)]
-    return Counter((t.sign, without_cast(t.node)) for t in terms if depends_on(t.node, stream))
-
-
-def _summands(node: Node) -> Counter:
-    return Counter((t.sign, without_cast(t.node)) for t in as_terms(node))
-
-
-def _has_minus_inf(node: Node) -> bool:
-    return any(isinstance(n, Const) and n.value == -math.inf for n in walk(node))
