@@ -143,7 +143,7 @@ def test_nan_is_passed_on(name, tmp_path):
 
 
 OF_INTEGERS = ("floor_mod", "floor_div", "truncdiv")
-OF_TWO = (*OF_INTEGERS, "pow", "float_mod", "float_fmod", "float_floordiv", "maximum", "minimum")
+OF_TWO = (*OF_INTEGERS, "pow", "float_mod", "float_fmod", "float_floordiv", "maximum", "minimum", "product")
 
 
 def test_every_helper_compiles(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 from zoo import Program, programs
-from zoo_checks import at_dtype, built, check_at
+from zoo_checks import at_dtype, built, check_at, unformatted
 
 from rewriter.api import Rewrite, import_package
 from rewriter.check import compile as check_compile
@@ -50,6 +50,7 @@ def half_dtype(program: Program) -> torch.dtype:
     return torch.float16 if "fp16" in program.dtypes else torch.bfloat16
 
 
+@unformatted()
 def rewritten(program: Program, model: Any, folder: Path, dtype: torch.dtype | None = None) -> Half:
     args = at_dtype(program.inputs(program.traced, model), dtype or half_dtype(program))
     # A title of its own: kernels of the same text are one op, whose launches the first recorder would get.
