@@ -38,6 +38,12 @@ def filled_by_a_product(q, k, v):
     return torch.softmax(q @ k.mT + (1.0 - (~ahead).float()) * -10000.0, -1) @ v
 
 
+def best_beside_the_mean_size(q, k, v):
+    """What a maximum is divided by is positive: it can wait."""
+    s = q @ k.mT
+    return (s / (1 + s.abs().mean(-1, keepdim=True))).amax(-1)
+
+
 def masks_compared(q, k, v):
     """Triton text is Python: i < j == k would be i < j and j == k."""
     i, j = torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1])
@@ -138,6 +144,7 @@ PROGRAMS = {
     stored_and_read_both_ways: same,
     divided_late_over_groups: grouped,
     filled_by_a_product: qkv,
+    best_beside_the_mean_size: qkv,
     masks_compared: qkv,
     maximum_with_positions: qkv,
 }

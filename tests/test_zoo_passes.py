@@ -24,8 +24,6 @@ OTHERS = {
     "moment_centred_scalar": (2, 1),
     "moment_centred_scalar_unnormalised": (2, 1),
     "moment_soft_argmax_matmul": (2, 1),
-    "temperature_standardised": (3, 1),
-    "temperature_standardised_by_hand": (3, 1),
     # p log p is NaN where p underflows, and entr is 0 there: both want finished weights.
     "entropy_entr": (2, 1),
     "entropy_only": (2, 1),

@@ -46,6 +46,7 @@ from rewriter.derive.factors import (
     total,
 )
 from rewriter.derive.selection import selected
+from rewriter.derive.signs import Signs
 from rewriter.derive.variance import CentredSquare, centred_square, is_mean
 from rewriter.ir import FALSE, TRUE, Apply, Axis, Const, Node, Ref, Where, apply, const, transform, walk, where
 from rewriter.ir.ops import neutral_of
@@ -111,8 +112,16 @@ class Form:
 
     def _extremum(self, op: str, predicate: Node, body: Node) -> Node:
         """max_n (x + r) → max_n x + r
+        max_n (x · r / s) → max_n x · r / s where r and s are positive
         max_n (exp(x) · r / s) → exp(max_n x) · r / s where r and s are positive"""
         product = as_product(body)
+        if is_running(body) and product.predicate is TRUE and not product.guards and not self._runs(predicate):
+            over, under = ([f for f in side if is_running(f)] for side in (product.over, product.under))
+            scale = [f for f in (*over, *under) if not depends_on(f, self.stream) and self._signs.is_positive(f)]
+            if scale:
+                kept = ([f for f in side if f not in scale] for side in (product.over, product.under))
+                most = self._extremum(op, predicate, quotient(*kept))
+                return quotient([most, *(f for f in over if f in scale)], [f for f in under if f in scale])
         exponents = [f.args[0] for f in product.over if is_exp(f) and depends_on(f, self.stream)]
         others = [f for f in (*product.over, *product.under) if not (is_exp(f) and f.args[0] in exponents)]
         if (
@@ -132,6 +141,10 @@ class Form:
             raise NotDerivable(f"{op} of a value that depends on an earlier reduction of the same sweep")
         reduced = self._add(op, predicate, (inner,), None, inner)
         return total([Term(1, reduced), *row])
+
+    @property
+    def _signs(self) -> Signs:
+        return Signs(self._definition)
 
     def _is_positive(self, factor: Node) -> bool:
         """A row's sum of exponentials, NaN aside."""
