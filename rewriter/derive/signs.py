@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from rewriter.derive.chain import Definition
-from rewriter.ir import Apply, Const, Node, Ref, Where
+from rewriter.ir import Apply, Const, Node, Param, Ref, Where
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Signs:
                 return self.is_nonnegative(node.other) and (_is_nan(node.then) or self.is_nonnegative(node.then))
             case Ref():
                 return self._is_nonnegative_sum(self.definition(node))
+            case Param():  # a size
+                return True
             case Const():
                 return node.value >= 0
         return self.is_positive(node)
