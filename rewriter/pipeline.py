@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from rewriter.errors import ExitCode, Reason, RewriteError, Site
 from rewriter.ir import Axis
 from rewriter.ir.printer import show_output, show_program
 from rewriter.lift import Region, Rows, lift, lift_rows
-from rewriter.lift.region import site_of
+from rewriter.lift.region import LiftResult, site_of
 from rewriter.options import STAGES
 from rewriter.patch import Patched, patch
 from rewriter.plan import ChainPlan, NeedsFixed, NotPlannable, plan
@@ -62,6 +61,50 @@ class Rewritten:
         return [f.kernel for f in self.fused if f.kernel]
 
 
+@dataclass(frozen=True)
+class Work:
+    """What goes from pass to pass: the call that is rewritten and how, and what the passes so far have made of it.
+
+    lone: rows that no chain has taken, where they are asked for. needed: sizes that must be fixed, each by the line of
+    the chain that wants it.
+    """
+
+    module: Callable
+    args: tuple
+    kwargs: dict[str, Any]
+    title: str
+    masked_rows: str
+    rows: bool
+    bound: Mapping[Dimension, Site | None] = field(default_factory=dict)
+    traced: TracedModule | None = None
+    lifted: LiftResult | None = None
+    lone: Rows = Rows((), {})
+    fused: tuple[Fused, ...] = ()
+    unfused: tuple[Reason, ...] = ()
+    needed: Mapping[Dimension, Site | None] = field(default_factory=dict)
+    patched: Patched | None = None
+    printed: Mapping[str, str] = field(default_factory=dict)
+
+    def says(self, **printed: str) -> Work:
+        return replace(self, printed={**self.printed, **printed})
+
+    def each(self, step: Callable[[Fused], Fused]) -> Work:
+        """A pass over every chain."""
+        unfused = list(self.unfused)
+        fused = _each(self.fused, step, lambda f: f.region, unfused)
+        return replace(self, fused=tuple(fused), unfused=tuple(unfused))
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether there is nothing left to emit, or too little is known to."""
+        return bool(self.needed.keys() - self.bound.keys()) or ("emit" in self.printed and not self.fused)
+
+    @property
+    def rewritten(self) -> Rewritten:
+        refused = _refused(self.lone, self.fused)
+        return Rewritten(self.traced, self.fused, self.patched, self.unfused, dict(self.printed), refused)
+
+
 def rewrite_module(
     module: Callable,
     args: tuple,
@@ -72,70 +115,86 @@ def rewrite_module(
     rows: bool = False,
     stop_after: str | None = None,
     progress: Callable[[str], None] = lambda stage: None,
-    bound: Mapping[Dimension, Site | None] = MappingProxyType({}),
 ) -> Rewritten:
     """trace → lift → derive → plan → emit → patch. What does not get through a stage is reported and stays eager.
 
     rows: lone rows of what no chain has taken are lifted, too.
 
-    Planning finds which sizes a kernel keeps whole; where they are not fixed yet, tracing starts again with them
-    `bound`, each by the line of the chain that wants it.
+    Planning finds which sizes a kernel keeps whole; where they are not fixed yet, tracing starts again with them bound.
     """
-    printed: dict[str, str] = {}
-    progress("trace")
-    traced = capture(module, args, kwargs, bound)
-    printed["trace"] = str(traced.graph)
-    if stop_after == "trace":
-        return Rewritten(traced, (), None, (), printed)
-    progress("lift")
-    lifted = lift(traced)
-    printed["lift"] = "\n\n".join(show_program(r.program) for r in lifted.regions)
-    unfused = list(lifted.unfused)
-    if stop_after == "lift":
-        return Rewritten(traced, (), None, tuple(unfused), printed)
-    progress("derive")
-    fused = [f for f in _derived(lifted.regions, masked_rows, unfused) if not f.region.tentative or f.chain.beats_dense]
-    lone = _lone_rows(traced, fused, len(lifted.regions)) if rows else Rows((), {})
-    printed["lift"] = "\n\n".join(show_program(r.program) for r in (*lifted.regions, *lone.regions))
-    fused += _derived(lone.regions, masked_rows, unfused)
-    printed["derive"] = "\n\n".join(_show_chain(f.chain, {}) for f in fused)
-    if stop_after == "derive":
-        return Rewritten(traced, tuple(fused), None, tuple(unfused), printed, _refused(lone, fused))
-    progress("plan")
-    names = iter(_kernel_names(module, fused))
-    needed = _undecided(lone, traced)
-    fused = _each(fused, lambda f: _planned(f, next(names), traced, needed), lambda f: f.region, unfused)
-    if needed.keys() - bound.keys():
-        return rewrite_module(
-            module,
-            args,
-            kwargs,
-            title=title,
-            masked_rows=masked_rows,
-            rows=rows,
-            stop_after=stop_after,
-            progress=progress,
-            bound={**needed, **bound},
-        )
-    letters = [Names(f.plan, f.region.display).axes for f in fused]
-    printed["derive"] = "\n\n".join(_show_chain(f.chain, named) for f, named in zip(fused, letters))
-    printed["plan"] = "\n\n".join(show_plan(f.plan, named) for f, named in zip(fused, letters))
-    if stop_after == "plan":
-        return Rewritten(traced, tuple(fused), None, tuple(unfused), printed, _refused(lone, fused))
-    progress("emit")
-    source = _source(module, title)
-    fused = _each(
-        fused, lambda f: replace(f, kernel=emit_kernel(f.region, f.plan, source)), lambda f: f.region, unfused
-    )
-    printed["emit"] = "\n\n".join(f.kernel.text for f in fused)
-    if stop_after == "emit" or not fused:
-        return Rewritten(traced, tuple(fused), None, tuple(unfused), printed, _refused(lone, fused))
-    progress("patch")
-    regions = tuple(f.region for f in fused)
-    unfused += dict.fromkeys(reason for region in regions for reason in region.materialised)
-    patched = patch(traced, regions, [f.kernel for f in fused], source.title, lifted.broadcast)
-    printed["patch"] = patched.text
-    return Rewritten(traced, tuple(fused), patched, tuple(unfused), printed, _refused(lone, fused))
+    begun = Work(module, args, kwargs, title, masked_rows, rows)
+    while True:
+        work = begun
+        for name, step in PASSES.items():
+            progress(name)
+            work = step(work)
+            if name == stop_after or work.is_stuck:
+                break
+        if not work.needed.keys() - begun.bound.keys():
+            return work.rewritten
+        begun = replace(begun, bound={**work.needed, **begun.bound})
+
+
+def _trace(work: Work) -> Work:
+    traced = capture(work.module, work.args, work.kwargs, work.bound)
+    return replace(work, traced=traced).says(trace=str(traced.graph))
+
+
+def _lift(work: Work) -> Work:
+    lifted = lift(work.traced)
+    return replace(work, lifted=lifted, unfused=tuple(lifted.unfused)).says(lift=_shown_programs(lifted.regions))
+
+
+def _derive(work: Work) -> Work:
+    """Chains, then the rows that they have left, where those are asked for."""
+    unfused = list(work.unfused)
+    found = _derived(work.lifted.regions, work.masked_rows, unfused)
+    fused = [f for f in found if not f.region.tentative or f.chain.beats_dense]
+    lone = _lone_rows(work.traced, fused, len(work.lifted.regions)) if work.rows else work.lone
+    fused += _derived(lone.regions, work.masked_rows, unfused)
+    work = replace(work, lone=lone, fused=tuple(fused), unfused=tuple(unfused))
+    programs = _shown_programs((*work.lifted.regions, *lone.regions))
+    return work.says(lift=programs, derive="\n\n".join(_show_chain(f.chain, {}) for f in fused))
+
+
+def _plan(work: Work) -> Work:
+    names = iter(_kernel_names(work.module, work.fused))
+    needed = _undecided(work.lone, work.traced)
+    work = replace(work.each(lambda f: _planned(f, next(names), work.traced, needed)), needed=needed)
+    if needed.keys() - work.bound.keys():
+        return work
+    letters = [Names(f.plan, f.region.display).axes for f in work.fused]
+    chains = (_show_chain(f.chain, named) for f, named in zip(work.fused, letters))
+    plans = (show_plan(f.plan, named) for f, named in zip(work.fused, letters))
+    return work.says(derive="\n\n".join(chains), plan="\n\n".join(plans))
+
+
+def _emit(work: Work) -> Work:
+    source = _source(work.module, work.title)
+    work = work.each(lambda f: replace(f, kernel=emit_kernel(f.region, f.plan, source)))
+    return work.says(emit="\n\n".join(f.kernel.text for f in work.fused))
+
+
+def _patch(work: Work) -> Work:
+    regions = tuple(f.region for f in work.fused)
+    materialised = dict.fromkeys(reason for region in regions for reason in region.materialised)
+    title = _source(work.module, work.title).title
+    patched = patch(work.traced, regions, [f.kernel for f in work.fused], title, work.lifted.broadcast)
+    return replace(work, patched=patched, unfused=(*work.unfused, *materialised)).says(patch=patched.text)
+
+
+PASSES: dict[str, Callable[[Work], Work]] = {
+    "trace": _trace,
+    "lift": _lift,
+    "derive": _derive,
+    "plan": _plan,
+    "emit": _emit,
+    "patch": _patch,
+}
+
+
+def _shown_programs(regions: Iterable[Region]) -> str:
+    return "\n\n".join(show_program(r.program) for r in regions)
 
 
 def _derived(regions: Iterable[Region], masked_rows: str, unfused: list[Reason]) -> list[Fused]:
