@@ -85,79 +85,99 @@ def tag(
     stopped: nodes taken as they are stored. Points that a matrix turns, R[n, i, j] p[n, h, j], are, too, where pairs of
     them follow: what is wide are the pairs, and each would turn its points again.
     """
-    tags = _tagged(graph, local, movers, stopped, kind)
+    tagger = _Tagger(graph, local, movers, kind)
+    tags = tagger.tagged(stopped)
     while tags.paired - stopped:
         stopped = stopped | tags.paired
-        tags = _tagged(graph, local, movers, stopped, kind)
+        tags = tagger.tagged(stopped)
     return tags
 
 
-def _tagged(
-    graph: fx.Graph, local: dict[fx.Node, LocalLift], movers: Moving, stopped: set[fx.Node], kind: Origins
-) -> Tags:
-    by_name, moving = {n.name: n for n in graph.nodes}, movers.all
-    ahead = Ahead(graph, local, movers)
-    repeated = Repeated(graph, local)
-    tags = Tags()
-    layered: set[fx.Node] = set()  # what follows from a dense layer: its widths are numbers, what varies are lengths
-    may_be_fixed = kind in TENTATIVE
-    for order, node in enumerate(graph.nodes):
-        lifted = local[node].value if node in local else None
-        if any(n in layered for n in node.all_input_nodes):
-            layered.add(node)
-        if not isinstance(lifted, Lifted) or node in stopped:
-            if may_be_fixed:
-                tags.derived[node] = tags.renewed[node] = frozenset().union(*map(tags.behind, node.all_input_nodes))
-            if kind is Origins.STORED:
-                _begin_stored(order, node, ahead, tags)
-            continue
-        reads = sources(lifted, by_name)
-        if _is_half_fixed(lifted, reads, moving):
-            layered.add(node)
+class _Tagger:
+    """Goes through a graph once. `layered` follows from a dense layer: its widths are numbers, what varies are lengths."""
+
+    def __init__(self, graph: fx.Graph, local: dict[fx.Node, LocalLift], movers: Moving, kind: Origins):
+        self.graph, self.local, self.kind, self.moving = graph, local, kind, movers.all
+        self.by_name = {n.name: n for n in graph.nodes}
+        self.ahead, self.repeated = Ahead(graph, local, movers), Repeated(graph, local)
+        self.layered: set[fx.Node] = set()
+        self.stopped: set[fx.Node] = set()
+        self.tags = Tags()
+
+    def tagged(self, stopped: set[fx.Node]) -> Tags:
+        self.stopped, self.tags, self.layered = stopped, Tags(), set()
+        for order, node in enumerate(self.graph.nodes):
+            lifted = self.local[node].value if node in self.local else None
+            if any(n in self.layered for n in node.all_input_nodes):
+                self.layered.add(node)
+            if isinstance(lifted, Lifted) and node not in stopped:
+                self._tag(order, node, lifted)
+            else:
+                self._leave(order, node)
+        return self.tags
+
+    def _leave(self, order: int, node: fx.Node) -> None:
+        """What memory holds."""
+        tags = self.tags
+        if self.kind in TENTATIVE:
+            tags.derived[node] = tags.renewed[node] = frozenset().union(*map(tags.behind, node.all_input_nodes))
+        if self.kind is Origins.STORED:
+            _begin_stored(order, node, self.ahead, tags)
+
+    def _tag(self, order: int, node: fx.Node, lifted: Lifted) -> None:
+        tags, reads = self.tags, sources(lifted, self.by_name)
+        if _is_half_fixed(lifted, reads, self.moving):
+            self.layered.add(node)
         dims = inherited(lifted, reads, tags.dims)
         before = frozenset().union(*(tags.derived.get(y, ()) for y, _ in reads))
         tags.renewed[node] = frozenset().union(*(tags.renewed.get(y, ()) for y, _ in reads))
         if _contracts(lifted):
             tags.renewed[node] = frozenset().union(*(tags.behind(y) for y, _ in reads))
+        ended = self._ended(node, lifted, reads, dims)
+        if ended is not None:
+            tags.derived[node] = before | ended
+        elif self.kind is Origins.STORED and _contracts(lifted):
+            _begin_stored(order, node, self.ahead, tags)
+        else:
+            tags.dims[node] = self._begun(order, node, lifted, reads, dims)
+            tags.derived[node] = before | _reduced_origins(lifted, reads, tags)
+            if tags.has_both_sides(node):
+                _place_wide(node, self.local, tags, self.stopped)
+
+    def _ended(self, node: fx.Node, lifted: Lifted, reads, dims: tuple[frozenset[Tag], ...]) -> frozenset[int] | None:
+        """The origins that a value is computed from which wide ones do not go through; None for others."""
+        tags = self.tags
         multiplied = _multiplied(lifted, reads, tags)
         if multiplied:
-            tags.derived[node] = before.union(*(tags.behind(y) for y in multiplied))
             for source in multiplied:
                 _store(source, tags, "it is an operand of a product of two wide values, which stays eager")
-            continue
-        if _has_lost_a_side(dims, reads, tags) or (not _origins(dims) and _is_chain(lifted, reads, moving)):
+            return frozenset().union(*(tags.behind(y) for y in multiplied))
+        if _has_lost_a_side(dims, reads, tags) or (not _origins(dims) and _is_chain(lifted, reads, self.moving)):
             tags.roots.append(node)
-            tags.derived[node] = before.union(*(_origins(tags.dims.get(y, ())) for y, _ in reads))
-            continue
-        seen_through = repeated.written_out(lifted)
-        joined = _joined_again(seen_through, by_name, dims, tags)
-        if joined:
-            tags.derived[node] = before
-            for source in joined:
-                _store(source, tags, "it is joined by what follows from it")
-            continue
-        if kind is Origins.STORED and _contracts(lifted):
-            _begin_stored(order, node, ahead, tags)
-            continue
-        half_fixed = may_be_fixed and _is_half_fixed(lifted, reads, moving)
-        alive = {n for n, _ in reads} if half_fixed else moving
+            return frozenset().union(*(_origins(tags.dims.get(y, ())) for y, _ in reads))
+        joined = _joined_again(self.repeated.written_out(lifted), self.by_name, dims, tags)
+        for source in joined:
+            _store(source, tags, "it is joined by what follows from it")
+        return frozenset() if joined else None
+
+    def _begun(self, order: int, node: fx.Node, lifted: Lifted, reads, dims) -> tuple[frozenset[Tag], ...]:
+        """The tags of a value's dimensions, its own among them where wide values begin with it."""
+        tags, is_layered = self.tags, node in self.layered
+        half_fixed = self.kind in TENTATIVE and _is_half_fixed(lifted, reads, self.moving)
+        alive = {n for n, _ in reads} if half_fixed else self.moving
         narrow = {n for n in alive if not tags.has_both_sides(n)}
-        sides = _sides(lifted, reads, narrow, node in layered)
+        sides = _sides(lifted, reads, narrow, is_layered)
         if not sides and not _origins(dims):
             # An operand may repeat what it is made of: q[m, d] · (k[n, d] + table[m - n, d])
-            opened = repeated.opened(seen_through)
-            sides = _sides(opened, sources(opened, by_name), narrow, node in layered)
-        if sides and kind is not Origins.STORED and ahead.is_worth(order, sides, kind):
+            opened = self.repeated.opened(self.repeated.written_out(lifted))
+            sides = _sides(opened, sources(opened, self.by_name), narrow, is_layered)
+        if sides and self.kind is not Origins.STORED and self.ahead.is_worth(order, sides, self.kind):
             tags.origins.add(node)
-            dims = _with_origin(order, lifted.axes, dims, ahead.narrowed(order, sides))
+            dims = _with_origin(order, lifted.axes, dims, self.ahead.narrowed(order, sides))
         if not sides:
-            pair = _sides(lifted, reads, alive, node in layered)
-            tags.paired |= {ahead.nodes[o] for o in _paired_beside(pair, lifted, dims)}
-        tags.dims[node] = dims
-        tags.derived[node] = before | _reduced_origins(lifted, reads, tags)
-        if tags.has_both_sides(node):
-            _place_wide(node, local, tags, stopped)
-    return tags
+            pair = _sides(lifted, reads, alive, is_layered)
+            tags.paired |= {self.ahead.nodes[o] for o in _paired_beside(pair, lifted, dims)}
+        return dims
 
 
 def _paired_beside(pair: Sides | None, lifted: Lifted, dims: tuple[frozenset[Tag], ...]) -> set[int]:
