@@ -11,8 +11,9 @@ import inspect
 import json
 import keyword
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from rewriter.derive import Chain, NotDerivable, derive
 from rewriter.emit import KernelFile, NotEmittable, Source, emit_kernel, render
 from rewriter.emit.names import Names
 from rewriter.errors import ExitCode, Reason, RewriteError, Site
-from rewriter.ir import Axis
+from rewriter.ir import Axis, Tensor
 from rewriter.ir.printer import show_output, show_program
 from rewriter.lift import Region, Rows, lift, lift_rows
+from rewriter.lift.alike import meaning_of
 from rewriter.lift.region import LiftResult, site_of
 from rewriter.options import STAGES
 from rewriter.patch import Patched, patch
@@ -37,10 +39,11 @@ from rewriter.trace import Dimension, TracedModule, capture
 
 @dataclass(frozen=True)
 class Fused:
-    """One chain on its way through the stages."""
+    """One chain on its way through the stages. `reads` are its tensors, in an order that equal chains share."""
 
     region: Region
     chain: Chain
+    reads: tuple[Tensor, ...] = ()
     plan: ChainPlan | None = None
     kernel: KernelFile | None = None
 
@@ -58,7 +61,8 @@ class Rewritten:
 
     @property
     def kernels(self) -> list[KernelFile]:
-        return [f.kernel for f in self.fused if f.kernel]
+        """One of each file."""
+        return list({f.kernel.name: f.kernel for f in self.fused if f.kernel}.values())
 
 
 @dataclass(frozen=True)
@@ -158,21 +162,35 @@ def _derive(work: Work) -> Work:
 
 
 def _plan(work: Work) -> Work:
-    names = iter(_kernel_names(work.module, work.fused))
+    kinds = _kinds(work.fused)
+    names = {id(f.chain): name for f, name in zip(kinds, _kernel_names(work.module, kinds))}
     needed = _undecided(work.lone, work.traced)
-    work = replace(work.each(lambda f: _planned(f, next(names), work.traced, needed)), needed=needed)
+    plans = lru_cache(maxsize=None)(lambda of: _planned(of, names[id(of.chain)], work.traced, needed))
+    first = {id(f.chain): f for f in kinds}
+    work = replace(work.each(lambda f: replace(f, plan=plans(first[id(f.chain)]))), needed=needed)
     if needed.keys() - work.bound.keys():
         return work
-    letters = [Names(f.plan, f.region.display).axes for f in work.fused]
-    chains = (_show_chain(f.chain, named) for f, named in zip(work.fused, letters))
-    plans = (show_plan(f.plan, named) for f, named in zip(work.fused, letters))
-    return work.says(derive="\n\n".join(chains), plan="\n\n".join(plans))
+    kinds = _kinds(work.fused)
+    letters = [Names(f.plan, f.region.display).axes for f in kinds]
+    shown = (_show_chain(f.chain, named) for f, named in zip(kinds, letters))
+    return work.says(
+        derive="\n\n".join(shown), plan="\n\n".join(show_plan(f.plan, named) for f, named in zip(kinds, letters))
+    )
 
 
 def _emit(work: Work) -> Work:
+    """A file for each chain. Where layers share it, each calls it with its own tensors."""
     source = _source(work.module, work.title)
-    work = work.each(lambda f: replace(f, kernel=emit_kernel(f.region, f.plan, source)))
-    return work.says(emit="\n\n".join(f.kernel.text for f in work.fused))
+    first = {id(f.chain): f for f in _kinds(work.fused)}
+    files = lru_cache(maxsize=None)(lambda of: emit_kernel(of.region, of.plan, source))
+
+    def step(f: Fused) -> Fused:
+        own = dict(zip(first[id(f.chain)].reads, f.reads))
+        file = files(first[id(f.chain)])
+        return replace(f, kernel=replace(file, tensors=tuple(own[t] for t in file.tensors)))
+
+    work = work.each(step)
+    return work.says(emit="\n\n".join(f.kernel.text for f in _kinds(work.fused)))
 
 
 def _patch(work: Work) -> Work:
@@ -198,7 +216,24 @@ def _shown_programs(regions: Iterable[Region]) -> str:
 
 
 def _derived(regions: Iterable[Region], masked_rows: str, unfused: list[Reason]) -> list[Fused]:
-    return _each(regions, lambda r: Fused(r, derive(r.program, masked_rows)), lambda r: r, unfused)
+    """A chain for each region, the same one for regions of the same meaning."""
+    chains: dict[Hashable, Chain] = {}
+
+    def step(region: Region) -> Fused:
+        meaning, tensors = meaning_of(region)
+        if meaning not in chains:
+            chains[meaning] = derive(region.program, masked_rows)
+        return Fused(region, chains[meaning], tensors)
+
+    return _each(regions, step, lambda r: r, unfused)
+
+
+def _kinds(fused: Iterable[Fused]) -> list[Fused]:
+    """The first of each chain."""
+    first: dict[int, Fused] = {}
+    for f in fused:
+        first.setdefault(id(f.chain), f)
+    return list(first.values())
 
 
 def _lone_rows(traced: TracedModule, fused: list[Fused], first: int) -> Rows:
@@ -232,9 +267,9 @@ def _each(items, step: Callable, region_of: Callable, unfused: list[Reason]) -> 
     return out
 
 
-def _planned(item: Fused, name: str, traced: TracedModule, needed: dict[Dimension, Site | None]) -> Fused:
+def _planned(item: Fused, name: str, traced: TracedModule, needed: dict[Dimension, Site | None]) -> ChainPlan:
     try:
-        return Fused(item.region, item.chain, plan(item.chain, name))
+        return plan(item.chain, name)
     except NeedsFixed as sizes:
         if item.region.tentative:  # parameters have fixed the widths already: these are lengths
             raise NotPlannable(str(sizes)) from sizes

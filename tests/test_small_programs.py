@@ -286,6 +286,37 @@ def test_a_stream_that_comes_back():
         assert_right(result, one_stream_after_another, inputs(*sizes))
 
 
+class Layer(nn.Module):
+    """Causal or not."""
+
+    def __init__(self, causal: bool):
+        super().__init__()
+        self.causal = causal
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        s = q @ k.mT
+        if self.causal:
+            s = s.masked_fill(torch.ones_like(s, dtype=torch.bool).triu(1), float("-inf"))
+        return x + s.softmax(-1) @ v
+
+
+def test_equal_layers_share_a_kernel():
+    model = nn.Sequential(*(Layer(causal) for causal in (True, False, True, True))).eval()
+    result = fused(model, (r(2, 7, 8),))
+    assert sorted(n for n in result.sources if n.startswith("kernels/layer")) == [
+        "kernels/layer.py",
+        "kernels/layer_2.py",
+    ]
+    assert [chain["kernels"] for chain in result.report["chains"]] == [
+        [f"kernels/{name}.py"] for name in ("layer", "layer_2", "layer", "layer")
+    ]
+    for sizes in ((2, 7), (1, 37)):
+        with torch.no_grad():
+            assert_right(result, model, (r(*sizes, 8),))
+
+
 class Channels(nn.Module):
     """Channels attend to channels: their scores are small, however many positions there are."""
 

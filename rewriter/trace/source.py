@@ -77,22 +77,29 @@ def statement_at(file: str, line: int) -> tuple[int, int, tuple[str, ...]]:
 def user_names(graph: fx.Graph) -> dict[fx.Node, str]:
     """The user's variable for each node that leaves the statement which made it.
 
-    `q, k, v = qkv.unbind(0)` names three nodes in order; what a statement keeps to itself has no name.
+    `q, k, v = qkv.unbind(0)` names three nodes in order; what a statement keeps to itself has no name. A statement of a
+    layer is one for each layer that has it.
     """
-    where = {n: statement_key(n) for n in graph.nodes}
+    where = {n: (key, _module_of(n)) if (key := statement_key(n)) else None for n in graph.nodes}
     leaving: dict[tuple, list[fx.Node]] = {}
     for node in graph.nodes:
         key = where[node]
         if key and node.op == "call_function" and any(where[u] != key for u in node.users):
             leaving.setdefault(key, []).append(node)
     names: dict[fx.Node, str] = {}
-    for (file, first, _), nodes in leaving.items():
+    for ((file, first, _), _), nodes in leaving.items():
         targets = statement_at(file, first)[2]
         if len(targets) == 1:
             names[nodes[-1]] = targets[0]
         elif len(targets) == len(nodes):
             names.update({n: t for n, t in zip(nodes, targets) if t})
     return names
+
+
+def _module_of(node: fx.Node) -> str:
+    """The path of the innermost module whose forward made a node."""
+    stack = node.meta.get("nn_module_stack") or {"": ("", None)}
+    return list(stack.values())[-1][0]
 
 
 def statement_key(node: fx.Node, outside: str = "") -> tuple | None:

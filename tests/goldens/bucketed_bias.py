@@ -114,13 +114,13 @@ def bucketed_bias_kernel(
         far = tl.minimum(far.to(tl.int64) + 8, 15)  # [BLOCK_M, BLOCK_N]
         index = side + tl.where(distance < 8, distance, far)  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:79  bias = self.table(self._bucket(columns - rows)).permute(2, 0, 1)
-        weight = tl.load(
+        bias = tl.load(
             weight_ptr + h.to(tl.int64) * stride_weight_h + index.to(tl.int64) * stride_weight_n,
             mask=(offs_m[:, None] < M) & (index >= 0) & (index < 32),
             other=0,
         )  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:80  scores = torch.matmul(query, key.transpose(3, 2)) + bias
-        scores = qk + weight  # [BLOCK_M, BLOCK_N]
+        scores = qk + bias  # [BLOCK_M, BLOCK_N]
         x = scores.to(tl.float16).to(tl.float32)  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(x, 1))  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
@@ -165,13 +165,13 @@ def bucketed_bias_kernel(
         far = tl.minimum(far.to(tl.int64) + 8, 15)  # [BLOCK_M, BLOCK_N]
         index = side + tl.where(distance < 8, distance, far)  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:79  bias = self.table(self._bucket(columns - rows)).permute(2, 0, 1)
-        weight = tl.load(
+        bias = tl.load(
             weight_ptr + h.to(tl.int64) * stride_weight_h + index.to(tl.int64) * stride_weight_n,
             mask=(offs_m[:, None] < M) & (offs_n[None, :] < N) & (index >= 0) & (index < 32),
             other=0,
         )  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:80  scores = torch.matmul(query, key.transpose(3, 2)) + bias
-        scores = qk + weight  # [BLOCK_M, BLOCK_N]
+        scores = qk + bias  # [BLOCK_M, BLOCK_N]
         x = tl.where(offs_n[None, :] < N, scores.to(tl.float16).to(tl.float32), NEG_INF)  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(x, 1))  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
@@ -226,10 +226,10 @@ def reference(query, key, weight, value):
     lt = distance < 8
     where = torch.where(lt, distance, far_2)
     add_1 = side + where
-    embedding = torch.embedding(weight, add_1)
-    bias = embedding.permute(2, 0, 1)
+    bias = torch.embedding(weight, add_1)
+    bias_2 = bias.permute(2, 0, 1)
     matmul = query @ key
-    scores = matmul + bias
+    scores = matmul + bias_2
     to_3 = scores.to(torch.float32)
     softmax = to_3.softmax(-1)
     weights = softmax.to(torch.float16)
