@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from whole_path import assert_right, fused
 
 from rewriter import rewrite
 from rewriter.lift import lift
@@ -159,3 +160,36 @@ def test_what_is_paired_later_is_computed_once():
     (region,) = lift(capture(turned, args, {})).regions
     assert "turns" not in {n.name for n in region.inputs}
     assert [chain["passes"] for chain in rewrite(turned, args).report["chains"]] == [1]
+
+
+class Biased(nn.Module):
+    """Two layers that share nothing but their bias: the dense layers between are no part of a chain."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope, self.dense = nn.Parameter(torch.tensor(0.3)), nn.Linear(8, 8)
+
+    def forward(self, x):
+        n = torch.arange(x.shape[1])
+        bias = -self.slope * (n - n[:, None]).abs()
+        for _ in range(2):
+            x = x + torch.softmax(self.dense(x) @ x.mT + bias, -1) @ self.dense(x)
+        return x
+
+
+class Triangles(nn.Module):
+    """Attention within each row of pairs: the pairs are computed once, not for each pair of them again."""
+
+    def forward(self, x, y):
+        pairs = torch.einsum("bsi,bsj->bij", x, y)[..., None] * torch.arange(4)
+        return torch.softmax(pairs @ pairs.mT, -1) @ pairs
+
+
+@pytest.mark.parametrize(
+    "program, args, passes", [(Biased(), (r(2, 40, 8),), [1, 1]), (Triangles(), (r(2, 3, 9), r(2, 3, 9)), [1])]
+)
+def test_what_chains_share_is_computed_once(program, args, passes):
+    result = fused(program, args)
+    assert [c["passes"] for c in result.report["chains"]] == passes
+    with torch.no_grad():
+        assert_right(result, program, args)

@@ -15,7 +15,7 @@ from rewriter.lift.broadcast import broadcast_dimensions
 from rewriter.lift.local import LocalLift, lift_locally
 from rewriter.lift.repeated import Repeated, covers, has_reduction, sources
 from rewriter.lift.rounding import with_absorption
-from rewriter.lift.tags import Tags, tag
+from rewriter.lift.tags import Tags, contracts, tag
 from rewriter.lift.values import Lifted
 from rewriter.trace import Dimension, TracedModule
 from rewriter.trace.calls import VIEWS, call_name, value_inputs
@@ -79,7 +79,7 @@ def _cut_all(traced, local, tags: Tags, names, first: int, given: set[fx.Node] |
     """given: nodes that depend on the caller's tensors, where regions are tentative."""
     tentative = given is not None
     cutter = Cutter(traced, local, tags, names)
-    stages = [s for roots in _components(tags, cutter.reads_of) for s in _stages(traced.graph, roots, local)]
+    stages = [s for roots in _components(tags, cutter.reads_of) for s in _stages(traced.graph, roots, local, tags)]
     groups = [g for g in stages if cutter.saves(g)]
     if tentative:
         groups = [g for g in groups if cutter.holds_layer(g) and not any(cutter.has_features(r, given) for r in g)]
@@ -130,13 +130,18 @@ def _components(tags: Tags, reads_of) -> list[list[fx.Node]]:
     return list(groups.values())
 
 
-def _stages(graph: fx.Graph, roots: list[fx.Node], local: dict[fx.Node, LocalLift]) -> list[list[fx.Node]]:
-    """Roots in groups of which no one waits for an op that stays eager on another: each is a kernel of its own."""
+def _stages(graph: fx.Graph, roots: list[fx.Node], local: dict[fx.Node, LocalLift], tags: Tags) -> list[list[fx.Node]]:
+    """Roots in groups of which no one waits for an op that stays eager on another: each is a kernel of its own. So is
+    what waits for a dense layer between: attention of two layers that share nothing but their bias.
+    """
     stage: dict[fx.Node, int] = {}
     for node in graph.nodes:
         before = [stage[s] for s in node.all_input_nodes if s in stage]
         if node in local and (before or node in roots):
-            stage[node] = max(before, default=0) + (bool(before) and local[node].value is None)
+            value = local[node].value
+            is_layer = isinstance(value, Lifted) and contracts(value) and not tags.has_both_sides(node)
+            waits = value is None or (is_layer and node not in roots)
+            stage[node] = max(before, default=0) + (bool(before) and waits)
     groups: dict[int, list[fx.Node]] = {}
     for root in roots:
         groups.setdefault(stage[root], []).append(root)

@@ -131,12 +131,12 @@ class _Tagger:
         dims = inherited(lifted, reads, tags.dims)
         before = frozenset().union(*(tags.derived.get(y, ()) for y, _ in reads))
         tags.renewed[node] = frozenset().union(*(tags.renewed.get(y, ()) for y, _ in reads))
-        if _contracts(lifted):
+        if contracts(lifted):
             tags.renewed[node] = frozenset().union(*(tags.behind(y) for y, _ in reads))
         ended = self._ended(node, lifted, reads, dims)
         if ended is not None:
             tags.derived[node] = before | ended
-        elif self.kind is Origins.STORED and _contracts(lifted):
+        elif self.kind is Origins.STORED and contracts(lifted):
             _begin_stored(order, node, self.ahead, tags)
         else:
             tags.dims[node] = self._begun(order, node, lifted, reads, dims)
@@ -181,10 +181,20 @@ class _Tagger:
 
 
 def _paired_beside(pair: Sides | None, lifted: Lifted, dims: tuple[frozenset[Tag], ...]) -> set[int]:
-    """The origins whose both sides a value has beside a pair of other axes."""
-    axes = frozenset().union(*pair) if pair else frozenset()
+    """The origins whose both sides a value has beside a pair of other axes, or with either side of a pair, as
+    q[i, m] · k[i, n] has of values over i and m.
+    """
+    if not pair:
+        return set()
+    rows, stream = (_origins(_beside(side, lifted, dims)) for side in reversed(pair))
+    axes = frozenset().union(*pair)
     inside = {o for axis, held in zip(lifted.axes, dims) if axis in axes for o, _ in held}
-    return _origins(dims) - inside if pair else set()
+    beside = _origins(_beside(axes, lifted, dims))
+    return (beside - inside) | ((rows & stream) - beside)
+
+
+def _beside(axes: frozenset[Axis], lifted: Lifted, dims: tuple[frozenset[Tag], ...]) -> tuple[frozenset[Tag], ...]:
+    return tuple(held for axis, held in zip(lifted.axes, dims) if axis not in axes)
 
 
 def _begin_stored(order: int, node: fx.Node, ahead: Ahead, tags: Tags) -> None:
@@ -238,7 +248,7 @@ def _joined_again(
     return [source for source, _ in reads if _origins(tags.dims.get(source, ())) & back]
 
 
-def _contracts(lifted: Lifted) -> bool:
+def contracts(lifted: Lifted) -> bool:
     """Whether a value sums products of two tensors."""
     sums = [r for r in walk(lifted.body) if isinstance(r, Reduce) and r.op == "sum"]
     return any(len({n.tensor for n in walk(r.body) if isinstance(n, Load) and n.free & set(r.axes)}) > 1 for r in sums)
