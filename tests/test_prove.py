@@ -227,6 +227,18 @@ def test_another_sweep_reads_what_the_first_left(name):
     assert "proved on" in chain.derivation[-1]
 
 
+def test_what_cancels_in_the_program_may_cancel():
+    """E[xy] - E[x] E[y]: where one weight is all, rounding is all that is left, and says nothing of the chain."""
+    w = load("w", Index(n), Index(e))
+    s = apply("mul", S, const(0.02))
+    p = apply("exp", apply("sub", s, maximum(s)))
+    xy, x, y = (apply("div", summed(apply("mul", p, v)), summed(p)) for v in (apply("mul", V, w), V, w))
+    wanted = program(apply("sub", xy, apply("mul", x, y)))
+    chain = derive(wanted)
+    assert {d.sweep for d in chain.definitions} == {0}
+    assert all(prove(wanted, chain, seed).ok for seed in range(12))
+
+
 def test_streams_of_their_own():
     """Two reductions over different axes, multiplied: each its own sweep, neither reads the other."""
     j = Axis("j", apply("add", M, N))
