@@ -192,3 +192,11 @@ def test_sizes_are_cut_together_and_only_where_that_fits():
     assert other_sizes(call, lambda _: False) is None
     assert shown_sizes(other_sizes(call_of((4, 64, 64)), fits_one)) == "(3, 43, 64)"
     assert short_sizes(call_of((2, 50, 64)), fits) is None
+
+
+def test_what_no_kernel_has_written_is_a_position():
+    """A launch that is only recorded leaves its outputs: an index read from one must not be what memory held."""
+    from rewriter.check.launches import Recorder
+
+    with Recorder().dry_run():
+        assert not torch.empty((64,), dtype=torch.int64).any()

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 ALIGNMENT = 16  # what Triton looks for in pointers and integers
 
@@ -43,13 +45,14 @@ class Recorder:
 
     @contextmanager
     def dry_run(self) -> Iterator[None]:
-        """Launch nothing inside the block."""
+        """Launch nothing inside the block; what kernels would write is 0, which may be read as a position."""
         before, self.dry = self.dry, True
         guarded = [file.MISMULTIPLIED for file in self.files]
         try:
             for file in self.files:
                 file.MISMULTIPLIED = ()
-            yield
+            with _Zeros():
+                yield
         finally:
             self.dry = before
             for file, held in zip(self.files, guarded):
@@ -58,6 +61,13 @@ class Recorder:
     @property
     def programs(self) -> int:
         return sum(launch.programs for launch in self.launches.values())
+
+
+class _Zeros(TorchFunctionMode):
+    """torch.empty gives zeros."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (torch.zeros if func is torch.empty else func)(*args, **(kwargs or {}))
 
 
 def record(package: ModuleType, kernels: Sequence[tuple[str, str]]) -> Recorder:
