@@ -142,6 +142,16 @@ def test_nan_is_passed_on(name, tmp_path):
     assert "propagate_nan=tl.PropagateNan.ALL" in (HELPERS / f"{name}.py.jinja").read_text()
 
 
+def test_operands_of_tensor_cores_are_rounded(tmp_path):
+    """To the nearest of those with ten bits after the first: a tensor core would cut the others off."""
+    x = torch.tensor([1.0 + 3 / 2048, 1.0 + 5 / 4096, -1.0 - 3 / 4096, 3e38, 0.0, math.inf, -math.inf, math.nan])
+    got = computed(tmp_path, "to_tf32", "to_tf32(x)", x, x)
+    wanted = torch.tensor([1.0 + 2 / 1024, 1.0 + 1 / 1024, -1.0 - 1 / 1024, got[3], 0.0, math.inf, -math.inf, math.nan])
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+    assert (got.view(torch.int32) & 0x1FFF == 0)[:-1].all()
+    assert abs(got[3] / x[3] - 1) <= 2**-11
+
+
 OF_INTEGERS = ("floor_mod", "floor_div", "truncdiv")
 OF_TWO = (*OF_INTEGERS, "pow", "float_mod", "float_fmod", "float_floordiv", "maximum", "minimum", "product")
 

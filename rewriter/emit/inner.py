@@ -51,7 +51,10 @@ class Inner(Values):
         stored = operand_dtype(self.plan, dot.left, dot.right)
         left = self._tile_operand(dot.left, (dot.rows, dot.axis), scope, stored)
         right = self._tile_operand(dot.right, (dot.columns, dot.axis), scope, stored)
-        return f"tl.dot({left}, tl.trans({right}){onto}{self._precision(stored)})"
+        mode = self._precision(stored)
+        if "tf32" in mode:
+            left, right = self.nearest(left), self.nearest(right)
+        return f"tl.dot({left}, tl.trans({right}){onto}{mode})"
 
     def _long_product(self, dot: Dot, scope: Scope) -> str:
         """A contraction too long for one tile, in blocks."""
@@ -98,6 +101,11 @@ class Inner(Values):
         if stored is not torch.float32:
             return ""
         return f', input_precision="{"ieee" if self.plan.dtype is torch.float32 else "tf32"}"'
+
+    def nearest(self, code: str) -> str:
+        """An operand of a tf32 product, rounded: a tensor core would cut it off."""
+        self.helpers.add("to_tf32")
+        return f"to_tf32({code})"
 
     def _nest(self, scope: Scope, header: str, inner: Scope) -> None:
         scope.lines.append(Line(header))

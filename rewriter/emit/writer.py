@@ -265,9 +265,11 @@ class Writer(Inner):
         stored = operand_dtype(self.plan, values)
         value = self._tile_operand(values, self.tile(values.free), scope, stored)
         left, mode = f"{weight.code}.to({TRITON_DTYPES[stored]})", self._precision(stored)
+        if "tf32" in mode:
+            left, value = self.nearest(left), self.nearest(value)
         if stored is torch.float16 and not bounded:
-            # fp16 overflows at 65504; tf32 rounds as fp16 does, and has the range of fp32.
-            left, value, mode = weight.code, f"{value}.to(tl.float32)", ', input_precision="tf32"'
+            # fp16 overflows at 65504; tf32 has as many bits, and the range of fp32.
+            left, value, mode = self.nearest(weight.code), f"{value}.to(tl.float32)", ', input_precision="tf32"'
         code = f"{state} = tl.dot({left}, {value}, {rescale}{mode})"
         scope.lines.append(Line(code, self.shape(axes)))
 
