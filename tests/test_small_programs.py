@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from whole_path import assert_right, fused
 
 from rewriter import rewrite
@@ -284,89 +283,6 @@ def test_a_stream_that_comes_back():
     result = fused(one_stream_after_another, inputs(7, 9))
     for sizes in ((7, 9), (20, 37), (5, 130)):
         assert_right(result, one_stream_after_another, inputs(*sizes))
-
-
-class Layer(nn.Module):
-    """Causal or not."""
-
-    def __init__(self, causal: bool):
-        super().__init__()
-        self.causal = causal
-        self.qkv = nn.Linear(8, 24)
-
-    def forward(self, x):
-        q, k, v = self.qkv(x).chunk(3, -1)
-        s = q @ k.mT
-        if self.causal:
-            s = s.masked_fill(torch.ones_like(s, dtype=torch.bool).triu(1), float("-inf"))
-        return x + s.softmax(-1) @ v
-
-
-def test_equal_layers_share_a_kernel():
-    model = nn.Sequential(*(Layer(causal) for causal in (True, False, True, True))).eval()
-    result = fused(model, (r(2, 7, 8),))
-    assert sorted(n for n in result.sources if n.startswith("kernels/layer")) == [
-        "kernels/layer.py",
-        "kernels/layer_2.py",
-    ]
-    assert [chain["kernels"] for chain in result.report["chains"]] == [
-        [f"kernels/{name}.py"] for name in ("layer", "layer_2", "layer", "layer")
-    ]
-    for sizes in ((2, 7), (1, 37)):
-        with torch.no_grad():
-            assert_right(result, model, (r(*sizes, 8),))
-
-
-class Channels(nn.Module):
-    """Channels attend to channels: their scores are small, however many positions there are."""
-
-    def __init__(self):
-        super().__init__()
-        self.qkv = nn.Linear(8, 24)
-
-    def forward(self, x):
-        q, k, v = self.qkv(x).mT.chunk(3, 1)
-        return (torch.softmax(F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT, -1) @ v).mT
-
-
-class Features(nn.Module):
-    """Linear attention with softmaxes over features and over positions: two narrow products."""
-
-    def __init__(self, heads):
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
-
-    def forward(self, x):
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        return self.out((q.softmax(-1) @ (k.softmax(-2).mT @ v)).transpose(1, 2).flatten(2))
-
-
-class FeaturesApart(nn.Module):
-    """Without heads, by layers of their own."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x):
-        q, k, v = self.q(x).softmax(-1), self.k(x).softmax(1), self.v(x)
-        return q @ (k.mT @ v)
-
-
-@pytest.mark.parametrize(
-    "program, args",
-    [
-        (Channels(), (r(2, 17, 8),)),
-        (Features(2), (r(2, 17, 8),)),
-        (FeaturesApart(), (r(2, 17, 8),)),
-        (lambda q, k, v: torch.softmax(k, 1).mT @ v, qkv(17, 19)),  # positions weighed into a summary
-        (lambda q, k, v: F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT, qkv(17, 19)),
-    ],
-    ids=["channels", "features", "features_apart", "summary", "cosines"],
-)
-def test_narrow_values_are_left(program, args):
-    assert not rewrite(program, args).report["chains"]
 
 
 # Rows masked throughout, where asked to be zero. `s` are scores, with -inf where nothing is seen.

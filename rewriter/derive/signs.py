@@ -21,8 +21,8 @@ class Signs:
                 return node.value > 0
             case Apply(op="exp" | "exp2"):
                 return True
-            case Apply(op="cast" | "sqrt" | "rsqrt"):
-                return self.is_positive(node.args[0])
+            case Apply(op="cast" | "sqrt" | "rsqrt"):  # a half, as a whole number, is none
+                return node.dtype.is_floating_point and self.is_positive(node.args[0])
             case Apply(op="mul" | "div"):
                 return all(map(self.is_positive, node.args))
             case Apply(op="add"):
