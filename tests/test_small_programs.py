@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -266,6 +268,24 @@ def test_axes_that_only_values_have_are_one():
     assert "Fixed: D = 8, E = 8." in kernel  # no program for each point, which would compute weights again
     for sizes in ((7, 9), (20, 37)):
         assert_right(result, points_weighed, qkv(*sizes))
+
+
+def points_of_any_number(q, k, v, points):
+    """How many points there are only the call knows: each has a program, and what has no points is written by one."""
+    w = torch.softmax(q @ k.mT, -1)
+    return w @ v, torch.einsum("bmn,bnpc->bmpc", w, points)
+
+
+def test_outputs_are_written_once():
+    def inputs(m: int, n: int):
+        return *qkv(m, n), r(2, n, 5, 3)
+
+    result = fused(points_of_any_number, inputs(7, 9))
+    (kernel,) = (text for name, text in result.sources.items() if name.startswith("kernels/points"))
+    stores = re.findall(r"tl\.store\(\s*(\w+).*?mask=(.*?),\n", kernel, re.S)
+    assert [("== 0" in mask) for _, mask in stores] == [True, False], stores
+    for sizes in ((7, 9), (20, 37)):
+        assert_right(result, points_of_any_number, inputs(*sizes))
 
 
 def one_stream_after_another(q, k, x):

@@ -11,7 +11,7 @@ from rewriter.emit.inner import INTO, Inner, as_held, held_dtype, neutral_text
 from rewriter.emit.names import Names
 from rewriter.emit.origins import Origins
 from rewriter.emit.scope import Line, Scope
-from rewriter.ir import TRUE, Apply, Axis, Const, Index, Load, Node, Output, Param, Where, const
+from rewriter.ir import TRUE, Apply, Axis, Const, Load, Node, Output, Param, Where, const
 from rewriter.lift.rounding import has_fill
 from rewriter.plan import KernelPlan, Sweep
 from rewriter.plan.products import Weighed, operand_dtype, weighed
@@ -422,7 +422,7 @@ class Writer(Inner):
         text = self.value(output.body, scope)
         axes = self.tile(output.over)
         pointer = self._pointer(f"{name}_ptr", name, output.position, axes, scope)
-        mask = self._bounds(frozenset(output.over), axes, scope)
+        mask = " & ".join(filter(None, [self._bounds(frozenset(output.over), axes, scope), self._once(output)]))
         value = text.code if text.axes == axes else f"tl.broadcast_to({spread(text, axes)}, {self.shape(axes)})"
         if not axes:
             value = text.code
@@ -430,6 +430,11 @@ class Writer(Inner):
             value = f"({value})"
         cast = f"{value}.to({name}_ptr.dtype.element_ty)"
         scope.lines.append(Line(f"tl.store({pointer}, {cast}{f', mask={mask}' if mask else ''})"))
+
+    def _once(self, output: Output) -> str:
+        """Of the programs along a grid axis that an output lacks all have its values: the first writes them."""
+        others = (a for a in self.plan.grid if a not in output.over and a.extent is not Const(1))
+        return " & ".join(f"({self.names.axes[a]} == 0)" for a in others)
 
 
 def _is_at_most_one(definition: Definition) -> bool:
