@@ -162,15 +162,14 @@ def _derive(work: Work) -> Work:
 
 
 def _plan(work: Work) -> Work:
-    kinds = _kinds(work.fused)
-    names = {id(f.chain): name for f, name in zip(kinds, _kernel_names(work.module, kinds))}
+    first = _kinds(work.fused)
+    names = dict(zip(first, _kernel_names(work.module, list(first.values()))))
     needed = _undecided(work.lone, work.traced)
-    plans = lru_cache(maxsize=None)(lambda of: _planned(of, names[id(of.chain)], work.traced, needed))
-    first = {id(f.chain): f for f in kinds}
-    work = replace(work.each(lambda f: replace(f, plan=plans(first[id(f.chain)]))), needed=needed)
+    plans = lru_cache(maxsize=None)(lambda kind: _planned(first[kind], names[kind], work.traced, needed))
+    work = replace(work.each(lambda f: replace(f, plan=plans(id(f.chain)))), needed=needed)
     if needed.keys() - work.bound.keys():
         return work
-    kinds = _kinds(work.fused)
+    kinds = list(_kinds(work.fused).values())
     letters = [Names(f.plan, f.region.display).axes for f in kinds]
     shown = (_show_chain(f.chain, named) for f, named in zip(kinds, letters))
     return work.says(
@@ -181,16 +180,16 @@ def _plan(work: Work) -> Work:
 def _emit(work: Work) -> Work:
     """A file for each chain. Where layers share it, each calls it with its own tensors."""
     source = _source(work.module, work.title)
-    first = {id(f.chain): f for f in _kinds(work.fused)}
-    files = lru_cache(maxsize=None)(lambda of: emit_kernel(of.region, of.plan, source))
+    first = _kinds(work.fused)
+    files = lru_cache(maxsize=None)(lambda kind: emit_kernel(first[kind].region, first[kind].plan, source))
 
     def step(f: Fused) -> Fused:
         own = dict(zip(first[id(f.chain)].reads, f.reads))
-        file = files(first[id(f.chain)])
+        file = files(id(f.chain))
         return replace(f, kernel=replace(file, tensors=tuple(own[t] for t in file.tensors)))
 
     work = work.each(step)
-    return work.says(emit="\n\n".join(f.kernel.text for f in _kinds(work.fused)))
+    return work.says(emit="\n\n".join(f.kernel.text for f in _kinds(work.fused).values()))
 
 
 def _patch(work: Work) -> Work:
@@ -228,12 +227,12 @@ def _derived(regions: Iterable[Region], masked_rows: str, unfused: list[Reason])
     return _each(regions, step, lambda r: r, unfused)
 
 
-def _kinds(fused: Iterable[Fused]) -> list[Fused]:
-    """The first of each chain."""
+def _kinds(fused: Iterable[Fused]) -> dict[int, Fused]:
+    """The first that has each chain, by the chain's identity."""
     first: dict[int, Fused] = {}
     for f in fused:
         first.setdefault(id(f.chain), f)
-    return list(first.values())
+    return first
 
 
 def _lone_rows(traced: TracedModule, fused: list[Fused], first: int) -> Rows:

@@ -200,10 +200,13 @@ def best_value(q, k, v):
 # Masks.
 
 
-def masked(q, k, v):
+def kept(q, k):
     """Every third row sees nothing."""
-    keep = (torch.arange(q.shape[1]) % 3 > 0)[:, None] & (torch.arange(k.shape[1]) % 2 == 0)
-    return (q @ k.mT).masked_fill(~keep, -math.inf), v
+    return (torch.arange(q.shape[1]) % 3 > 0)[:, None] & (torch.arange(k.shape[1]) % 2 == 0)
+
+
+def masked(q, k, v):
+    return (q @ k.mT).masked_fill(~kept(q, k), -math.inf), v
 
 
 def masked_softmax(q, k, v):
@@ -242,8 +245,7 @@ def filled(fill: Callable) -> Callable:
 
 def added(q, k, v):
     """The fill is added: fp16 has nothing below."""
-    keep = (torch.arange(q.shape[1]) % 3 > 0)[:, None] & (torch.arange(k.shape[1]) % 2 == 0)
-    return torch.softmax(q @ k.mT + (~keep).to(q.dtype) * torch.finfo(q.dtype).min, -1) @ v
+    return torch.softmax(q @ k.mT + (~kept(q, k)).to(q.dtype) * torch.finfo(q.dtype).min, -1) @ v
 
 
 def masked_mean_log(q, k, v):

@@ -27,7 +27,7 @@ def sees_nothing(shift: Shift) -> Node:
 
 def to_base_e(product: Product) -> Product:
     """2^(x - R) → exp((x - R) · ln 2) where R runs, and so for other constant bases"""
-    bases = {f: base(f) for f in product.over if is_running(f)}
+    bases = {f: _base(f) for f in product.over if is_running(f)}
     known = {f: apply("exp", apply("mul", f.args[-1], const(math.log(b)))) for f, b in bases.items() if b}
 
     def of(factors: list[Node]) -> list[Node]:
@@ -36,7 +36,7 @@ def to_base_e(product: Product) -> Product:
     return Product(of(product.over), product.under, [(p, of(inside)) for p, inside in product.guards])
 
 
-def base(node: Node) -> float | None:
+def _base(node: Node) -> float | None:
     """What a power has been raised from, where it is a constant above 1."""
     if isinstance(node, Apply) and node.op == "exp2":
         return 2.0
@@ -113,21 +113,21 @@ def dominates(shift: Shift, bound: Definition, stream: Axis) -> bool:
     phi = without_cast(shift.phi)
     copies = [t.sign * isinstance(t.node, Ref) for t in as_terms(phi)]
     if len(copies) > 1 and all(n == 1 for n in copies):
-        once = stream_terms(bound.body, stream)
-        return stream_terms(shift.exponent, stream) == Counter({t: n * len(copies) for t, n in once.items()})
+        once = _stream_terms(bound.body, stream)
+        return _stream_terms(shift.exponent, stream) == Counter({t: n * len(copies) for t, n in once.items()})
     if isinstance(phi, Apply) and phi.op == "maximum":
         return any(dominates(Shift(a, shift.exponent), bound, stream) for a in phi.args if is_running(a))
-    moving = stream_terms(shift.exponent, stream)
+    moving = _stream_terms(shift.exponent, stream)
     if isinstance(phi, Ref):
-        return moving == stream_terms(bound.body, stream)
+        return moving == _stream_terms(bound.body, stream)
     if isinstance(phi, Apply) and phi.op in ("mul", "div"):
         value, factor = phi.args if isinstance(without_cast(phi.args[0]), Ref) else phi.args[::-1]
         if isinstance(without_cast(value), Ref) and isinstance(factor, Const) and factor.value > 0:
-            return moving == stream_terms(apply(phi.op, bound.body, factor), stream)
+            return moving == _stream_terms(apply(phi.op, bound.body, factor), stream)
     return False
 
 
-def stream_terms(node: Node, stream: Axis) -> Counter:
+def _stream_terms(node: Node, stream: Axis) -> Counter:
     """The summands that move along the stream, as a multiset."""
     terms = [s for t in as_terms(node, everywhere=True) for s in settled_terms(t)]
     return Counter((t.sign, without_cast(t.node)) for t in terms if depends_on(t.node, stream))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from rewriter.derive.chain import Definition
+from rewriter.derive.exponentials import is_nan_if_empty
 from rewriter.ir import Apply, Const, Node, Param, Ref, Where
 
 
@@ -44,7 +45,7 @@ class Signs:
             case Apply(op="maximum"):
                 return any(map(self.is_nonnegative, node.args))
             case Where():
-                return self.is_nonnegative(node.other) and (_is_nan(node.then) or self.is_nonnegative(node.then))
+                return self.is_nonnegative(node.other) and (is_nan_if_empty(node) or self.is_nonnegative(node.then))
             case Ref():
                 return self._is_nonnegative_sum(self.definition(node))
             case Param():  # a size
@@ -60,7 +61,3 @@ class Signs:
         if definition.centre:
             return definition.centre.first is not None
         return definition.shift is None and self.is_nonnegative(definition.body)
-
-
-def _is_nan(node: Node) -> bool:
-    return isinstance(node, Const) and node.value != node.value

@@ -7,22 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from rewriter.ir import Axis, Load, Node, Output, Tensor, index, substitute, transform, walk
+from rewriter.ir import Axis, Load, Node, Output, Tensor, index, substitute, transform
 from rewriter.lift.region import Region, site_of
 
 
 def meaning_of(region: Region) -> tuple[Hashable, tuple[Tensor, ...]]:
     """(what two regions that may share a kernel have in common, the tensors in the order of that)"""
-    tensors = tensors_of(region.program.outputs)
+    tensors = region.program.tensors
     called = {t: Tensor(f"t{k}", t.shape, t.dtype, t.given) for k, t in enumerate(tensors)}
     outputs = tuple(_meaning(o, called) for o in region.program.outputs)
     laid_out = tuple((str(site_of(n)), tuple(map(str, n.meta["val"].stride()))) for n in region.outputs)
     return (outputs, laid_out, region.tentative), tensors
-
-
-def tensors_of(outputs: tuple[Output, ...]) -> tuple[Tensor, ...]:
-    loads = (n.tensor for n in walk(*(o.body for o in outputs)) if isinstance(n, Load))
-    return tuple(dict.fromkeys(loads))
 
 
 def _meaning(output: Output, called: dict[Tensor, Tensor]) -> Hashable:
