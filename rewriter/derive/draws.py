@@ -22,6 +22,7 @@ from rewriter.ir.build import is_int
 from rewriter.ir.evaluate import Evaluator
 
 LONGEST = 1 << 13  # the largest constant that sizes are raised to
+LARGEST_FILL = 1e10  # a larger one absorbs what is added to it
 BUDGET = 1_000_000  # elements of one value
 TRIES = 200
 FURTHER = 40  # cases drawn where no other has given a number
@@ -73,6 +74,8 @@ class Draws:
         floors = self._floors()
         for kind in (PLAIN, LARGE) if floors else ():
             yield kind, self._case(kind, floors)
+        for truth in (False, True) if self._loses_logarithms() else ():
+            yield PLAIN, replace(self._case(PLAIN, {}), truth=truth)
 
     def further(self) -> Iterator[tuple[Kind, Values]]:
         """More plain cases, every other one with few integers: that ids are equal, say, is rare otherwise."""
@@ -153,6 +156,16 @@ class Draws:
         ]
         terms = [without_cast(t.node) for e in exponents for t in as_terms(e) if t.sign > 0]
         return frozenset(t.tensor.name for t in terms if isinstance(t, Load))
+
+    def _loses_logarithms(self) -> bool:
+        """Whether a logarithm may be added to a fill that absorbs it: in rows that see nothing else, of which few are
+        met by chance. s - logsumexp(s) is 0 there, and not -log n.
+        """
+        nodes = list(walk(*(o.body for o in self.program.outputs)))
+        fills = (n.value for n in nodes if isinstance(n, Const) and n.dtype.is_floating_point)
+        return any(isinstance(n, Apply) and n.op == "log" for n in nodes) and any(
+            LARGEST_FILL < abs(v) < math.inf for v in fills
+        )
 
     def _floors(self) -> dict[str, int]:
         """For sizes on which a comparison depends that had one value only: the largest constant in it."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from rewriter.derive.chain import Chain
-from rewriter.derive.draws import Draws, Kind, NoSizes
+from rewriter.derive.draws import LARGEST_FILL, Draws, Kind, NoSizes
 from rewriter.derive.online import Online
 from rewriter.derive.sampled import Sampled, Values
 from rewriter.ir import Axis, Const, Output, Program, walk
@@ -23,7 +23,6 @@ from rewriter.ir.evaluate import TooLarge
 TOLERANCE = 1e-9
 NUDGE = 1 + 16 * torch.finfo(torch.float64).eps
 MARGIN = 16  # how many times what a nudge to all values makes of it a result may be off
-LARGEST_FILL = 1e10  # a larger one absorbs what is added to it, here as in the program
 
 
 @dataclass(frozen=True)

@@ -21,19 +21,22 @@ _BITS = 1 << 40
 
 @dataclass(frozen=True)
 class Values:
-    """What loads give: floats in [low, high), integers from `pool`, and -inf now and then in the tensors `masks`."""
+    """What loads give: floats in [low, high), integers from `pool`, and -inf now and then in the tensors `masks`.
+
+    truth: what all booleans are, where they are one: rows that see nothing."""
 
     seed: int
     low: float
     high: float
     pool: tuple[int, ...]
     masks: frozenset[str] = frozenset()
+    truth: bool | None = None
 
     def of(self, load: Load, index: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """The values of a tensor at broadcast integer positions."""
         bits = self._mixed(load.tensor.name, index)
         if load.dtype is torch.bool:
-            return bits % 2 == 0
+            return bits % 2 == 0 if self.truth is None else torch.full_like(bits, self.truth, dtype=torch.bool)
         if not load.dtype.is_floating_point:
             return torch.tensor(self.pool)[bits % len(self.pool)]
         value = self.low + (self.high - self.low) * (bits % _BITS).to(dtype) / _BITS
