@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from rewriter.command import package_files
+from rewriter.hosts import rewrite_model
 from rewriter.load.inputs import TORCH_DTYPES
 from rewriter.load.prepare import cast
 from rewriter.options import MASKED_ROWS
 from rewriter.output import write_package
-from rewriter.pipeline import package_files, rewrite_module
 from rewriter.report import left_alone, report_on
 
 _packages = itertools.count()
@@ -66,23 +67,23 @@ def rewrite(
     if masked_rows not in MASKED_ROWS:
         raise ValueError(f"masked_rows is {masked_rows!r}, not one of {', '.join(MASKED_ROWS)}")
     program, args, kwargs = _as_dtype(program, _call(args, kwargs), TORCH_DTYPES.get(dtype, dtype))
-    rewritten = rewrite_module(program, args, kwargs, masked_rows=masked_rows, rows=rows)
+    rewritten = rewrite_model(program, args, kwargs, masked_rows=masked_rows, rows=rows)
     name = getattr(program, "__name__", type(program).__name__)
     title = f"`{name}`, its reduction chains as Triton kernels."
-    report = report_on(rewritten, title, name, left_alone(rewritten, rows=rows))
-    if rewritten.patched is None:
+    report = report_on(rewritten, title, left_alone(rewritten, rows=rows))
+    if not rewritten.hosts:
         return Rewrite(program, report.json(), {})
     sources = package_files(rewritten, title) | report.files()
     package = _imported(sources, out, force)
-    return Rewrite(package.apply(_shallow(program)), report.json(), sources)
+    hosts = {type(host.call.module) for host in rewritten.hosts}
+    return Rewrite(package.apply(_apart(program, hosts)), report.json(), sources)
 
 
 def _program(given: Any) -> Callable:
     """What is rewritten: beneath torch.compile, and beneath an earlier rewrite."""
     given = getattr(given, "_orig_mod", given)
     if isinstance(given, nn.Module):
-        original = getattr(type(given), "_original", None)
-        return _shallow(given, original) if original else given
+        return _as_given(given)
     if inspect.isfunction(inspect.unwrap(given)):
         return inspect.unwrap(given, stop=inspect.isfunction)
     if inspect.ismethod(given) and isinstance(given.__self__, nn.Module):
@@ -105,14 +106,29 @@ def _as_dtype(program: Callable, call: tuple, dtype: torch.dtype | None) -> tupl
     return program, *cast(program, call, dtype)
 
 
-def _shallow(program: Callable, kind: type | None = None) -> Callable:
-    """A module of its own that shares parameters and submodules, but no table of them; a function as it is."""
-    if not isinstance(program, nn.Module):
-        return program
-    copied = nn.Module.__new__(kind or type(program))
-    tables = {n: v.copy() for n, v in vars(program).items() if isinstance(v, dict)}
-    vars(copied).update(vars(program) | tables)
-    return copied
+def _as_given(module: nn.Module) -> nn.Module:
+    """Without what an earlier rewrite made of it or its submodules: those are copied, and so is what holds them."""
+    kinds = {type(m): type(m)._original for m in module.modules() if hasattr(type(m), "_original")}
+    return _copied(module, kinds, {}) if kinds else module
+
+
+def _apart(program: Callable, hosts: Collection[type]) -> Callable:
+    """A model in which the hosts, and what holds them, are objects of their own: they share parameters and buffers."""
+    return _copied(program, dict.fromkeys(hosts), {}) if isinstance(program, nn.Module) else program
+
+
+def _copied(module: nn.Module, kinds: dict[type, type | None], known: dict[int, nn.Module]) -> nn.Module:
+    """Shallow copies of the modules of these classes, as other ones where they say so, and of those that hold them."""
+    if id(module) in known:
+        return known[id(module)]
+    parts = {name: part and _copied(part, kinds, known) for name, part in module._modules.items()}
+    out = module
+    if type(module) in kinds or any(parts[name] is not part for name, part in module._modules.items()):
+        out = nn.Module.__new__(kinds.get(type(module)) or type(module))
+        tables = {n: v.copy() for n, v in vars(module).items() if isinstance(v, dict)}
+        vars(out).update(vars(module) | tables | {"_modules": parts})
+    known[id(module)] = out
+    return out
 
 
 def _imported(sources: dict[str, str], out: str | Path | None, force: bool) -> ModuleType:

@@ -18,7 +18,7 @@ from rewriter.errors import ExitCode, Reason, RewriteError, Site
 from rewriter.options import PROG, Options, parse_options
 
 if TYPE_CHECKING:
-    from rewriter.pipeline import Outcome
+    from rewriter.command import Outcome
 
 # Said where a run failed without a reason of its own: every code but 0 comes with a line.
 _UNEXPLAINED = {
@@ -130,7 +130,7 @@ def _rewrite(options: Options, progress: Progress) -> tuple[Outcome, tuple[Reaso
     if options.writes:
         check_destination(options.out_dir, source=options.file, force=options.force)
     loaded = load(options)
-    from rewriter.pipeline import run
+    from rewriter.command import run
 
     return run(loaded, options, progress), loaded.notes
 

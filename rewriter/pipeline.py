@@ -8,7 +8,6 @@ from __future__ import annotations
 import builtins
 import hashlib
 import inspect
-import json
 import keyword
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -17,21 +16,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from rewriter.derive import Chain, NotDerivable, derive
-from rewriter.emit import KernelFile, NotEmittable, Source, emit_kernel, render
+from rewriter.emit import KernelFile, NotEmittable, Source, emit_kernel
 from rewriter.emit.names import Names
-from rewriter.errors import ExitCode, Reason, RewriteError, Site
+from rewriter.errors import Reason, Site
 from rewriter.ir import Axis, Tensor
 from rewriter.ir.printer import show_output, show_program
 from rewriter.lift import Region, Rows, lift, lift_rows
 from rewriter.lift.alike import meaning_of
 from rewriter.lift.region import LiftResult, site_of
-from rewriter.options import STAGES
-from rewriter.patch import Patched, patch
+from rewriter.patch import Patched, module_text, patch
 from rewriter.plan import ChainPlan, NeedsFixed, NotPlannable, plan
 from rewriter.plan.show import show_plan
 from rewriter.trace import Dimension, TracedModule, capture
@@ -69,17 +65,19 @@ class Rewritten:
 class Work:
     """What goes from pass to pass: the call that is rewritten and how, and what the passes so far have made of it.
 
-    lone: rows that no chain has taken, where they are asked for. needed: sizes that must be fixed, each by the line of
-    the chain that wants it.
+    taken: names of kernels that are another module's. done: the pass that ran last. lone: rows that no chain has taken,
+    where they are asked for. needed: sizes that must be fixed, each by the line of the chain that wants it.
     """
 
     module: Callable
     args: tuple
     kwargs: dict[str, Any]
-    title: str
-    masked_rows: str
-    rows: bool
+    title: str = ""
+    masked_rows: str = "match"
+    rows: bool = False
+    taken: frozenset[str] = frozenset()
     bound: Mapping[Dimension, Site | None] = field(default_factory=dict)
+    done: str = ""
     traced: TracedModule | None = None
     lifted: LiftResult | None = None
     lone: Rows = Rows((), {})
@@ -104,39 +102,48 @@ class Work:
         return bool(self.needed.keys() - self.bound.keys()) or ("emit" in self.printed and not self.fused)
 
     @property
+    def again(self) -> Work | None:
+        """The beginning once more, where sizes have turned out to be needed."""
+        if not self.needed.keys() - self.bound.keys():
+            return None
+        bound = {**self.needed, **self.bound}
+        return Work(self.module, self.args, self.kwargs, self.title, self.masked_rows, self.rows, self.taken, bound)
+
+    @property
     def rewritten(self) -> Rewritten:
         refused = _refused(self.lone, self.fused)
         return Rewritten(self.traced, self.fused, self.patched, self.unfused, dict(self.printed), refused)
 
 
-def rewrite_module(
-    module: Callable,
-    args: tuple,
-    kwargs: dict[str, Any],
-    *,
-    title: str = "",
-    masked_rows: str = "match",
-    rows: bool = False,
-    stop_after: str | None = None,
-    progress: Callable[[str], None] = lambda stage: None,
-) -> Rewritten:
-    """trace → lift → derive → plan → emit → patch. What does not get through a stage is reported and stays eager.
+def rewrite_module(module: Callable, args: tuple, kwargs: dict[str, Any], stop_after: str = "", **how) -> Rewritten:
+    """One module, whatever its submodules are: trace → lift → derive → plan → emit → patch.
 
-    rows: lone rows of what no chain has taken are lifted, too.
+    how: as the fields of `Work`. What does not get through a stage is reported and stays eager. Raises RewriteError
+    where the module does not trace, or its forward can't be written down.
+    """
+    return completed(Work(module, args, kwargs, **how), stop_after).rewritten
+
+
+def completed(work: Work, stop_after: str = "", progress: Callable[[str], None] = lambda stage: None) -> Work:
+    """The passes that are still to do.
 
     Planning finds which sizes a kernel keeps whole; where they are not fixed yet, tracing starts again with them bound.
     """
-    begun = Work(module, args, kwargs, title, masked_rows, rows)
-    while True:
-        work = begun
-        for name, step in PASSES.items():
-            progress(name)
-            work = step(work)
-            if name == stop_after or work.is_stuck:
-                break
-        if not work.needed.keys() - begun.bound.keys():
-            return work.rewritten
-        begun = replace(begun, bound={**work.needed, **begun.bound})
+    work = through(work, stop_after, progress)
+    while again := work.again:
+        work = through(again, stop_after, progress)
+    return work
+
+
+def through(work: Work, last: str, progress: Callable[[str], None] = lambda stage: None) -> Work:
+    """Once through the passes after the one that is done, to the one named or as far as there is something to do."""
+    names = list(PASSES)
+    for name in names[names.index(work.done) + 1 if work.done else 0 :]:
+        if work.done == last and last or work.is_stuck:
+            break
+        progress(name)
+        work = replace(PASSES[name](work), done=name)
+    return work
 
 
 def _trace(work: Work) -> Work:
@@ -163,7 +170,7 @@ def _derive(work: Work) -> Work:
 
 def _plan(work: Work) -> Work:
     first = _kinds(work.fused)
-    names = dict(zip(first, _kernel_names(work.module, list(first.values()))))
+    names = dict(zip(first, _kernel_names(work, list(first.values()))))
     needed = _undecided(work.lone, work.traced)
     plans = lru_cache(maxsize=None)(lambda kind: _planned(first[kind], names[kind], work.traced, needed))
     work = replace(work.each(lambda f: replace(f, plan=plans(id(f.chain)))), needed=needed)
@@ -195,9 +202,10 @@ def _emit(work: Work) -> Work:
 def _patch(work: Work) -> Work:
     regions = tuple(f.region for f in work.fused)
     materialised = dict.fromkeys(reason for region in regions for reason in region.materialised)
+    patched = patch(work.traced, regions, [f.kernel for f in work.fused], work.lifted.broadcast)
     title = _source(work.module, work.title).title
-    patched = patch(work.traced, regions, [f.kernel for f in work.fused], title, work.lifted.broadcast)
-    return replace(work, patched=patched, unfused=(*work.unfused, *materialised)).says(patch=patched.text)
+    work = replace(work, patched=patched, unfused=(*work.unfused, *materialised))
+    return work.says(patch=module_text(title, [patched]))
 
 
 PASSES: dict[str, Callable[[Work], Work]] = {
@@ -278,9 +286,10 @@ def _planned(item: Fused, name: str, traced: TracedModule, needed: dict[Dimensio
         raise NotPlannable(str(sizes)) from sizes
 
 
-def _kernel_names(module: Callable, fused: list[Fused]) -> list[str]:
+def _kernel_names(work: Work, fused: list[Fused]) -> list[str]:
     """The innermost module class around a chain, in snake case, numbered where it repeats."""
     names: list[str] = []
+    module = work.module
     function = module.forward if isinstance(module, nn.Module) else module
     taken = set(inspect.signature(function).parameters)
     for item in fused:
@@ -292,7 +301,7 @@ def _kernel_names(module: Callable, fused: list[Fused]) -> list[str]:
         base = re.sub(r"[^a-z0-9_]", "", base).strip("_") or "chain"  # torch names no op otherwise
         base = f"{base}_chain" if base in taken or not _is_free(base) else base
         name, k = base, 2
-        while name in names:
+        while name in work.taken.union(names):
             name, k = f"{base}_{k}", k + 1
         names.append(name)
     return names
@@ -345,106 +354,4 @@ def _source(module: Callable, title: str) -> Source:
     )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What the command line writes and says."""
-
-    files: dict[str, str]
-    diagnostics: tuple[Reason, ...]
-    code: ExitCode
-    printed: str
-
-
-def package_files(rewritten: Rewritten, title: str) -> dict[str, str]:
-    """The importable part of OUT."""
-    name = rewritten.patched.class_name
-    files = {
-        "__init__.py": render(
-            "init.py.jinja", title=title, name=name, is_module=isinstance(rewritten.traced.module, nn.Module)
-        ),
-        "module.py": rewritten.patched.text,
-        "kernels/__init__.py": f'"""Triton kernels of `{name}`, one chain a file."""\n',
-    }
-    return files | {f"kernels/{k.name}.py": k.text for k in rewritten.kernels}
-
-
-def run(loaded, options, progress: Callable[[str], None]) -> Outcome:
-    """The whole command for a loaded model."""
-    from rewriter.check.run import check_package
-    from rewriter.emit.test_file import equivalence_test
-    from rewriter.report import left_alone, report_on
-
-    if options.stop_after == "load":
-        return Outcome({}, (), ExitCode.DONE, _printed({"load": _show_loaded(loaded)}, options))
-    title = f"`{loaded.class_name}` of {Path(loaded.shown).name}, its reduction chains as Triton kernels."
-    try:
-        rewritten = rewrite_module(
-            loaded.module,
-            loaded.args,
-            loaded.kwargs,
-            title=title,
-            masked_rows=options.masked_rows,
-            rows=options.rows,
-            stop_after=options.stop_after,
-            progress=progress,
-        )
-    except RewriteError as error:
-        site = _shown(error.reason, loaded).site or loaded.site(loaded.line)
-        raise RewriteError(error.reason.text, site=site, code=error.code) from error
-    left = left_alone(rewritten, rows=options.rows)
-    unfused = [_shown(r, loaded) for r in left]
-    printed = {"load": _show_loaded(loaded)} | rewritten.printed
-    if rewritten.patched is None and not options.writes:
-        return Outcome({}, tuple(unfused), ExitCode.DONE, _printed(printed, options))
-    if rewritten.patched is None:
-        nothing = "no chain of reductions keeps a wide tensor from being written"
-        why = "no chain can be fused" if rewritten.unfused else nothing
-        said = (Reason(why, loaded.site(loaded.line)), *unfused)
-        return Outcome({}, said, ExitCode.NOTHING_TO_FUSE, _printed(printed, options))
-    files = package_files(rewritten, title)
-    files["test_equivalence.py"] = equivalence_test(loaded, options)
-    verdict, code = None, ExitCode.DONE
-    if options.check or options.stop_after == "check":
-        progress("check")
-        verdict = check_package(files, rewritten.kernels, loaded, options)
-        code = ExitCode.DONE if verdict["ok"] else ExitCode.CHECK_FAILED
-        printed["check"] = json.dumps(verdict, indent=2, ensure_ascii=False)
-    progress("report")
-    files |= report_on(rewritten, title, loaded.class_name, left, verdict).files()
-    printed["report"] = files["report.md"].strip()
-    said = (*verdict["failures"], *verdict["notes"]) if verdict else ()
-    checked = [Reason(text, loaded.site(loaded.line)) for text in said]
-    return Outcome(files, (*unfused, *checked), code, _printed(printed, options))
-
-
-def _shown(reason: Reason, loaded) -> Reason:
-    """Reasons in the user's file name it as the user did."""
-    if reason.site and reason.site.file == str(loaded.file):
-        return Reason(reason.text, loaded.site(reason.site.line))
-    return reason
-
-
-def _show_loaded(loaded) -> str:
-    leaves, _ = pytree.tree_flatten_with_path((list(loaded.args), loaded.kwargs))
-    whole = ("args", "kwargs")
-    shown = [f"{whole[path[0].idx]}{pytree.keystr(path[1:])}: {_show_input(leaf)}" for path, leaf in leaves]
-    return "\n".join([f"{loaded.class_name} of {loaded.shown}, called with", *shown])
-
-
-def _show_input(leaf: Any) -> str:
-    return f"{leaf.dtype} {tuple(leaf.shape)}" if torch.is_tensor(leaf) else repr(leaf)
-
-
-def _printed(printed: dict[str, str], options) -> str:
-    """What `--explain`, `--print-ir` and `--stop-after` ask for."""
-    wanted: list[str] = []
-    if options.explain:
-        wanted = ["derive", "plan"]
-    elif options.print_ir:
-        wanted = [options.print_ir] if options.print_ir in STAGES else list(printed)
-    elif options.stop_after:
-        wanted = [options.stop_after]
-    return "\n\n".join(f"# {stage}\n{printed[stage]}" for stage in wanted if printed.get(stage))
-
-
-__all__ = ["Outcome", "Rewritten", "RewriteError", "package_files", "rewrite_module", "run"]
+__all__ = ["Rewritten", "Work", "completed", "rewrite_module", "through"]

@@ -37,12 +37,12 @@ class Configured(nn.Module):
         self.act, self.table = torch.tanh, torch.tensor(0.5)
         self.tables = [self.table]
         self.register_parameter("bias", None)
-        self.unread = 0
+        self.unread, self.unused = 0, 0
         self.scores, self.proj = Scores(), nn.Linear(16, 16)
 
     def forward(self, x):
         s = self.scores(self.proj(x), x) * self.scale * self.table * self.tables[0] + self.options["shift"]
-        s = self.capped(s)
+        s = self.capped(s) if self.fill < 0 else s + self.unused
         if self.bias is not None:
             s = s + self.bias
         if self.mode == "causal":
@@ -113,4 +113,5 @@ THE_SAME_PROGRAM = {
     "a hook on a part that is called": lambda m: m.proj.register_forward_hook(lambda m, args, out: out * 2),
     "a hook on the whole": lambda m: m.register_forward_hook(lambda m, args, out: out * 2),
     "what forward does not read": lambda m: (_set("unread", 1)(m), _set("config.unread", 1)(m)),
+    "what another branch would read": _set("unused", 1),
 }

@@ -15,7 +15,8 @@ from rewriter.check.run import check_package, compile_request
 from rewriter.check.smaller import other_sizes, short_sizes, shown_sizes
 from rewriter.load import load
 from rewriter.options import parse_options
-from rewriter.pipeline import package_files, rewrite_module
+from rewriter.command import package_files
+from rewriter.hosts import rewrite_model
 
 MODEL = """\
 import torch
@@ -41,7 +42,7 @@ class Package:
         (folder / "model.py").write_text(MODEL)
         self.options = parse_options([str(folder / "model.py"), *words])
         self.loaded = load(self.options)
-        rewritten = rewrite_module(self.loaded.module, self.loaded.args, self.loaded.kwargs)
+        rewritten = rewrite_model(self.loaded.module, self.loaded.args, self.loaded.kwargs)
         self.kernels = rewritten.kernels
         self.files = package_files(rewritten, "A test.")
 

@@ -62,8 +62,8 @@ FILES = {"__init__.py": "", "kernels/a.py": "A = 1\n", "report.json": '{"chains"
 @pytest.fixture
 def pipeline(monkeypatch):
     """Replaces the stages after `load` by what is called with (loaded, options, progress)."""
-    module = types.ModuleType("rewriter.pipeline")
-    monkeypatch.setitem(sys.modules, "rewriter.pipeline", module)
+    module = types.ModuleType("rewriter.command")
+    monkeypatch.setitem(sys.modules, "rewriter.command", module)
 
     def becomes(run):
         module.run = run

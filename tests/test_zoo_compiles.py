@@ -19,7 +19,8 @@ from rewriter.check.compile import TARGETS, CompileRequest, CompileResult
 from rewriter.check.launches import Launch, record
 from rewriter.check.run import compile_request
 from rewriter.emit import KernelFile
-from rewriter.pipeline import package_files, rewrite_module
+from rewriter.command import package_files
+from rewriter.hosts import rewrite_model
 
 FUSED = [p for p in programs() if p.fused]
 FIRST = {p.family: p for p in reversed(FUSED)}  # one spelling of each family, for every target
@@ -54,14 +55,14 @@ def half_dtype(program: Program) -> torch.dtype:
 def rewritten(program: Program, model: Any, folder: Path, dtype: torch.dtype | None = None) -> Half:
     args = at_dtype(program.inputs(program.traced, model), dtype or half_dtype(program))
     # A title of its own: kernels of the same text are one op, whose launches the first recorder would get.
-    result = rewrite_module(model, args, {}, title=f"Kernels of {folder.name}.")
-    assert result.patched, result.unfused
+    result = rewrite_model(model, args, {}, title=f"Kernels of {folder.name}.")
+    assert result.hosts, result.unfused
     sources = package_files(result, program.name)
     for name, text in sources.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     package = import_package(folder)
-    module = package.apply(copy.copy(model) if isinstance(model, nn.Module) else model)
+    module = package.apply(copy.deepcopy(model) if isinstance(model, nn.Module) else model)
     recorder = record(package, [(k.name, e.function) for k in result.kernels for e in k.entries])
     with recorder.dry_run(), torch.no_grad():
         module(*args)

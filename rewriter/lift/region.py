@@ -28,7 +28,8 @@ class Region:
     """A part of the graph that one chain replaces: `outputs` are computed from `inputs`, the nodes `inside` vanish.
 
     `kept` are wide inputs that the program makes and that are written all the same, with the reason. A `tentative`
-    one may be a plain dense layer: it is fused only if its reductions depend on each other.
+    one may be a plain dense layer: it is fused only if its reductions depend on each other. `reducing` are those of
+    its nodes that reduce.
     """
 
     program: Program
@@ -39,6 +40,7 @@ class Region:
     display: dict[str, str]
     tentative: bool
     kept: dict[fx.Node, str]
+    reducing: frozenset[fx.Node] = frozenset()
 
     @property
     def materialised(self) -> list[Reason]:
@@ -239,7 +241,9 @@ class Cutter:
         wide = tuple(n for n in self.memo if self.tags.is_wide(n))
         kept = self._kept(inputs)
         display = self._display(inputs)
-        return Region(program, tuple(outputs), inputs, inside - set(inputs), wide, display, tentative, kept)
+        inside -= set(inputs)
+        reducing = self._reducing(inside.union(outputs))
+        return Region(program, tuple(outputs), inputs, inside, wide, display, tentative, kept, reducing)
 
     def cut_members(
         self,
@@ -260,7 +264,11 @@ class Cutter:
         program = Program(name, tuple(written), origins)
         inputs = tuple(dict.fromkeys(self.by_name[t.name] for t in program.tensors))
         inside = frozenset(n for n in self.memo if n.op != "placeholder") - set(inputs)
-        return Region(program, outputs, inputs, inside, wide, self._display(inputs), False, {})
+        reducing = self._reducing(inside.union(outputs))
+        return Region(program, outputs, inputs, inside, wide, self._display(inputs), False, {}, reducing)
+
+    def _reducing(self, nodes: frozenset[fx.Node]) -> frozenset[fx.Node]:
+        return frozenset(n for n in nodes if n in self.local and has_reduction(self.local[n].value.body))
 
     def _display(self, inputs: tuple[fx.Node, ...]) -> dict[str, str]:
         return {n.name: name for n, name in self.names.items()} | {n.name: self._shown(n) for n in inputs}

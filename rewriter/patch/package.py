@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import inspect
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,31 +16,45 @@ from rewriter.lift import Region
 from rewriter.patch import digest
 from rewriter.patch.digest import code_digest
 from rewriter.patch.forward import ForwardPrinter
-from rewriter.patch.guards import guards_of
+from rewriter.patch.guards import Guard, guards_of
 from rewriter.patch.scope import undefined_names
-from rewriter.patch.signature import signature_of
+from rewriter.patch.signature import Signature, signature_of
 from rewriter.patch.sizes import sizes_of
-from rewriter.patch.state import own_tensors, parts_of, ties
+from rewriter.patch.state import OwnTensor, Part, own_tensors, parts_of, ties
 from rewriter.trace import Dimension, TracedModule
 from rewriter.trace.sizes import UnknownSize
 
 
 @dataclass(frozen=True)
 class Patched:
-    """A host module with its rewritten forward as text."""
+    """A module (or function) with its rewritten forward, as the parts of `module.py` that are its own.
 
-    class_name: str
-    text: str
+    `called` are the submodules, by path, that the forward calls as they are.
+    """
+
+    name: str
+    is_module: bool
+    qualified: str
+    digest: str
+    signature: Signature
+    parts: tuple[Part, ...]
+    tensors: tuple[OwnTensor, ...]
+    ties: tuple[tuple[str, str], ...]
+    guards: tuple[Guard, ...]
+    lines: tuple[str, ...]
+    classes: dict[str, str]
+    kernels: tuple[str, ...]
+    called: frozenset[str]
+
+    @property
+    def class_name(self) -> str:
+        return re.sub(r"\W", "", self.name)
 
 
 def patch(
-    traced: TracedModule,
-    regions: tuple[Region, ...],
-    kernels: list[KernelFile],
-    title: str,
-    broadcast: frozenset[Dimension],
+    traced: TracedModule, regions: tuple[Region, ...], kernels: list[KernelFile], broadcast: frozenset[Dimension]
 ) -> Patched:
-    """The text of `module.py`. Raises RewriteError where the forward cannot be written down."""
+    """The new forward. Raises RewriteError where it cannot be written down."""
     signature = signature_of(traced)
     try:
         sizes = sizes_of(traced, signature.leaves, broadcast)
@@ -49,30 +64,71 @@ def patch(
         raise RewriteError(f"forward depends on {size}, which can't be written down") from size
     _refuse_hidden(traced, [*forward.lines, *(g.condition for g in guards)])
     is_module = isinstance(traced.module, nn.Module)
-    name = type(traced.module).__name__ if is_module else traced.module.__name__
     program = type(traced.module) if is_module else traced.module
-    text = render(
-        "module.py.jinja",
-        title=title,
-        name=name,
-        class_name=re.sub(r"\W", "", name),
+    patched = Patched(
+        name=program.__name__,
         is_module=is_module,
+        qualified=program.__qualname__,
+        digest=code_digest(program),
         signature=signature,
         parts=parts_of(traced, forward.called),
         tensors=own_tensors(traced),
         ties=ties(traced),
         guards=guards,
         lines=forward.lines,
-        uses_math=any("math." in text for text in (*forward.lines, *(g.condition for g in guards))),
         classes=forward.classes,
-        kernels=[k.name for k in {k.name: k for k in kernels}.values()],
-        qualified=program.__qualname__,
-        digest=code_digest(program),
+        kernels=tuple(dict.fromkeys(k.name for k in kernels)),
+        called=forward.called,
+    )
+    if missing := undefined_names(module_text("", [patched])):
+        raise RewriteError(f"the new forward would need {', '.join(sorted(missing))}")
+    return patched
+
+
+def module_text(title: str, hosts: Sequence[Patched]) -> str:
+    """The text of `module.py`. Hosts of one class are tried in order: each takes other calls, or other states."""
+    texts = [text for h in hosts for text in (*h.lines, *(g.condition for g in h.guards))]
+    return render(
+        "module.py.jinja",
+        title=title,
+        hosts=_numbered(hosts),
+        is_module=hosts[0].is_module,
+        uses_math=any("math." in text for text in texts),
+        kernels=list(dict.fromkeys(name for h in hosts for name in h.kernels)),
         digest_code=inspect.getsource(digest).split("import inspect\n", 1)[1].strip(),
     )
-    if missing := undefined_names(text):
-        raise RewriteError(f"the new forward would need {', '.join(sorted(missing))}")
-    return Patched(name, text)
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    """`rewritten`: its class's name. `method`: what its method of guards is called, and `others`: those of hosts of the
+    same class before it. Unless it `is_last`, another one follows.
+    """
+
+    host: Patched
+    rewritten: str
+    method: str
+    others: tuple[str, ...]
+    is_last: bool
+
+
+def _numbered(hosts: Sequence[Patched]) -> list[_Numbered]:
+    """Every host with names of its own: `RewrittenAttention`, `RewrittenAttention2`."""
+    out: list[_Numbered] = []
+    for k, host in enumerate(hosts):
+        before = [n for n, h in zip(out, hosts) if _is_same_code(h, host)]
+        named = sum(h.class_name == host.class_name for h in hosts[:k])
+        number, version = (str(n + 1) if n else "" for n in (named, len(before)))
+        is_last = not any(_is_same_code(h, host) for h in hosts[k + 1 :])
+        method = f"_why_not{version}"
+        out.append(
+            _Numbered(host, f"Rewritten{host.class_name}{number}", method, tuple(n.method for n in before), is_last)
+        )
+    return out
+
+
+def _is_same_code(host: Patched, other: Patched) -> bool:
+    return (host.qualified, host.digest) == (other.qualified, other.digest)
 
 
 def _refuse_hidden(traced: TracedModule, lines: list[str]) -> None:

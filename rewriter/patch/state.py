@@ -25,7 +25,8 @@ from rewriter.trace.source import is_user_file
 class Part:
     """A module whose forward the patched one stands in for: its class, its parts' names, hooks, and what forward reads.
 
-    `kind` is "" for the host itself, whose class `apply` looks at; `state` has literals by dotted attribute.
+    `kind` is "" for the host itself, whose class `apply` looks at; a forward of the instance's own counts as a hook;
+    `state` has literals by dotted attribute.
     """
 
     text: str
@@ -69,14 +70,16 @@ def parts_of(traced: TracedModule, called: Collection[str]) -> tuple[Part, ...]:
     inside = tuple(f"{path}." for path in called)
     named = dict(traced.module.named_modules()).items()
     parts = ((m, path) for path, m in named if path not in called and not path.startswith(inside))
-    return tuple(_part(m, path, frozenset(traced.assigned)) for m, path in parts)
+    matters = traced.touched.difference(traced.assigned)
+    return tuple(_part(m, path, matters) for m, path in parts)
 
 
-def _part(module: nn.Module, path: str, assigned: frozenset[str]) -> Part:
-    hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+def _part(module: nn.Module, path: str, matters: frozenset[str]) -> Part:
+    """matters: dotted paths of the attributes that forward has read and not made itself."""
+    hooks = len(module._forward_hooks) + len(module._forward_pre_hooks) + ("forward" in vars(module))
     parts = tuple(name for name, _ in module.named_children())
-    left = {a.rpartition(".")[2] for a in assigned if a.rpartition(".")[0] == path}
-    state = tuple((name, literal(value)) for name, value in _state(module) if name.split(".")[0] not in left)
+    own = {a.rpartition(".")[2] for a in matters if a.rpartition(".")[0] == path}
+    state = tuple((name, literal(value)) for name, value in _state(module) if name.split(".")[0] in own)
     if not path:  # the host: its hooks run around any forward, and `apply` looks at its class
         return Part("self", "", parts, 0, tuple((n, v) for n, v in state if n != "training"))
     return Part(attribute_path(path), type(module).__qualname__, parts, hooks, state)

@@ -17,22 +17,24 @@ from rewriter.trace import TracedModule
 from rewriter.trace.calls import call_name
 
 if TYPE_CHECKING:
+    from rewriter.hosts import RewrittenModel
     from rewriter.pipeline import Rewritten
 
 ROWS = {"softmax", "log_softmax", "layer_norm", "rms_norm", "group_norm", "instance_norm"}
 SUMS = {"sum", "mean", "amax", "max", "amin", "min", "var", "std", "norm", "linalg_vector_norm", "logsumexp"}
 
 
-def left_alone(rewritten: Rewritten, *, rows: bool) -> tuple[Reason, ...]:
+def left_alone(rewritten: RewrittenModel, *, rows: bool) -> tuple[Reason, ...]:
     """Everything that stays as it was, with the reason.
 
     rows: whether lone rows were asked for.
     """
     said = list(rewritten.unfused)
-    why = _whys(rewritten) if rows else None
-    said += _lone_rows(rewritten.traced, [f.region for f in rewritten.fused], said, why)
-    if not (rewritten.fused or said):
-        said += _not_lifted(rewritten.traced)
+    for seen in rewritten.seen:
+        why = _whys(seen) if rows else None
+        said += _lone_rows(seen.traced, [f.region for f in seen.fused], said, why)
+    if not (rewritten.hosts or said):
+        said += [reason for seen in rewritten.seen for reason in _not_lifted(seen.traced)]
     return tuple(said)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,18 +25,20 @@ from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import origin_of
 
 if TYPE_CHECKING:
-    from rewriter.pipeline import Rewritten
+    from rewriter.hosts import Host, RewrittenModel
 
 
 @dataclass(frozen=True)
 class ChainReport:
     """One fused chain: where it was, which kernel does it, and what is no longer written.
 
-    Bytes are `bytes_saved` at the sizes given, `bytes_formula` at any.
+    `modules` are the paths of the hosts in the model, of which each has the chain; none where the host is the model.
+    Bytes are those of one call of a host: `bytes_saved` at the sizes given, `bytes_formula` at any.
     """
 
     name: str
     host: str
+    modules: tuple[str, ...]
     file: str
     lines: tuple[int, ...]
     kernels: tuple[str, ...]
@@ -73,20 +76,19 @@ class Report:
 
 
 def report_on(
-    rewritten: Rewritten,
-    title: str,
-    host: str,
-    left: tuple[Reason, ...],
-    check: dict[str, Any] | None = None,
+    rewritten: RewrittenModel, title: str, left: tuple[Reason, ...], check: dict[str, Any] | None = None
 ) -> Report:
     """The report of a rewrite and what it `left` alone. It is written, so it names no folder of this machine."""
     unfused = tuple(map(_without_folder, left))
-    if rewritten.patched is None:
-        return Report(title, (), unfused, (), check)
-    sizes = sizes_of(rewritten.traced)
-    chains = tuple(chain_report(f.region, f.chain, f.kernel, host, sizes) for f in rewritten.fused)
-    fixed = tuple(map(_without_folder, rewritten.traced.fixed))
-    return Report(title, chains, unfused, fixed, check)
+    chains = tuple(chain for host in rewritten.hosts for chain in _chains_of(host))
+    fixed = dict.fromkeys(_without_folder(r) for host in rewritten.hosts for r in host.rewritten.traced.fixed)
+    return Report(title, chains, unfused, tuple(fixed), check)
+
+
+def _chains_of(host: Host) -> Iterator[ChainReport]:
+    sizes = sizes_of(host.rewritten.traced)
+    for f in host.rewritten.fused:
+        yield chain_report(f.region, f.chain, f.kernel, host, sizes)
 
 
 def _without_folder(reason: Reason) -> Reason:
@@ -122,12 +124,13 @@ def sizes_of(traced: TracedModule) -> Sizes:
     return Sizes(names, values)
 
 
-def chain_report(region: Region, chain: Chain, kernel: KernelFile, host: str, sizes: Sizes) -> ChainReport:
+def chain_report(region: Region, chain: Chain, kernel: KernelFile, host: Host, sizes: Sizes) -> ChainReport:
     origins = [origin_of(n) for n in (*region.inside, *region.outputs)]
     written = [_bytes(n) for n in region.wide if _is_written(n)]
     return ChainReport(
         name=kernel.name,
-        host=host,
+        host=host.shown,
+        modules=tuple(filter(None, host.paths)),
         file=", ".join(sorted({os.path.basename(o.file) for o in origins if o.file})),
         lines=tuple(sorted({o.line for o in origins if o.line})),
         kernels=(f"kernels/{kernel.name}.py",),
@@ -157,6 +160,7 @@ def _chain_json(chain: ChainReport) -> dict[str, Any]:
     return {
         "name": chain.name,
         "host": chain.host,
+        "modules": list(chain.modules),
         "file": chain.file,
         "lines": list(chain.lines),
         "kernels": list(chain.kernels),
