@@ -51,7 +51,8 @@ class RewrittenModel:
 
     @property
     def kernels(self) -> list[KernelFile]:
-        return [kernel for host in self.hosts for kernel in host.rewritten.kernels]
+        """One of each file."""
+        return list({k.name: k for host in self.hosts for k in host.rewritten.kernels}.values())
 
 
 def rewrite_model(
@@ -197,7 +198,7 @@ class _Search:
         if not work or not work.fused or (outputs and max(len(f.region.outputs) for f in work.fused) > outputs):
             return None
         if work.done == "derive":  # kernels get their names only now
-            begun = replace(work, taken=self._taken)
+            begun = replace(work, taken=self._taken, known=self._kernels)
             work = self._or_none(lambda: completed(begun, "", self.progress))
             self.done[place] = call, work
         return work if work and work.patched else None
@@ -209,13 +210,18 @@ class _Search:
             return None
 
     def _begun(self, call: ModuleCall) -> Work:
-        return replace(self.work, module=call.module, args=call.args, kwargs=call.kwargs, taken=self._taken)
+        given = {"module": call.module, "args": call.args, "kwargs": call.kwargs}
+        return replace(self.work, **given, taken=self._taken, known=self._kernels)
+
+    @property
+    def _kernels(self) -> tuple[Fused, ...]:
+        """Everything that has been emitted."""
+        works = [*self.seen, *(work for _, work in self.done if work)]
+        return tuple(f for work in works for f in work.fused if f.kernel)
 
     @property
     def _taken(self) -> frozenset[str]:
-        """Names of kernels."""
-        works = [*self.seen, *(work for _, work in self.done if work)]
-        return frozenset(f.kernel.name for work in works for f in work.fused if f.kernel)
+        return frozenset(f.kernel.name for f in self._kernels)
 
     def _is_alike(self, call: ModuleCall, other: ModuleCall, work: Work | None) -> bool:
         """Whether what was made of one call does for another: all that a new forward assumes of its module is the same."""

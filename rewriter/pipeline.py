@@ -43,6 +43,12 @@ class Fused:
     plan: ChainPlan | None = None
     kernel: KernelFile | None = None
 
+    def for_region(self, region: Region, reads: tuple[Tensor, ...]) -> Fused:
+        """The same for a region of the same meaning."""
+        own = dict(zip(self.reads, reads))
+        kernel = self.kernel and replace(self.kernel, tensors=tuple(own[t] for t in self.kernel.tensors))
+        return replace(self, region=region, reads=reads, kernel=kernel)
+
 
 @dataclass(frozen=True)
 class Rewritten:
@@ -65,7 +71,8 @@ class Rewritten:
 class Work:
     """What goes from pass to pass: the call that is rewritten and how, and what the passes so far have made of it.
 
-    taken: names of kernels that are another module's. done: the pass that ran last. lone: rows that no chain has taken,
+    taken: names of kernels that are another module's. known: chains of other modules, whose kernels do for what means
+    the same here. done: the pass that ran last. lone: rows that no chain has taken,
     where they are asked for. needed: sizes that must be fixed, each by the line of the chain that wants it.
     """
 
@@ -76,6 +83,7 @@ class Work:
     masked_rows: str = "match"
     rows: bool = False
     taken: frozenset[str] = frozenset()
+    known: tuple[Fused, ...] = ()
     bound: Mapping[Dimension, Site | None] = field(default_factory=dict)
     done: str = ""
     traced: TracedModule | None = None
@@ -107,7 +115,8 @@ class Work:
         if not self.needed.keys() - self.bound.keys():
             return None
         bound = {**self.needed, **self.bound}
-        return Work(self.module, self.args, self.kwargs, self.title, self.masked_rows, self.rows, self.taken, bound)
+        given = self.module, self.args, self.kwargs, self.title, self.masked_rows, self.rows
+        return Work(*given, self.taken, self.known, bound)
 
     @property
     def rewritten(self) -> Rewritten:
@@ -159,21 +168,21 @@ def _lift(work: Work) -> Work:
 def _derive(work: Work) -> Work:
     """Chains, then the rows that they have left, where those are asked for."""
     unfused = list(work.unfused)
-    found = _derived(work.lifted.regions, work.masked_rows, unfused)
+    found = _derived(work, work.lifted.regions, unfused)
     fused = [f for f in found if not f.region.tentative or f.chain.beats_dense]
     lone = _lone_rows(work.traced, fused, len(work.lifted.regions)) if work.rows else work.lone
-    fused += _derived(lone.regions, work.masked_rows, unfused)
+    fused += _derived(work, lone.regions, unfused)
     work = replace(work, lone=lone, fused=tuple(fused), unfused=tuple(unfused))
     programs = _shown_programs((*work.lifted.regions, *lone.regions))
     return work.says(lift=programs, derive="\n\n".join(_show_chain(f.chain, {}) for f in fused))
 
 
 def _plan(work: Work) -> Work:
-    first = _kinds(work.fused)
+    first = {kind: f for kind, f in _kinds(work.fused).items() if not f.plan}
     names = dict(zip(first, _kernel_names(work, list(first.values()))))
     needed = _undecided(work.lone, work.traced)
     plans = lru_cache(maxsize=None)(lambda kind: _planned(first[kind], names[kind], work.traced, needed))
-    work = replace(work.each(lambda f: replace(f, plan=plans(id(f.chain)))), needed=needed)
+    work = replace(work.each(lambda f: f if f.plan else replace(f, plan=plans(id(f.chain)))), needed=needed)
     if needed.keys() - work.bound.keys():
         return work
     kinds = list(_kinds(work.fused).values())
@@ -191,9 +200,7 @@ def _emit(work: Work) -> Work:
     files = lru_cache(maxsize=None)(lambda kind: emit_kernel(first[kind].region, first[kind].plan, source))
 
     def step(f: Fused) -> Fused:
-        own = dict(zip(first[id(f.chain)].reads, f.reads))
-        file = files(id(f.chain))
-        return replace(f, kernel=replace(file, tensors=tuple(own[t] for t in file.tensors)))
+        return f if f.kernel else replace(first[id(f.chain)], kernel=files(id(f.chain))).for_region(f.region, f.reads)
 
     work = work.each(step)
     return work.says(emit="\n\n".join(f.kernel.text for f in _kinds(work.fused).values()))
@@ -222,15 +229,15 @@ def _shown_programs(regions: Iterable[Region]) -> str:
     return "\n\n".join(show_program(r.program) for r in regions)
 
 
-def _derived(regions: Iterable[Region], masked_rows: str, unfused: list[Reason]) -> list[Fused]:
+def _derived(work: Work, regions: Iterable[Region], unfused: list[Reason]) -> list[Fused]:
     """A chain for each region, the same one for regions of the same meaning."""
-    chains: dict[Hashable, Chain] = {}
+    first: dict[Hashable, Fused] = {meaning_of(f.region)[0]: f for f in work.known}
 
     def step(region: Region) -> Fused:
         meaning, tensors = meaning_of(region)
-        if meaning not in chains:
-            chains[meaning] = derive(region.program, masked_rows)
-        return Fused(region, chains[meaning], tensors)
+        if meaning not in first:
+            first[meaning] = Fused(region, derive(region.program, work.masked_rows), tensors)
+        return first[meaning].for_region(region, tensors)
 
     return _each(regions, step, lambda r: r, unfused)
 

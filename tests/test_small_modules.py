@@ -100,3 +100,32 @@ class FeaturesApart(nn.Module):
 )
 def test_narrow_values_are_left(program, args):
     assert not rewrite(program, args).report["chains"]
+
+
+class Routed(nn.Module):
+    """A layer that says more than what is read of it, in a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.up(x), x.sum(-1)
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = Routed()
+
+    def forward(self, x):
+        y, _ = self.mlp((x @ x.mT).softmax(-1) @ x)
+        return x + y
+
+
+def test_a_submodule_that_returns_a_tuple_is_not_taken_for_one_that_returns_a_tensor():
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    result = fused(model, (r(2, 7, 8),))
+    with torch.no_grad():
+        assert_right(result, model, (r(3, 5, 8),))

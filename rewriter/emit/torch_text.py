@@ -86,7 +86,7 @@ class TorchPrinter:
         for spelled in (_functional, _property, _method, _function):
             if (text := spelled(plain, node, name)) and does_the_same(node, text):
                 return spelled(self, node, name)
-        return f"torch.ops.aten.{name}.{node.target._overloadname}({self.arguments(node.args, node.kwargs)})"
+        return f"torch.ops.{node.target.namespace}.{name}.{node.target._overloadname}({self.arguments(node.args, node.kwargs)})"
 
     def _operand(self, value: Any) -> str:
         """x - (length - 1)"""

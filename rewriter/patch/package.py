@@ -101,34 +101,18 @@ def module_text(title: str, hosts: Sequence[Patched]) -> str:
 
 @dataclass(frozen=True)
 class _Numbered:
-    """`rewritten`: its class's name. `method`: what its method of guards is called, and `others`: those of hosts of the
-    same class before it. Unless it `is_last`, another one follows.
-    """
+    """`rewritten`: its class's name. `method`: that of the method that guards it, of which a module may have several."""
 
     host: Patched
     rewritten: str
     method: str
-    others: tuple[str, ...]
-    is_last: bool
 
 
 def _numbered(hosts: Sequence[Patched]) -> list[_Numbered]:
     """Every host with names of its own: `RewrittenAttention`, `RewrittenAttention2`."""
-    out: list[_Numbered] = []
-    for k, host in enumerate(hosts):
-        before = [n for n, h in zip(out, hosts) if _is_same_code(h, host)]
-        named = sum(h.class_name == host.class_name for h in hosts[:k])
-        number, version = (str(n + 1) if n else "" for n in (named, len(before)))
-        is_last = not any(_is_same_code(h, host) for h in hosts[k + 1 :])
-        method = f"_why_not{version}"
-        out.append(
-            _Numbered(host, f"Rewritten{host.class_name}{number}", method, tuple(n.method for n in before), is_last)
-        )
-    return out
-
-
-def _is_same_code(host: Patched, other: Patched) -> bool:
-    return (host.qualified, host.digest) == (other.qualified, other.digest)
+    before = [sum(h.class_name == host.class_name for h in hosts[:k]) for k, host in enumerate(hosts)]
+    numbers = [str(n + 1) if n else "" for n in before]
+    return [_Numbered(h, f"Rewritten{h.class_name}{n}", f"_why_not{n}") for h, n in zip(hosts, numbers)]
 
 
 def _refuse_hidden(traced: TracedModule, lines: list[str]) -> None:

@@ -40,7 +40,7 @@ def units_of(traced: TracedModule, regions: tuple[Region, ...]) -> dict[fx.Node,
 
 
 def _module_calls(traced: TracedModule, fused: frozenset[fx.Node]) -> list[Unit]:
-    """Calls of submodules that take one tensor and give one, outermost first: `self.q_proj(x)`."""
+    """Calls of submodules that take one tensor and return one, outermost first: `self.q_proj(x)`."""
     if not isinstance(traced.module, nn.Module):
         return []
     groups: dict[tuple[int, str, str], list[fx.Node]] = {}
@@ -59,7 +59,7 @@ def _module_calls(traced: TracedModule, fused: frozenset[fx.Node]) -> list[Unit]
 
 def _module_call(traced: TracedModule, path: str, nodes: list[fx.Node], fused: frozenset[fx.Node]) -> Unit | None:
     inside = frozenset(nodes)
-    if inside & fused or not _takes_one_argument(traced.module, path):
+    if inside & fused or path in traced.packed or not _takes_one_argument(traced.module, path):
         return None
     outer = [a for n in nodes for a in n.all_input_nodes if a not in inside]
     given = tuple(

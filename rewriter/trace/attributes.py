@@ -34,12 +34,14 @@ _MISSING = object()
 @dataclass
 class Attributes:
     """Paths are below the traced module: "norm.eps". `touched` was read, `absent` asked for and not there
-    (`hasattr`), `assigned` left by forward, with the user's line.
+    (`hasattr`), `assigned` left by forward, with the user's line. `packed` are submodules that have returned something
+    else than a tensor.
     """
 
     absent: set[str] = field(default_factory=set)
     touched: set[str] = field(default_factory=set)
     assigned: dict[str, Site | None] = field(default_factory=dict)
+    packed: set[str] = field(default_factory=set)
 
 
 @contextmanager
@@ -83,7 +85,7 @@ class _Watch:
 
     @contextmanager
     def patched(self) -> Iterator[None]:
-        find, put = nn.Module.__getattribute__, nn.Module.__setattr__
+        find, put, call = nn.Module.__getattribute__, nn.Module.__setattr__, nn.Module._call_impl
 
         def found(module, name):
             try:
@@ -98,12 +100,18 @@ class _Watch:
             self.note_assignment(module, name, sys._getframe(1))
             put(module, name, value)
 
-        nn.Module.__getattribute__, nn.Module.__setattr__ = found, assigned
+        def called(module, *args, **kwargs):
+            out = call(module, *args, **kwargs)
+            if not torch.is_tensor(out) and id(module) in self.paths:
+                self.seen.packed.add(self.paths[id(module)].rstrip("."))
+            return out
+
+        nn.Module.__getattribute__, nn.Module.__setattr__, nn.Module._call_impl = found, assigned, called
         try:
             yield
         finally:
             del nn.Module.__getattribute__
-            nn.Module.__setattr__ = put
+            nn.Module.__setattr__, nn.Module._call_impl = put, call
 
     def note(self, module: nn.Module, name: str, frame: types.FrameType, *, is_there: bool = True) -> None:
         own = name not in _SLOTS and not name.startswith("__") and id(module) in self.paths

@@ -11,6 +11,7 @@ import functools
 import inspect
 import itertools
 import linecache
+import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -62,7 +63,7 @@ class TracedModule:
     `inputs` names the placeholder of each flattened argument (None for what is no tensor); `attributes` says which
     placeholders are the module's own, `constants` which forward makes from numbers; `out_spec` is that of (what forward
     returns, what it `assigned`); `touched` are the attributes that it read, `absent` those it asked for in vain;
-    `autocast` are the device types on which it casts by itself; `fixed` lists the input sizes that tracing turned into numbers, and the branches on
+    `packed` submodules that return something else than a tensor; `autocast` are the device types on which it casts by itself; `fixed` lists the input sizes that tracing turned into numbers, and the branches on
     sizes that it took; `conditions` are what must hold of the sizes for the graph to be the program. `loose` are
     input dimensions that were 1 in the example and share their size with others, of which the program still makes the
     same calls where they are 1.
@@ -79,6 +80,7 @@ class TracedModule:
     assigned: tuple[str, ...]
     touched: frozenset[str]
     absent: tuple[str, ...]
+    packed: frozenset[str]
     autocast: frozenset[str]
     fixed: tuple[Reason, ...]
     conditions: tuple[sympy.Expr, ...]
@@ -170,6 +172,7 @@ def capture(
         tuple(state.assigned),
         frozenset(state.touched),
         tuple(sorted(state.absent)),
+        frozenset(state.packed),
         frozenset(autocast),
         assumed(graph, inputs, _parameters(module, args, kwargs, inputs), bound),
         conditions_of(graph),
@@ -383,6 +386,8 @@ def _by_parameter(module: nn.Module, args: tuple, specs: tuple):
 def _trace_error(error: Exception) -> RewriteError:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     site = user_site(error)
+    if unknown := re.match(r"Found <class '(?:.*\.)?(\w+)'> in output", str(error)):
+        return RewriteError(f"forward returns a {unknown[1]}, which no graph holds: it stays as it is", site=site)
     if "data-dependent" in str(error):
         code = linecache.getline(site.file, site.line).strip() if site else ""
         shown = f": `{code}`" if code else ""
