@@ -6,6 +6,7 @@ scripts/bench.py --only causal --dtype bf16 --no-compile
 scripts/bench.py --part 2               programs of several passes, axes and outputs
 scripts/bench.py --kernels              emitted kernels alone, TFLOP/s, swept over tiles
 scripts/bench.py --custom               what FlexAttention can't say, at published sizes, milliseconds
+scripts/bench.py --models               language models of transformers, rewritten whole, milliseconds and MiB
 scripts/bench.py --kernels --hand DIR   and beside the hand-written ones of DIR/ceiling2.py
 
 Compare within one run only. Exit codes: 0 done, 1 a program failed its check or raised, 2 no GPU or bad usage.
@@ -36,6 +37,8 @@ TASK_SECONDS = 150  # a task that takes longer hangs
 FIELDS = {
     "zoo": "dtype program batch q kv chains ok error eager_error mib eager_mib ms eager_ms" " compile_ms flex_ms note",
     "custom": "program dtype kernels default_ms default_tile best_ms best_tile eager_ms compile_ms error eager_error note",
+    "models": "model dtype hosts kernels seconds ok rewritten_ms eager_ms sdpa_ms flex_ms rewritten_mib eager_mib sdpa_mib"
+    " flex_mib rewritten_error eager_error sdpa_error flex_error note",
     "kernels": "variant head_dim dtype default default_tile best best_tile flex hand hand_tile error note",
 }
 
@@ -46,6 +49,7 @@ def options() -> argparse.Namespace:
     add = parser.add_argument
     add("--kernels", action="store_true", help="emitted kernels alone, swept over tiles")
     add("--custom", action="store_true", help="differential, Evoformer and point attention at published sizes")
+    add("--models", action="store_true", help="language models of transformers, four layers, 4096 tokens")
     add("--hand", metavar="DIR", help="with --kernels: a folder that holds ceiling2.py")
     add("--seconds", type=float, default=540, help="what is not begun by then is left out")
     add("--only", default="", metavar="TEXT", help="names (or zoo families) that contain it")
@@ -200,8 +204,21 @@ def run_kernels(args) -> list[dict]:
 def run_custom(args) -> list[dict]:
     from bench_custom import DRY, SHAPES, Task, measured
 
+    cases = DRY if args.dry else SHAPES
+    return rows_of(args, "program", cases, measured, functools.partial(Task, dry=args.dry), show_custom)
+
+
+def run_models(args) -> list[dict]:
+    from bench_models import MODELS, Task, measured, shown
+
+    task = functools.partial(Task, dry=args.dry)
+    return rows_of(args, "model", MODELS, measured, task, lambda row: print(shown(row), flush=True))
+
+
+def rows_of(args, called: str, cases, measured, task, show) -> list[dict]:
+    """A row per case, each in its share of the time that is left."""
     end = time.time() + args.seconds
-    cases = [name for name in (DRY if args.dry else SHAPES) if args.only in name]
+    cases = [name for name in cases if args.only in name]
     rows, worker = [], None
     for done, name in enumerate(cases):
         share = (end - time.time()) / (len(cases) - done)
@@ -210,11 +227,11 @@ def run_custom(args) -> list[dict]:
             break
         dtype = args.dtype or "bf16"
         worker = worker or Worker(measured, args)
-        new = worker.ask(Task(name, dtype, share - 25, args.dry), min(share + TASK_SECONDS, end + 20 - time.time()))
+        new = worker.ask(task(name, dtype, share - 25), min(share + TASK_SECONDS, end + 20 - time.time()))
         if new is None:
             new, worker = {"note": "crashed, or took too long"}, None
-        rows.append({"program": name, "dtype": dtype} | new)
-        show_custom(rows[-1])
+        rows.append({called: name, "dtype": dtype} | new)
+        show(rows[-1])
         save(args, rows)
     return rows
 
@@ -246,7 +263,7 @@ def save(args, rows: list[dict]):
     import torch
     import triton
 
-    name = "kernels" if args.kernels else "custom" if args.custom else "zoo"
+    name = next((kind for kind in ("kernels", "custom", "models") if getattr(args, kind)), "zoo")
     gpu = "none" if args.dry else torch.cuda.get_device_name()
     told = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__}
     told |= {"arguments": sys.argv[1:], "rows": rows}
@@ -272,6 +289,9 @@ def main() -> int:
     if args.custom:
         rows = run_custom(args)
         return int(any("best" not in row for row in rows))
+    if args.models:
+        rows = run_models(args)
+        return int(any(not row.get("ok") for row in rows))
     with tempfile.TemporaryDirectory() as folder:
         rows = Zoo(args, folder).run()
     summary(rows)
