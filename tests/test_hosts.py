@@ -303,3 +303,43 @@ def test_no_kernel_runs_for_a_model_of_none():
     with Kernels() as seen, torch.no_grad():
         rewrite(nn.Sequential(nn.Linear(8, 8)), (r(2, 9, 8),)).module(r(2, 9, 8))
     assert seen.calls == 0
+
+
+@pytest.fixture(scope="module")
+def layered():
+    program = model(weights=False)
+    return program, fused(program, (r(2, 9, 8),)).module
+
+
+def test_a_model_with_hosts_is_compiled_in_one_graph(layered):
+    program, module = layered
+    targets = []
+
+    def backend(graph, _):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(module, backend=backend, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        close(compiled(r(2, 7, 8)), program(r(2, 7, 8)))
+    assert sum(target.startswith("flashlight.") for target in targets) == 3
+
+
+def test_a_model_with_hosts_is_saved_and_replicated(layered, tmp_path):
+    program, module = layered
+    torch.save(module, tmp_path / "model.pt")
+    replica = copy.copy(module)
+    replica._modules = {n: m._replicate_for_data_parallel() for n, m in module._modules.items()}
+    for other in (torch.load(tmp_path / "model.pt", weights_only=False), replica):
+        with torch.no_grad(), said(kernels=3):
+            close(other(r(2, 7, 8)), program(r(2, 7, 8)))
+
+
+def test_a_model_of_another_dtype_runs_its_own_code_until_it_is_back():
+    program = model(weights=False)
+    module = fused(program, (r(2, 9, 8),)).module.double()
+    with torch.no_grad():
+        with said("x is not torch.float32"):
+            close(module.float().double()(r(2, 7, 8).double()).float(), program.float()(r(2, 7, 8)))
+        with said(kernels=3):
+            close(module.float()(r(2, 7, 8)), program.float()(r(2, 7, 8)))
