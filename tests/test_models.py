@@ -23,9 +23,8 @@ pytestmark = pytest.mark.models
 FILES = sorted((Path(__file__).parent / "models").glob("*.py"))
 # Channels attend to channels: scores of 24 x 24, two narrow products and a softmax between them.
 NARROW = ("timm_xcit_xca",)
-# The program itself asks for these: positions are relative to a table as long as the window, and a batch of one takes
-# another branch.
-FIXED = {"hf_sam_relpos": "length", "hf_llama_model": "one"}
+# The program itself asks for it: positions are relative to a table as long as the window.
+FIXED_LENGTH = ("hf_sam_relpos",)
 
 
 def imported(file: Path) -> ModuleType:
@@ -40,7 +39,7 @@ def imported(file: Path) -> ModuleType:
     return module
 
 
-def calls_of(model, args: tuple, fixed: str | None) -> list[Call]:
+def calls_of(model, args: tuple, has_lengths: bool) -> list[Call]:
     """The arguments, shorter ones, and a batch of one, where the model takes them."""
     given = (args, {})
 
@@ -54,9 +53,9 @@ def calls_of(model, args: tuple, fixed: str | None) -> list[Call]:
     def one(call: Call) -> Call:
         return pytree.tree_map(lambda t: t[:1] if t.shape[0] == args[0].shape[0] else t, call)
 
-    shorter = other_sizes(given, fits) if fixed != "length" else None
+    shorter = other_sizes(given, fits) if has_lengths else None
     calls = [given, *([shorter] if shorter else [])]
-    return calls + [c for c in map(one, calls) if args[0].shape[0] > 1 and fixed != "one" and fits(c)]
+    return calls + [c for c in map(one, calls) if args[0].shape[0] > 1 and fits(c)]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -66,7 +65,7 @@ def test_a_published_module(file):
     model, args = published.Model(*published.get_init_inputs()).eval(), tuple(published.get_inputs())
     result = rewrite(model, args)
     assert bool(result.report["chains"]) is (published.EXPECT == "fuse" and file.stem not in NARROW)
-    for call in calls_of(model, args, FIXED.get(file.stem)) if result.report["chains"] else ():
+    for call in calls_of(model, args, file.stem not in FIXED_LENGTH) if result.report["chains"] else ():
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*runs its original code.*")
             out = result.module(*call[0])
