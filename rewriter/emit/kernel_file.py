@@ -19,7 +19,7 @@ from rewriter.emit.writer import Writer
 from rewriter.ir import Axis, Const, Node, Output, Param, Tensor, walk
 from rewriter.ir.printer import show, show_output
 from rewriter.lift import Region
-from rewriter.plan import ChainPlan, KernelPlan
+from rewriter.plan import ChainPlan, KernelPlan, Sweep
 from rewriter.trace.sizes import renamed
 
 NAMESPACE = "flashlight"
@@ -100,6 +100,7 @@ class _KernelView:
             "blocks": self._blocks(),
             "params": self._params(),
             "rows": rows,
+            "grows": plan.grows,
             "grid": [self.text(a.extent) for a in plan.grid],
             "grid_decode": [(names.axes[a], self._extent_name(a)) for a in reversed(plan.grid)],
             "offsets": [names.axes[a] for a in plan.features if a in writer.needs_offsets],
@@ -139,11 +140,16 @@ class _KernelView:
             "stream": self.names.axes[sweep.stream],
             "extent": self.text(sweep.stream.extent),
             "steps": self.plan.steps,
-            "is_new": k == 0 or self.plan.sweeps[k - 1].stream != sweep.stream,
+            "span": self.writer.spans[k],
+            "is_new": k == 0 or not self._has_full(self.plan.sweeps[k - 1], sweep),
             "before": commented(self.writer.before[k].lines) if k else [],
             "initial": self.writer.initial(sweep),
             "segments": {name: commented(lines) for name, lines in self.writer.segments[k].items()},
         }
+
+    def _has_full(self, before: Sweep, sweep: Sweep) -> bool:
+        """Whether the loop before has computed where the stream's full tiles end."""
+        return before.stream == sweep.stream and not before.has_whole_tiles
 
     def _blocks(self) -> list[tuple[str, int]]:
         return [(f"BLOCK_{self.names.axes[a].upper()}", size) for a, size in self.plan.sizes.items()]

@@ -22,13 +22,14 @@ class Line:
 class Scope:
     """Statements in order, and the values that are known in it. `axis` is that of the loop whose body it is.
 
-    A `tail` has the last tile of a stream, which the stream may not fill.
+    A `tail` has the last tile of a stream, which the stream may not fill. In `whole` tiles every predicate holds.
     """
 
     parent: Scope | None = None
     axis: Axis | None = None
     tail: bool = False
     is_sweep: bool = False
+    whole: bool = False
     lines: list[Line] = field(default_factory=list)
     known: dict[Node, Text] = field(default_factory=dict)
 

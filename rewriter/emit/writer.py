@@ -11,6 +11,7 @@ from rewriter.emit.inner import INTO, Inner, as_held, held_dtype, neutral_text
 from rewriter.emit.names import Names
 from rewriter.emit.origins import Origins
 from rewriter.emit.scope import Line, Scope
+from rewriter.emit.span import Span, written_span
 from rewriter.ir import TRUE, Apply, Axis, Const, Load, Node, Output, Param, Where, const
 from rewriter.lift.rounding import has_fill
 from rewriter.plan import KernelPlan, Sweep
@@ -33,6 +34,7 @@ class Writer(Inner):
         self.sweep: Sweep | None = None
         self.means: dict[Node, tuple[Text, Text]] = {}  # means and weights before a tile, by the mean
         self.segments: list[dict[str, list[Line]]] = []
+        self.spans: list[Span | None] = []
         self.before: list[Scope] = []  # straight-line code before each sweep
         self.epilogue = self.prologue
 
@@ -41,6 +43,7 @@ class Writer(Inner):
         for sweep in self.plan.sweeps:
             self.sweep = sweep
             self.before.append(straight)
+            self.spans.append(written_span(self, sweep, straight) if sweep.support else None)
             self.segments.append({})
             for name in self.plan.segments(sweep):
                 self._write_segment(name, straight)
@@ -77,7 +80,8 @@ class Writer(Inner):
         """One form of a loop's body. Both use the same names, so that a reader sees what differs."""
         taken, holders = set(self.names.taken), dict(self.holders)
         known = set(straight.known)
-        self.loop = Scope(straight, self.sweep.stream, tail=name == "tail", is_sweep=True)
+        whole = name == "full" and self.sweep.has_whole_tiles
+        self.loop = Scope(straight, self.sweep.stream, tail=name == "tail", is_sweep=True, whole=whole)
         self.means = {}
         for definition in self.sweep.definitions:
             self._note_mean(definition)
@@ -92,16 +96,19 @@ class Writer(Inner):
         self.names.taken = taken | {c for c in hoisted if c.isidentifier()}
         self.holders = holders | {k: v for k, v in self.holders.items() if v[1] is straight}
 
+    def _predicate(self, definition: Definition) -> Node:
+        return TRUE if self.loop.whole else definition.predicate
+
     def _keep(self, definition: Definition, axes: tuple[Axis, ...]) -> str:
         """Which positions of a tile take part: the stream's tail and the definition's predicate."""
         stream = self.sweep.stream
         if self.plan.steps:
-            return spread_argument(self.value(definition.predicate, self.loop), axes)
+            return spread_argument(self.value(self._predicate(definition), self.loop), axes)
         position, limit = self._position(stream), self.value(stream.extent, self.prologue)
         inside = f"{spread(position, axes)} < {limit.tight(5)}"
-        if definition.predicate is TRUE:
+        if self._predicate(definition) is TRUE:
             return inside
-        predicate = self.value(definition.predicate, self.loop)
+        predicate = self.value(self._predicate(definition), self.loop)
         if not self.loop.tail:
             return spread_argument(predicate, axes)
         return f"({inside}) & {operand(predicate, axes, 5)}"
@@ -110,15 +117,19 @@ class Writer(Inner):
         """`where(keep, node, neutral)`, written once for a node and a predicate."""
         node = without_cast(node)  # registers are fp32 either way
         key = Where(
-            Apply("eq", (definition.predicate, TRUE), torch.bool),
+            Apply("eq", (self._predicate(definition), TRUE), torch.bool),
             node,
             Param(neutral),
         )
-        if key not in self.loop.known and definition.predicate is TRUE and not self.loop.tail:
+        if key not in self.loop.known and self._predicate(definition) is TRUE and not self.loop.tail:
             self.loop.known[key] = self._whole(node, definition)
         if key not in self.loop.known:
             value = self.value(node, self.loop)
-            predicate = self.value(definition.predicate, self.loop) if definition.predicate is not TRUE else Text("")
+            predicate = (
+                self.value(self._predicate(definition), self.loop)
+                if self._predicate(definition) is not TRUE
+                else Text("")
+            )
             axes = self._joined([value, predicate, Text("", self._lanes)])
             keep = self._keep(definition, axes)
             name = self._name_for(node, self.loop) if not isinstance(node, Const) else self.names.unique("w")
@@ -211,7 +222,7 @@ class Writer(Inner):
 
     def _counts(self, definition: Definition) -> bool:
         """Whether each position of the stream adds 1."""
-        plain = definition.predicate is TRUE and definition.shift is None and not self.plan.steps
+        plain = self._predicate(definition) is TRUE and definition.shift is None and not self.plan.steps
         return plain and definition.body is const(1.0)
 
     def _positions(self) -> str:
@@ -244,7 +255,7 @@ class Writer(Inner):
     def _kept_inside(self, definition: Definition, product: Weighed, axes: tuple[Axis, ...], inner: Scope) -> str:
         """Which positions of a tile take part in one turn of a loop; "" where all do."""
         parts = []
-        if definition.predicate is not TRUE or self.loop.tail:
+        if self._predicate(definition) is not TRUE or self.loop.tail:
             parts.append(self._keep(definition, axes))
         if product.predicate is not TRUE:
             parts.append(spread_argument(self.value(product.predicate, inner), axes))
@@ -284,7 +295,7 @@ class Writer(Inner):
     def _shifted(self, definition: Definition, factors: list[Node]) -> Text:
         """p = exp(exponent − phi), with 0 for what is masked (its exponent is −inf) and for rows still all −inf."""
         shift = definition.shift
-        key = Apply("exp", (shift.exponent, shift.phi, definition.predicate), torch.float32)
+        key = Apply("exp", (shift.exponent, shift.phi, self._predicate(definition)), torch.float32)
         score = self._masked(shift.exponent, definition, "NEG_INF")
         if key not in self.loop.known:
             name = self.names.unique("p")
@@ -307,7 +318,7 @@ class Writer(Inner):
         name = self.names.unique("x")
         shift = spread(Text(self._settled(definition), self._phi_axes(definition)), score.axes)
         code = f"{name} = {score.code} - {shift}"
-        if definition.predicate is not TRUE or self.loop.tail:
+        if self._predicate(definition) is not TRUE or self.loop.tail:
             code = f"{name} = tl.where({self._keep(definition, score.axes)}, {score.code} - {shift}, 0.0)"
         self.loop.lines.append(Line(code, self.shape(score.axes)))
         return Text(name, score.axes)

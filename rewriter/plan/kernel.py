@@ -9,6 +9,7 @@ import torch
 from rewriter.derive import Chain, Definition
 from rewriter.ir import Axis, Const, Node, Output, Reduce, Tensor
 from rewriter.plan.estimates import KernelCost
+from rewriter.sparsity import Support
 
 LONG_BLOCK = 64  # positions of a long contraction in one block
 
@@ -52,11 +53,20 @@ class Config:
 
 @dataclass(frozen=True)
 class Sweep:
-    """One loop over a stream: what it reduces, and the outputs it writes position by position."""
+    """One loop over a stream: what it reduces, and the outputs it writes position by position.
+
+    `support`: the part of the stream that predicates leave, where it is less than all of it.
+    """
 
     stream: Axis
     definitions: tuple[Definition, ...]
     outputs: tuple[Output, ...] = ()
+    support: Support | None = None
+
+    @property
+    def has_whole_tiles(self) -> bool:
+        """Whether full tiles are those in which every predicate holds: the others are cut by it, or by the end."""
+        return self.support is not None and self.support.inner is not None
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,13 @@ class KernelPlan:
         return len(self.rows) > 1
 
     @property
+    def grows(self) -> bool:
+        """Whether later tiles of rows have more to do, as under a causal mask: they start first."""
+        ends = [s.support.outer for s in self.sweeps if s.support]
+        rows = self.rows[0] if self.rows else None
+        return any(e.upper and rows in e.upper.free and not (e.lower and rows in e.lower.free) for e in ends)
+
+    @property
     def long_axes(self) -> tuple[Axis, ...]:
         """Contracted axes that are cut into blocks."""
         return tuple(dict.fromkeys(d.axis for d in self.dots if d.long))
@@ -111,11 +128,13 @@ class KernelPlan:
         return any(int(a.extent.value) % 16 for a in self.features)
 
     def segments(self, sweep: Sweep) -> tuple[str, ...]:
-        """Forms of a loop's body: 'full' tiles, and a 'tail' where the stream may not fill its last tile."""
+        """Forms of a loop's body: 'full' tiles, and a 'tail' where the stream may not fill its last tile, or predicates
+        cut tiles.
+        """
         extent = sweep.stream.extent
         if self.steps:
             return ("full",)
-        if not isinstance(extent, Const):
+        if sweep.has_whole_tiles or not isinstance(extent, Const):
             return ("full", "tail")
         full, rest = divmod(int(extent.value), self.config.block_n)
         return (("full",) if full else ()) + (("tail",) if rest else ())

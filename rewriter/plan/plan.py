@@ -14,6 +14,7 @@ from rewriter.plan.cost import Nominal, cost_of
 from rewriter.plan.kernel import ChainPlan, Config, KernelPlan, Sweep
 from rewriter.plan.merge import merged
 from rewriter.plan.parts import Part, chains_of, deep_groups, features_of, independent_groups, parts_of
+from rewriter.plan.bounds import sweep_support
 from rewriter.plan.roles import MAX_FEATURE, inner_reductions, lone_rows, tile_rows
 from rewriter.plan.tape import tapes_of
 from rewriter.plan.tiles import configs
@@ -170,14 +171,12 @@ def _sweeps(chain: Chain, roles: _Roles) -> tuple[tuple[Sweep, ...], tuple[Outpu
     wide = {o: a for o in chain.outputs for a in o.over if a not in own and index(a).free}
     turns = {o: (_turn(o, chain), stream) for o, stream in wide.items()}
     keys = dict.fromkeys([*((d.sweep, d.stream) for d in chain.definitions), *turns.values()])
-    sweeps = [
-        Sweep(
-            stream,
-            tuple(d for d in chain.definitions if (d.sweep, d.stream) == (turn, stream)),
-            tuple(o for o, at in turns.items() if at == (turn, stream)),
-        )
-        for turn, stream in sorted(keys, key=lambda key: key[0])
-    ]
+    sweeps = []
+    for turn, stream in sorted(keys, key=lambda key: key[0]):
+        definitions = tuple(d for d in chain.definitions if (d.sweep, d.stream) == (turn, stream))
+        outputs = tuple(o for o, at in turns.items() if at == (turn, stream))
+        support = sweep_support(definitions, stream, roles.rows, roles.grid) if not outputs else None
+        sweeps.append(Sweep(stream, definitions, outputs, support))
     return tuple(sweeps), tuple(o for o in chain.outputs if o not in wide)
 
 

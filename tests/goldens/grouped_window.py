@@ -73,6 +73,10 @@ def grouped_window_kernel(
     b = rest
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     offs_e = tl.arange(0, BLOCK_E)  # [BLOCK_E]
+    first = tl.maximum(tl.min(offs_m - 127, 0), 0) // BLOCK_N * BLOCK_N
+    last = tl.minimum(tl.max(offs_m + 1, 0), N)
+    whole = tl.maximum(tl.cdiv(tl.maximum(tl.max(offs_m - 127, 0), 0), BLOCK_N) * BLOCK_N, first)
+    cut = tl.maximum(tl.minimum(tl.min(offs_m + 1, 0), N) // BLOCK_N * BLOCK_N, whole)
     query = tl.load(
         query_ptr
         + b.to(tl.int64) * stride_query_b
@@ -88,8 +92,8 @@ def grouped_window_kernel(
     l_i = tl.full([BLOCK_M], 0.0, tl.float32)  # [BLOCK_M]
     acc = tl.full([BLOCK_M, BLOCK_E], 0.0, tl.float32)  # [BLOCK_M, BLOCK_E]
 
-    full = N // BLOCK_N * BLOCK_N
-    for start in range(0, full, BLOCK_N):
+    # Tiles that no mask cuts.
+    for start in range(whole, cut, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         # golden_programs.py:35  key = key.repeat_interleave(self.group, dim=2)
         key = tl.load(
@@ -102,16 +106,10 @@ def grouped_window_kernel(
         # golden_programs.py:37  scores = torch.einsum("bmhd,bnhd->bhmn", query, key) * query.shape[-1] ** -0.5
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         scores = qk * 0.08838834764831845  # [BLOCK_M, BLOCK_N]
-        # golden_programs.py:40  seen = (j <= i) & (i - j < self.window)
-        seen = (offs_n[None, :] <= offs_m[:, None]) & (
-            offs_m[:, None] - offs_n[None, :] < 128
-        )  # [BLOCK_M, BLOCK_N]
-        # golden_programs.py:37  scores = torch.einsum("bmhd,bnhd->bhmn", query, key) * query.shape[-1] ** -0.5
-        scores_2 = tl.where(seen, scores, NEG_INF)  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(scores_2, 1))  # [BLOCK_M]
+        m_new = tl.maximum(m_i, tl.max(scores, 1))  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(scores_2 * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(scores * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         # golden_programs.py:36  value = value.repeat_interleave(self.group, dim=2)
         value = tl.load(
@@ -124,9 +122,10 @@ def grouped_window_kernel(
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
         m_i = m_new
 
-    # What is left of the stream: positions past its end take no part.
-    if full < N:
-        offs_n = full + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    # The others that it leaves something of, before and after those, and the end of the stream.
+    for turn in range(first, last - (cut - whole), BLOCK_N):
+        start = turn + tl.where(turn < whole, 0, cut - whole)
+        offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         # golden_programs.py:35  key = key.repeat_interleave(self.group, dim=2)
         key = tl.load(
             key_ptr

@@ -70,13 +70,16 @@ def softcap_causal_kernel(
     """One program: BLOCK_M rows, all of n."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(M, BLOCK_M)
-    offs_m = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    # The last rows have most to do: they start first.
+    offs_m = (blocks - 1 - pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     rest = pid // blocks
     h = rest % H
     rest = rest // H
     b = rest
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     offs_e = tl.arange(0, BLOCK_E)  # [BLOCK_E]
+    last = tl.minimum(tl.max(offs_m + 1, 0), M)
+    cut = tl.maximum(tl.minimum(tl.min(offs_m + 1, 0), M) // BLOCK_N * BLOCK_N, 0)
     query = tl.load(
         query_ptr
         + b.to(tl.int64) * stride_query_b
@@ -86,14 +89,13 @@ def softcap_causal_kernel(
         mask=(offs_m[:, None] < M),
         other=0,
     )  # [BLOCK_M, BLOCK_D]
-    i = offs_m + 1  # [BLOCK_M]
 
     m_i = tl.full([BLOCK_M], NEG_INF, tl.float32)  # [BLOCK_M]
     l_i = tl.full([BLOCK_M], 0.0, tl.float32)  # [BLOCK_M]
     acc = tl.full([BLOCK_M, BLOCK_E], 0.0, tl.float32)  # [BLOCK_M, BLOCK_E]
 
-    full = M // BLOCK_N * BLOCK_N
-    for start in range(0, full, BLOCK_N):
+    # Tiles that no mask cuts.
+    for start in range(0, cut, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         key = tl.load(
             key_ptr
@@ -107,12 +109,10 @@ def softcap_causal_kernel(
         scores = qk * (1.0 / 8.0)  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:20  scores = 30.0 * torch.tanh(scores / 30.0)
         scores = fast_tanh(scores * (1.0 / 30.0)) * 30.0  # [BLOCK_M, BLOCK_N]
-        mask = offs_n[None, :] < i[:, None]  # [BLOCK_M, BLOCK_N]
-        scores_2 = tl.where(mask, scores, NEG_INF)  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(scores_2, 1))  # [BLOCK_M]
+        m_new = tl.maximum(m_i, tl.max(scores, 1))  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(scores_2 * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(scores * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = tl.load(
             value_ptr
@@ -124,9 +124,9 @@ def softcap_causal_kernel(
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
         m_i = m_new
 
-    # What is left of the stream: positions past its end take no part.
-    if full < M:
-        offs_n = full + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    # The others that it leaves something of, and the end of the stream.
+    for start in range(cut, last, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         key = tl.load(
             key_ptr
             + b.to(tl.int64) * stride_key_b
@@ -141,7 +141,7 @@ def softcap_causal_kernel(
         scores = qk * (1.0 / 8.0)  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:20  scores = 30.0 * torch.tanh(scores / 30.0)
         scores = fast_tanh(scores * (1.0 / 30.0)) * 30.0  # [BLOCK_M, BLOCK_N]
-        mask = offs_n[None, :] < i[:, None]  # [BLOCK_M, BLOCK_N]
+        mask = offs_n[None, :] < (offs_m + 1)[:, None]  # [BLOCK_M, BLOCK_N]
         scores_2 = tl.where((offs_n[None, :] < M) & mask, scores, NEG_INF)  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(scores_2, 1))  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
