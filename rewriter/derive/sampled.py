@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -34,24 +35,48 @@ class Values:
 
     def of(self, load: Load, index: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """The values of a tensor at broadcast integer positions."""
-        bits = self._mixed(load.tensor.name, index)
-        if load.dtype is torch.bool:
-            return bits % 2 == 0 if self.truth is None else torch.full_like(bits, self.truth, dtype=torch.bool)
-        if not load.dtype.is_floating_point:
-            return torch.tensor(self.pool)[bits % len(self.pool)]
-        value = self.low + (self.high - self.low) * (bits % _BITS).to(dtype) / _BITS
-        if load.tensor.name in self.masks:
-            value = torch.where((bits >> 41) % 3 == 0, -math.inf, value)
-        return value
+        return _values_at(self, load.tensor.name, load.dtype, dtype, tuple(map(_Positions, index)))
 
-    def _mixed(self, name: str, index: list[torch.Tensor]) -> torch.Tensor:
-        """62 well-mixed bits per position (64-bit products wrap around)."""
-        mixed = torch.tensor(zlib.crc32(name.encode()) + (self.seed << 32))
-        for k, position in enumerate(index):
-            mixed = (mixed + position * (2 * k + 1)) * _ODD
-            mixed = mixed ^ (mixed >> 29)
-        mixed = mixed * _ODD
-        return (mixed ^ (mixed >> 32)) & ((1 << 62) - 1)
+
+class _Positions:
+    """An index as a key: equal where shapes and values are."""
+
+    def __init__(self, index: torch.Tensor):
+        self.index = index
+        self.key = tuple(index.shape), index.numpy().tobytes()
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: _Positions) -> bool:
+        return self.key == other.key
+
+
+@lru_cache(maxsize=32)
+def _values_at(
+    values: Values, name: str, own: torch.dtype, dtype: torch.dtype, index: tuple[_Positions, ...]
+) -> torch.Tensor:
+    """Kept, since every reduction of a sweep asks for those of its block."""
+    bits = _bits_at(zlib.crc32(name.encode()) + (values.seed << 32), index)
+    if own is torch.bool:
+        return bits % 2 == 0 if values.truth is None else torch.full_like(bits, values.truth, dtype=torch.bool)
+    if not own.is_floating_point:
+        return torch.tensor(values.pool)[bits % len(values.pool)]
+    value = values.low + (values.high - values.low) * (bits & (_BITS - 1)).to(dtype) / _BITS
+    if name in values.masks:
+        value = torch.where((bits >> 41) % 3 == 0, -math.inf, value)
+    return value
+
+
+@lru_cache(maxsize=32)
+def _bits_at(start: int, index: tuple[_Positions, ...]) -> torch.Tensor:
+    """62 well-mixed bits per position (64-bit products wrap around)."""
+    mixed = torch.tensor(start)
+    for k, position in enumerate(index):
+        mixed = (mixed + position.index * (2 * k + 1)) * _ODD
+        mixed = mixed ^ (mixed >> 29)
+    mixed = mixed * _ODD
+    return (mixed ^ (mixed >> 32)) & ((1 << 62) - 1)
 
 
 class Sampled(Evaluator):
