@@ -129,3 +129,15 @@ def test_a_submodule_that_returns_a_tuple_is_not_taken_for_one_that_returns_a_te
     result = fused(model, (r(2, 7, 8),))
     with torch.no_grad():
         assert_right(result, model, (r(3, 5, 8),))
+
+
+def test_what_a_folded_choice_drops_is_no_input():
+    """Where the choice is made by constants, the kernel reads one side: the text for a CPU asks for no more."""
+
+    def program(q, k, v, a, b):
+        kind = torch.zeros(q.shape[-2], dtype=torch.long)
+        same = kind[:, None] == kind
+        return torch.softmax(q @ k.mT + torch.where(same, a.expand(*same.shape), b.expand(*same.shape)), -1) @ v
+
+    args = (r(2, 7, 8), r(2, 7, 8), r(2, 7, 8), r(7, 1), r(7, 1))
+    assert_right(fused(program, args), program, args)

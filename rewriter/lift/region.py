@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -13,6 +13,7 @@ from rewriter.ir import Load, Node, Origin, Output, Program, Reduce, index, tran
 from rewriter.lift.ahead import TENTATIVE, Moving, Origins, inherited, is_dynamic, over_others
 from rewriter.lift.broadcast import broadcast_dimensions
 from rewriter.lift.local import LocalLift, lift_locally
+from rewriter.lift.passed import passed_on
 from rewriter.lift.repeated import Repeated, covers, has_reduction, sources
 from rewriter.lift.rounding import with_absorption
 from rewriter.lift.tags import Tags, contracts, tag
@@ -29,7 +30,7 @@ class Region:
 
     `kept` are wide inputs that the program makes and that are written all the same, with the reason. A `tentative`
     one may be a plain dense layer: it is fused only if its reductions depend on each other. `reducing` are those of
-    its nodes that reduce.
+    its nodes that reduce; `passed` calls that hand on one of the tensors they read, and which.
     """
 
     program: Program
@@ -41,6 +42,7 @@ class Region:
     tentative: bool
     kept: dict[fx.Node, str]
     reducing: frozenset[fx.Node] = frozenset()
+    passed: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
 
     @property
     def materialised(self) -> list[Reason]:
@@ -232,9 +234,10 @@ class Cutter:
         if not outputs:
             return None
         self.claimed = self._between(roots, outputs) | self.roots
-        lifted = [(node, self._inlined(node)) for node in outputs]
+        lifted = [(n, v) for n, v in ((n, self._inlined(n)) for n in outputs) if not _is_made(v.body)]
+        outputs = [n for n, _ in lifted]
         program = Program(name, tuple(self._output(n, v) for n, v in lifted), self.origins)
-        if not program.tensors:
+        if not outputs or not program.tensors:
             return None
         inside = frozenset(self.memo) - {n for n in self.memo if n.op == "placeholder"}
         inputs = tuple(dict.fromkeys(self.by_name[t.name] for t in program.tensors))
@@ -242,8 +245,8 @@ class Cutter:
         kept = self._kept(inputs)
         display = self._display(inputs)
         inside -= set(inputs)
-        reducing = self._reducing(inside.union(outputs))
-        return Region(program, tuple(outputs), inputs, inside, wide, display, tentative, kept, reducing)
+        reducing, passed = self._reducing(inside.union(outputs)), passed_on(self.memo)
+        return Region(program, tuple(outputs), inputs, inside, wide, display, tentative, kept, reducing, passed)
 
     def cut_members(
         self,
@@ -264,8 +267,8 @@ class Cutter:
         program = Program(name, tuple(written), origins)
         inputs = tuple(dict.fromkeys(self.by_name[t.name] for t in program.tensors))
         inside = frozenset(n for n in self.memo if n.op != "placeholder") - set(inputs)
-        reducing = self._reducing(inside.union(outputs))
-        return Region(program, outputs, inputs, inside, wide, self._display(inputs), False, {}, reducing)
+        reducing, passed = self._reducing(inside.union(outputs)), passed_on(self.memo)
+        return Region(program, outputs, inputs, inside, wide, self._display(inputs), False, {}, reducing, passed)
 
     def _reducing(self, nodes: frozenset[fx.Node]) -> frozenset[fx.Node]:
         return frozenset(n for n in nodes if n in self.local and has_reduction(self.local[n].value.body))
@@ -384,3 +387,8 @@ def _live_outputs(nodes: list[fx.Node], wide: set[fx.Node]) -> list[fx.Node]:
         if node in wide or node in nodes or leads_back:
             inside.add(node)
     return [n for n in nodes if any(u not in inside for u in n.users)]
+
+
+def _is_made(body: Node) -> bool:
+    """A value of positions alone: PyTorch makes it, where something outside of the region reads it."""
+    return not any(isinstance(n, (Load, Reduce)) for n in walk(body))
