@@ -16,12 +16,15 @@ from rewriter.lift.local import LocalLift, lift_locally
 from rewriter.lift.passed import passed_on
 from rewriter.lift.repeated import Repeated, covers, has_reduction, sources
 from rewriter.lift.rounding import with_absorption
+from rewriter.lift.scattered import scattered
 from rewriter.lift.tags import Tags, contracts, tag
 from rewriter.lift.values import Lifted
 from rewriter.trace import Dimension, TracedModule
 from rewriter.trace.calls import VIEWS, call_name, value_inputs
 from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import origin_of, user_names
+
+SCATTERED = "written, because what follows reads each element at many places"
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,20 +73,27 @@ def lift(traced: TracedModule) -> LiftResult:
     regions: list[Region] = []
     for kind in Origins:
         taken = set().union(*({*r.inside, *r.outputs} for r in regions))
-        tags = tag(graph, local, moving, taken, kind)
-        regions += _cut_all(traced, local, tags, names, len(regions), moving.given if kind in TENTATIVE else None)
+        many: set[fx.Node] = set()
+        while True:
+            tags = tag(graph, local, moving, taken | many, kind)
+            cutter = Cutter(traced, local, tags, names)
+            cut = _cut_all(cutter, len(regions), moving.given if kind in TENTATIVE else None)
+            if not cutter.scattered:
+                break
+            many |= cutter.scattered
+        regions += cut
         if kind is Origins.MOVING:
-            reasons, written = tags.reasons, tags.written
+            reasons, written = tags.reasons | dict.fromkeys(many, SCATTERED), tags.written
     fused = set().union(*({*r.inside, *r.outputs} for r in regions))
     unfused = [Reason(r, site_of(n)) for n, r in reasons.items() if n not in fused or n in written]
     return LiftResult(tuple(regions), tuple(unfused), broadcast_dimensions(traced, local))
 
 
-def _cut_all(traced, local, tags: Tags, names, first: int, given: set[fx.Node] | None) -> list[Region]:
+def _cut_all(cutter: Cutter, first: int, given: set[fx.Node] | None) -> list[Region]:
     """given: nodes that depend on the caller's tensors, where regions are tentative."""
-    tentative = given is not None
-    cutter = Cutter(traced, local, tags, names)
-    stages = [s for roots in _components(tags, cutter.reads_of) for s in _stages(traced.graph, roots, local, tags)]
+    tentative, tags = given is not None, cutter.tags
+    components = _components(tags, cutter.reads_of)
+    stages = [s for roots in components for s in _stages(cutter.graph, roots, cutter.local, tags)]
     groups = [g for g in stages if cutter.saves(g)]
     if tentative:
         groups = [g for g in groups if cutter.holds_layer(g) and not any(cutter.has_features(r, given) for r in g)]
@@ -153,7 +163,7 @@ def _stages(graph: fx.Graph, roots: list[fx.Node], local: dict[fx.Node, LocalLif
 
 
 class Cutter:
-    """Inlines what a region computes and stops at what it reads."""
+    """Inlines what a region computes and stops at what it reads. `scattered`: what it inlines at too many places."""
 
     def __init__(self, traced: TracedModule, local: dict[fx.Node, LocalLift], tags: Tags, names: dict[fx.Node, str]):
         self.graph, self.attributes, self.parameters = traced.graph, traced.attributes, traced.parameters
@@ -165,6 +175,7 @@ class Cutter:
         self.memo: dict[fx.Node, Lifted] = {}
         self.repeated = Repeated(traced.graph, local)
         self.spread: set[fx.Node] = set()
+        self.scattered: set[fx.Node] = set()
 
     def reads_of(self, node: fx.Node) -> list[fx.Node]:
         """The values a lifted node is computed from."""
@@ -239,6 +250,7 @@ class Cutter:
         program = Program(name, tuple(self._output(n, v) for n, v in lifted), self.origins)
         if not outputs or not program.tensors:
             return None
+        self.scattered |= scattered(program, {n: v for n, v in self.memo.items() if n in self.tags.origins})
         inside = frozenset(self.memo) - {n for n in self.memo if n.op == "placeholder"}
         inputs = tuple(dict.fromkeys(self.by_name[t.name] for t in program.tensors))
         wide = tuple(n for n in self.memo if self.tags.is_wide(n))
