@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from whole_path import assert_right, fused
 
@@ -193,3 +194,18 @@ def test_what_chains_share_is_computed_once(program, args, passes):
     assert [c["passes"] for c in result.report["chains"]] == passes
     with torch.no_grad():
         assert_right(result, program, args)
+
+
+def test_what_is_read_at_many_places_is_written():
+    """Skewed again and again: a score that is computed for each would be computed a dozen times for one weight."""
+
+    def skew(s):
+        return F.pad(s, (0, 1)).flatten(-2)[..., : s.shape[-2] * s.shape[-1]].reshape(s.shape)
+
+    def program(q, k, v):
+        s = q @ k.mT
+        terms = s, skew(s), skew(skew(s)), skew(s.mT), skew(s).mT, skew(skew(s).mT), skew(skew(s.mT)), skew(skew(s)).mT
+        return torch.softmax(sum(terms) + s.mT + skew(skew(skew(s))), -1) @ v
+
+    lifted = lift(capture(program, tuple(r(2, 7, 8) for _ in range(3)), {}))
+    assert not lifted.regions and any("at many places" in reason.text for reason in lifted.unfused)

@@ -129,3 +129,40 @@ def test_a_submodule_that_returns_a_tuple_is_not_taken_for_one_that_returns_a_te
     result = fused(model, (r(2, 7, 8),))
     with torch.no_grad():
         assert_right(result, model, (r(3, 5, 8),))
+
+
+def test_what_a_folded_choice_drops_is_no_input():
+    """Where the choice is made by constants, the kernel reads one side: the text for a CPU asks for no more."""
+
+    def program(q, k, v, a, b):
+        kind = torch.zeros(q.shape[-2], dtype=torch.long)
+        same = kind[:, None] == kind
+        return torch.softmax(q @ k.mT + torch.where(same, a.expand(*same.shape), b.expand(*same.shape)), -1) @ v
+
+    args = (r(2, 7, 8), r(2, 7, 8), r(2, 7, 8), r(7, 1), r(7, 1))
+    assert_right(fused(program, args), program, args)
+
+
+class Padded(nn.Module):
+    """Positions past a length are zeros for the layers, and masked as keys; sums so far are keys."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.ff = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x, lengths):
+        mask = torch.arange(x.shape[1]) < lengths[:, None]
+        x = x * mask[..., None]
+        q, k = self.q(x), self.k(x).cumsum(1)
+        x = x + torch.softmax((q @ k.mT).masked_fill(~mask[:, None], -1e9), -1) @ k
+        return self.ff(x * mask[..., None])
+
+
+def test_what_a_mask_leaves_is_narrow_for_a_dense_layer():
+    model, args = Padded().eval(), (r(2, 7, 8), torch.tensor([7, 4]))
+    result = rewrite(model, args)
+    assert [chain["passes"] for chain in result.report["chains"]] == [1]
+    assert all(f"self.{name}(" in result.sources["module.py"] for name in ("q", "k", "ff"))
+    for n in (7, 37):
+        with torch.no_grad():
+            assert_right(result, model, (r(2, n, 8), torch.tensor([5, 4])))

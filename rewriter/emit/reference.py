@@ -46,7 +46,7 @@ def ordered(region: Region) -> list[fx.Node]:
         node = todo.pop()
         if node.op == "call_function" and node not in needed and node not in region.inputs and not _is_size(node):
             needed.add(node)
-            todo += value_inputs(node)
+            todo += [region.passed[node]] if node in region.passed else value_inputs(node)
     return [n for n in region.outputs[0].graph.nodes if n in needed]
 
 
@@ -55,5 +55,5 @@ def _is_size(node: fx.Node) -> bool:
 
 
 def _line(node: fx.Node, printer: TorchPrinter, variables: Variables, region: Region) -> str:
-    text = printer.call(node)
+    text = variables.of(region.passed[node]) if node in region.passed else printer.call(node)
     return f"{variables.assign(node, region.display.get(node.name, node.name))} = {text}"

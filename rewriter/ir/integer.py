@@ -27,6 +27,7 @@ Monomial = tuple[Node, ...]
 Poly = dict[Monomial, int]
 
 
+@cache
 def _order(node: Node) -> str:
     return repr(node)
 
@@ -254,6 +255,7 @@ def _content(poly: Poly) -> tuple[Poly, Poly]:
     return common, _split(poly, common)[0]
 
 
+@cache
 def floordiv(a: Node, b: Node) -> Node:
     """a // b in normal form (rounding down)."""
     pa, pb = to_poly(a), to_poly(b)
@@ -283,6 +285,7 @@ def floordiv(a: Node, b: Node) -> Node:
     return Apply("floordiv", (a, from_poly(pb)), torch.int64)
 
 
+@cache
 def mod(a: Node, b: Node) -> Node:
     """a % b in normal form (the sign of b, as torch.remainder)."""
     pa, pb = to_poly(a), to_poly(b)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -13,14 +13,18 @@ from rewriter.ir import Load, Node, Origin, Output, Program, Reduce, index, tran
 from rewriter.lift.ahead import TENTATIVE, Moving, Origins, inherited, is_dynamic, over_others
 from rewriter.lift.broadcast import broadcast_dimensions
 from rewriter.lift.local import LocalLift, lift_locally
+from rewriter.lift.passed import passed_on
 from rewriter.lift.repeated import Repeated, covers, has_reduction, sources
 from rewriter.lift.rounding import with_absorption
+from rewriter.lift.scattered import scattered
 from rewriter.lift.tags import Tags, contracts, tag
 from rewriter.lift.values import Lifted
 from rewriter.trace import Dimension, TracedModule
 from rewriter.trace.calls import VIEWS, call_name, value_inputs
 from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import origin_of, user_names
+
+SCATTERED = "written, because what follows reads each element at many places"
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +33,7 @@ class Region:
 
     `kept` are wide inputs that the program makes and that are written all the same, with the reason. A `tentative`
     one may be a plain dense layer: it is fused only if its reductions depend on each other. `reducing` are those of
-    its nodes that reduce.
+    its nodes that reduce; `passed` calls that hand on one of the tensors they read, and which.
     """
 
     program: Program
@@ -41,6 +45,7 @@ class Region:
     tentative: bool
     kept: dict[fx.Node, str]
     reducing: frozenset[fx.Node] = frozenset()
+    passed: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
 
     @property
     def materialised(self) -> list[Reason]:
@@ -68,20 +73,27 @@ def lift(traced: TracedModule) -> LiftResult:
     regions: list[Region] = []
     for kind in Origins:
         taken = set().union(*({*r.inside, *r.outputs} for r in regions))
-        tags = tag(graph, local, moving, taken, kind)
-        regions += _cut_all(traced, local, tags, names, len(regions), moving.given if kind in TENTATIVE else None)
+        many: set[fx.Node] = set()
+        while True:
+            tags = tag(graph, local, moving, taken | many, kind)
+            cutter = Cutter(traced, local, tags, names)
+            cut = _cut_all(cutter, len(regions), moving.given if kind in TENTATIVE else None)
+            if not cutter.scattered:
+                break
+            many |= cutter.scattered
+        regions += cut
         if kind is Origins.MOVING:
-            reasons, written = tags.reasons, tags.written
+            reasons, written = tags.reasons | dict.fromkeys(many, SCATTERED), tags.written
     fused = set().union(*({*r.inside, *r.outputs} for r in regions))
     unfused = [Reason(r, site_of(n)) for n, r in reasons.items() if n not in fused or n in written]
     return LiftResult(tuple(regions), tuple(unfused), broadcast_dimensions(traced, local))
 
 
-def _cut_all(traced, local, tags: Tags, names, first: int, given: set[fx.Node] | None) -> list[Region]:
+def _cut_all(cutter: Cutter, first: int, given: set[fx.Node] | None) -> list[Region]:
     """given: nodes that depend on the caller's tensors, where regions are tentative."""
-    tentative = given is not None
-    cutter = Cutter(traced, local, tags, names)
-    stages = [s for roots in _components(tags, cutter.reads_of) for s in _stages(traced.graph, roots, local, tags)]
+    tentative, tags = given is not None, cutter.tags
+    components = _components(tags, cutter.reads_of)
+    stages = [s for roots in components for s in _stages(cutter.graph, roots, cutter.local, tags)]
     groups = [g for g in stages if cutter.saves(g)]
     if tentative:
         groups = [g for g in groups if cutter.holds_layer(g) and not any(cutter.has_features(r, given) for r in g)]
@@ -151,7 +163,7 @@ def _stages(graph: fx.Graph, roots: list[fx.Node], local: dict[fx.Node, LocalLif
 
 
 class Cutter:
-    """Inlines what a region computes and stops at what it reads."""
+    """Inlines what a region computes and stops at what it reads. `scattered`: what it inlines at too many places."""
 
     def __init__(self, traced: TracedModule, local: dict[fx.Node, LocalLift], tags: Tags, names: dict[fx.Node, str]):
         self.graph, self.attributes, self.parameters = traced.graph, traced.attributes, traced.parameters
@@ -163,6 +175,7 @@ class Cutter:
         self.memo: dict[fx.Node, Lifted] = {}
         self.repeated = Repeated(traced.graph, local)
         self.spread: set[fx.Node] = set()
+        self.scattered: set[fx.Node] = set()
 
     def reads_of(self, node: fx.Node) -> list[fx.Node]:
         """The values a lifted node is computed from."""
@@ -232,18 +245,20 @@ class Cutter:
         if not outputs:
             return None
         self.claimed = self._between(roots, outputs) | self.roots
-        lifted = [(node, self._inlined(node)) for node in outputs]
+        lifted = [(n, v) for n, v in ((n, self._inlined(n)) for n in outputs) if not _is_made(v.body)]
+        outputs = [n for n, _ in lifted]
         program = Program(name, tuple(self._output(n, v) for n, v in lifted), self.origins)
-        if not program.tensors:
+        if not outputs or not program.tensors:
             return None
+        self.scattered |= scattered(program, {n: v for n, v in self.memo.items() if n in self.tags.origins})
         inside = frozenset(self.memo) - {n for n in self.memo if n.op == "placeholder"}
         inputs = tuple(dict.fromkeys(self.by_name[t.name] for t in program.tensors))
         wide = tuple(n for n in self.memo if self.tags.is_wide(n))
         kept = self._kept(inputs)
         display = self._display(inputs)
         inside -= set(inputs)
-        reducing = self._reducing(inside.union(outputs))
-        return Region(program, tuple(outputs), inputs, inside, wide, display, tentative, kept, reducing)
+        reducing, passed = self._reducing(inside.union(outputs)), passed_on(self.memo)
+        return Region(program, tuple(outputs), inputs, inside, wide, display, tentative, kept, reducing, passed)
 
     def cut_members(
         self,
@@ -264,8 +279,8 @@ class Cutter:
         program = Program(name, tuple(written), origins)
         inputs = tuple(dict.fromkeys(self.by_name[t.name] for t in program.tensors))
         inside = frozenset(n for n in self.memo if n.op != "placeholder") - set(inputs)
-        reducing = self._reducing(inside.union(outputs))
-        return Region(program, outputs, inputs, inside, wide, self._display(inputs), False, {}, reducing)
+        reducing, passed = self._reducing(inside.union(outputs)), passed_on(self.memo)
+        return Region(program, outputs, inputs, inside, wide, self._display(inputs), False, {}, reducing, passed)
 
     def _reducing(self, nodes: frozenset[fx.Node]) -> frozenset[fx.Node]:
         return frozenset(n for n in nodes if n in self.local and has_reduction(self.local[n].value.body))
@@ -384,3 +399,8 @@ def _live_outputs(nodes: list[fx.Node], wide: set[fx.Node]) -> list[fx.Node]:
         if node in wide or node in nodes or leads_back:
             inside.add(node)
     return [n for n in nodes if any(u not in inside for u in n.users)]
+
+
+def _is_made(body: Node) -> bool:
+    """A value of positions alone: PyTorch makes it, where something outside of the region reads it."""
+    return not any(isinstance(n, (Load, Reduce)) for n in walk(body))

@@ -94,18 +94,21 @@ def tag(
 
 
 class _Tagger:
-    """Goes through a graph once. `layered` follows from a dense layer: its widths are numbers, what varies are lengths."""
+    """Goes through a graph once. `layered` follows from a dense layer: its widths are numbers, what varies are lengths.
+    `masked` are wide values that are no larger than what memory holds, wide by masks of two sides alone.
+    """
 
     def __init__(self, graph: fx.Graph, local: dict[fx.Node, LocalLift], movers: Moving, kind: Origins):
         self.graph, self.local, self.kind, self.moving = graph, local, kind, movers.all
         self.by_name = {n.name: n for n in graph.nodes}
         self.ahead, self.repeated = Ahead(graph, local, movers), Repeated(graph, local)
         self.layered: set[fx.Node] = set()
+        self.masked: set[fx.Node] = set()
         self.stopped: set[fx.Node] = set()
         self.tags = Tags()
 
     def tagged(self, stopped: set[fx.Node]) -> Tags:
-        self.stopped, self.tags, self.layered = stopped, Tags(), set()
+        self.stopped, self.tags, self.layered, self.masked = stopped, Tags(), set(), set()
         for order, node in enumerate(self.graph.nodes):
             lifted = self.local[node].value if node in self.local else None
             if any(n in self.layered for n in node.all_input_nodes):
@@ -128,6 +131,7 @@ class _Tagger:
         tags, reads = self.tags, sources(lifted, self.by_name)
         if _is_half_fixed(lifted, reads, self.moving):
             self.layered.add(node)
+        self._narrow(lifted, reads)
         dims = inherited(lifted, reads, tags.dims)
         before = frozenset().union(*(tags.derived.get(y, ()) for y, _ in reads))
         tags.renewed[node] = frozenset().union(*(tags.renewed.get(y, ()) for y, _ in reads))
@@ -143,6 +147,27 @@ class _Tagger:
             tags.derived[node] = before | _reduced_origins(lifted, reads, tags)
             if tags.has_both_sides(node):
                 _place_wide(node, self.local, tags, self.stopped)
+                self.masked |= {node} if self._is_masked(node, lifted, reads) else set()
+
+    def _narrow(self, lifted: Lifted, reads) -> None:
+        """A masked value that a dense layer reads is narrow, as it is without its mask: linear(x · (n < length[b]))"""
+        if not contracts(lifted) or len({n for n, _ in reads if n in self.moving}) != 1:
+            return
+        for source, _ in reads:
+            if source in self.masked:
+                self.masked.discard(source)
+                self.tags.dims[source] = tuple(frozenset() for _ in self.tags.dims[source])
+                self.tags.wide = [n for n in self.tags.wide if n is not source]
+
+    def _is_masked(self, node: fx.Node, lifted: Lifted, reads) -> bool:
+        origins = (self.ahead.nodes[o] for o in _origins(self.tags.dims[node]))
+        if any(has_reduction(self.local[o].value.body) for o in origins):
+            return False
+        axes = frozenset(a for a in lifted.axes if not isinstance(a.extent, Const) or a.extent.value > 1)
+        return any(
+            axes <= load.free and n in self.moving and (n in self.masked or not self.tags.has_both_sides(n))
+            for n, load in reads
+        )
 
     def _ended(self, node: fx.Node, lifted: Lifted, reads, dims: tuple[frozenset[Tag], ...]) -> frozenset[int] | None:
         """The origins that a value is computed from which wide ones do not go through; None for others."""

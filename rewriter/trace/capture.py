@@ -283,7 +283,18 @@ def _export(module: nn.Module, args: tuple, kwargs: dict, static: frozenset[Dime
         raise
     except Exception as error:
         program = _export_piecewise(module, args, kwargs, static, error)
-    return _plain(program) if any(_is_inplace(n) or _wraps(n) for n in program.graph.nodes) else program
+    program = _plain(program) if any(_is_inplace(n) or _wraps(n) for n in program.graph.nodes) else program
+    _count_users(program.graph)
+    return program
+
+
+def _count_users(graph: fx.Graph) -> None:
+    """Every node that reads another is among its users: export forgets some where the program returns what it reads
+    as well.
+    """
+    for node in graph.nodes:
+        for read in node.all_input_nodes:
+            read.users.setdefault(node)
 
 
 def _plain(program):
