@@ -13,14 +13,19 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
+from rewriter.check.smaller import Call, other_sizes
 from rewriter.emit import KernelFile
 from rewriter.errors import Reason, RewriteError
 from rewriter.patch.forward import attribute_path
 from rewriter.patch.state import own_tensors, parts_of, ties
 from rewriter.pipeline import Fused, Rewritten, Work, completed, through
+from rewriter.trace.caches import unchanged
 from rewriter.trace.capture import tensors_of
+from rewriter.trace.contexts import fake_tensors, quiet
 from rewriter.trace.record import ModuleCall, record
 
 TRACING = ("trace", "lift", "derive")
@@ -93,8 +98,11 @@ class _Search:
     @cached_property
     def calls(self) -> dict[str, tuple[ModuleCall, ...]]:
         """Those of submodules, by path."""
-        is_module = isinstance(self.whole.module, nn.Module)
-        return record(self.whole.module, self.whole.args, self.whole.kwargs) if is_module else {}
+        module, given = self.whole.module, (self.whole.args, self.whole.kwargs)
+        if not isinstance(module, nn.Module):
+            return {}
+        runs = _runs_without_data if _runs_without_data(module, given) else _runs
+        return record(module, *given, other_sizes(given, lambda call: runs(module, call)))
 
     def hosts_in(self, call: ModuleCall) -> list[Host]:
         """What is rewritten of a module: parts of it, or itself. Raises RewriteError where nothing traces."""
@@ -186,7 +194,9 @@ class _Search:
     def _at(self, path: str, outputs: int | None) -> list[Host]:
         """A host for each form of call of the module at a path, where each has chains, of at most so many outputs."""
         works = [(call, self._rewritten(call, outputs)) for call in self.calls[path]]
-        return [Host(call, work.rewritten, (path,)) for call, work in works] if all(w for _, w in works) else []
+        if not all(work or call.likely for call, work in works):
+            return []
+        return [Host(call, work.rewritten, (path,)) for call, work in works if work]
 
     def _rewritten(self, call: ModuleCall, outputs: int | None) -> Work | None:
         """None where it can't be, or its chains have more outputs."""
@@ -274,6 +284,20 @@ def _joined(hosts: Iterable[Host]) -> dict[str, str]:
         return f"## {host.shown}: {', '.join(host.paths)}\n{said}" if any(host.paths) else said
 
     return {stage: "\n\n".join(text(h, stage) for h in hosts) for stage in stages}
+
+
+def _runs_without_data(module: nn.Module, call: Call) -> bool:
+    with fake_tensors() as mode:
+        return _runs(module, pytree.tree_map_only(torch.Tensor, mode.from_tensor, call))
+
+
+def _runs(module: nn.Module, call: Call) -> bool:
+    try:
+        with torch.no_grad(), unchanged(module), quiet():
+            module(*call[0], **call[1])
+    except Exception:
+        return False
+    return True
 
 
 def _is_plain_layer(module: nn.Module) -> bool:

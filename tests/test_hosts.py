@@ -343,3 +343,53 @@ def test_a_model_of_another_dtype_runs_its_own_code_until_it_is_back():
             close(module.float().double()(r(2, 7, 8).double()).float(), program.float()(r(2, 7, 8)))
         with said(kernels=3):
             close(module.float()(r(2, 7, 8)), program.float()(r(2, 7, 8)))
+
+
+class Sized(nn.Module):
+    """Tells its layer how long the input is, in a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Windows()
+
+    def forward(self, x):
+        return x + self.inner(x, x.shape[1])
+
+
+class Windows(nn.Module):
+    def forward(self, x, length):
+        scores = x @ x.mT - torch.arange(length, device=x.device) * 0.1
+        return scores.softmax(-1) @ x
+
+
+def test_numbers_that_a_caller_computes_from_sizes_are_its_own():
+    program = Sized().eval()
+    result = fused(program, (r(2, 9, 8),))
+    assert hosts(result) == {"Sized": []}
+    for shape in SIZES:
+        right(result, program, *shape, calls=1)
+
+
+class Padded(nn.Module):
+    """As transformers does: a mask of ones is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = Attn(weights=False)
+
+    def forward(self, x, keep):
+        if bool(keep.all()):
+            return self.attn(x)
+        return self.attn(x, mask=torch.zeros(keep.shape).masked_fill(keep == 0, -1e9)[:, None])
+
+
+@pytest.mark.parametrize("given", (0, 1))
+def test_a_mask_that_is_dropped_where_it_says_nothing(given):
+    torch.manual_seed(0)
+    program = Padded().eval()
+    masks = torch.ones(2, 9, dtype=torch.long), torch.ones(2, 9, dtype=torch.long)
+    masks[1][0, 5:] = 0
+    result = fused(program, (r(2, 9, 8), masks[given]))
+    for mask in masks:
+        with torch.no_grad(), said(kernels=1):
+            close(result.module(r(2, 9, 8), mask), program(r(2, 9, 8), mask))

@@ -138,15 +138,15 @@ def test_a_product_of_two_wide_values_stays_eager(function, written):
     """Its operands are written, once, and that is said; between chains it is no chain's."""
     rewritten = rewrite(function, (r(2, 33, 8), r(2, 33, 8), r(2, 33, 8)))
     said = [x for x in rewritten.report["unfused"] if "product of two wide values" in x["reason"]]
-    assert len(said) == written
+    assert len(said) == min(1, written)  # a line says it once
     assert len(rewritten.report["chains"]) == max(1, written)
 
 
 def test_layers_are_not_computed_again_by_those_after_them():
     """x + f(norm(x)): the dense layer that x comes from is normalised, and written all the same."""
     model = nn.Sequential(*(Layer(16) for _ in range(3)), nn.LayerNorm(16)).eval().requires_grad_(False)
-    found = [chain["passes"] for chain in rewrite(model, (r(2, 9, 16),)).report["chains"]]
-    assert found == [1, 1, 1]
+    found = [(chain["passes"], chain["modules"]) for chain in rewrite(model, (r(2, 9, 16),)).report["chains"]]
+    assert found == [(1, ["0", "1", "2"])]
 
 
 def turned(points, turns, values):

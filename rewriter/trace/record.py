@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,18 +18,27 @@ from rewriter.trace.contexts import masks_as_given, quiet
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """One call of a module: `path` is where the model holds it, "" the model itself."""
+    """One call of a module: `path` is where the model holds it, "" the model itself.
+
+    `likely`: not of the example itself, but of other values of its masks.
+    """
 
     path: str
     module: nn.Module
     args: tuple
     kwargs: dict[str, Any]
+    likely: bool = False
 
     @property
     def form(self) -> Hashable:
         """What two calls have in common for which one trace will do: all but the values of tensors."""
         leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
         return repr(spec), tuple(map(_form, leaves))
+
+    @property
+    def form_at_any_size(self) -> Hashable:
+        leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
+        return repr(spec), tuple((x.dtype, x.dim()) if torch.is_tensor(x) else _form(x) for x in leaves)
 
 
 def _form(leaf: Any) -> Hashable:
@@ -38,25 +47,70 @@ def _form(leaf: Any) -> Hashable:
     return leaf.dtype, leaf.layout, tuple(leaf.shape) if leaf.layout is torch.strided else ()
 
 
-def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, tuple[ModuleCall, ...]]:
+Calls = dict[str, tuple[ModuleCall, ...]]
+
+
+def record(
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], elsewhere: tuple[tuple, dict] | None = None
+) -> Calls:
     """The calls of each submodule by path, in order, one of each form; nothing where the model does not run.
 
-    The model is as before at the end. Left out is a submodule whose instance has a `forward` of its own: another class
-    would not change what it does. So is one that is called in other ways where a mask has other values.
+    elsewhere: arguments of other sizes. A submodule that is then called with other numbers is left out: its caller
+    computes them. So is one whose instance has a `forward` of its own, as another class would not change what it does,
+    and one that torch calls in other ways where a mask has other values. The model is as before at the end.
     """
     calls = _recorded(module, args, kwargs)
-    if not any(isinstance(part, (nn.TransformerEncoder, nn.TransformerDecoder)) for part in module.modules()):
-        return calls
-    with masks_as_given():
-        others = _recorded(module, args, kwargs)
-    return {path: found for path, found in calls.items() if _forms(found) == _forms(others.get(path, ()))}
+    if any(isinstance(part, (nn.TransformerEncoder, nn.TransformerDecoder)) for part in module.modules()):
+        with masks_as_given():
+            calls = _with_equal(lambda call: call.form, calls, _recorded(module, args, kwargs))
+    if elsewhere:
+        others = _recorded(module, *elsewhere)
+        calls = _with_equal(lambda call: call.form_at_any_size, calls, others) if others else calls
+    for masked in _other_masks(args, kwargs) if calls else ():
+        for path, others in _recorded(module, *masked).items():
+            forms = _forms(calls.get(path, ()))
+            new = (replace(call, likely=True) for call in others if call.form not in forms)
+            calls |= {path: (*calls[path], *new)} if path in calls else {}
+    return calls
+
+
+def _with_equal(form: Callable[[ModuleCall], Hashable], calls: Calls, others: Calls) -> Calls:
+    """Those that are called in the same ways."""
+
+    def forms(found: tuple[ModuleCall, ...]) -> set[Hashable]:
+        return set(map(form, found))
+
+    return {path: found for path, found in calls.items() if forms(found) == forms(others.get(path, ()))}
+
+
+def _other_masks(args: tuple, kwargs: dict[str, Any]) -> list[tuple[tuple, dict]]:
+    """The arguments with masks of ones and zeros that are ones throughout, and not: models drop masks of ones."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    masks = [torch.is_tensor(x) and x.numel() > 1 and _is_mask(x) for x in leaves]
+    if not any(masks):
+        return []
+    full = [torch.ones_like(x) if is_mask else x for x, is_mask in zip(leaves, masks)]
+    cut = [_without_last(x) if is_mask else x for x, is_mask in zip(full, masks)]
+    return [pytree.tree_unflatten(given, spec) for given in (full, cut)]
+
+
+def _is_mask(tensor: torch.Tensor) -> bool:
+    whole = not (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
+    return whole and bool(((tensor == 0) | (tensor == 1)).all())
+
+
+def _without_last(mask: torch.Tensor) -> torch.Tensor:
+    """Nothing at the last position."""
+    out = mask.clone()
+    out[..., -1] = 0
+    return out
 
 
 def _forms(calls: tuple[ModuleCall, ...]) -> list[Hashable]:
     return [call.form for call in calls]
 
 
-def _recorded(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, tuple[ModuleCall, ...]]:
+def _recorded(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Calls:
     calls: dict[str, dict[Hashable, ModuleCall]] = {}
 
     def note(call: ModuleCall) -> None:
