@@ -26,6 +26,7 @@ from rewriter.pipeline import Fused, Rewritten, Work, completed, through
 from rewriter.trace.caches import unchanged
 from rewriter.trace.capture import tensors_of
 from rewriter.trace.contexts import fake_tensors, quiet
+from rewriter.trace.memos import nothing_remembered
 from rewriter.trace.record import ModuleCall, record
 
 TRACING = ("trace", "lift", "derive")
@@ -293,7 +294,7 @@ def _runs_without_data(module: nn.Module, call: Call) -> bool:
 
 def _runs(module: nn.Module, call: Call) -> bool:
     try:
-        with torch.no_grad(), unchanged(module), quiet():
+        with torch.no_grad(), unchanged(module), nothing_remembered(module), quiet():
             module(*call[0], **call[1])
     except Exception:
         return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from library_programs import close, said, tensors
@@ -131,3 +133,41 @@ def test_a_table_that_is_there_already_is_not_assumed_to_be_the_same():
     expected.mask, expected.length = rewritten.mask, 9
     with said("self.length is not 0"):
         close(rewritten(*tensors(*SHAPE)), expected(*tensors(*SHAPE)))
+
+
+@functools.lru_cache
+def distances(length):
+    i = torch.arange(length)
+    return (i[:, None] - i).abs().float()
+
+
+def remembering(function):
+    kept = functools.lru_cache(function)
+    return functools.wraps(function)(lambda *args: kept(*args))
+
+
+class Remembers(nn.Module):
+    @functools.lru_cache
+    def slope(self, length):
+        return torch.full((), 0.1)
+
+    @staticmethod
+    @remembering
+    def shift(length):
+        return torch.arange(length) * 0.01
+
+    def forward(self, q, k, v):
+        length = int(q.shape[1])
+        return (q @ k.mT - self.slope(length) * distances(length) + self.shift(length)).softmax(-1) @ v
+
+
+def test_what_functions_remember_is_neither_traced_nor_left_without_data():
+    module, args = Remembers().eval(), tensors(*SHAPE)
+    expected = module(*args)
+    rewritten = rewrite(module, args).module
+    for program in (module, rewritten):
+        out = program(*args)
+        assert type(out) is torch.Tensor
+        close(out, expected)
+    others = tensors(2, 2 * SHAPE[1], SHAPE[2])
+    close(rewritten(*others), module(*others))

@@ -35,6 +35,7 @@ from rewriter.trace.attributes import watched
 from rewriter.trace.caches import caches
 from rewriter.trace.contexts import any_function, autocasts, masks_as_given, quiet
 from rewriter.trace.idle import without_idle
+from rewriter.trace.memos import nothing_remembered
 from rewriter.trace.ones import Dimension, enlarge, loose
 from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import is_user_file, origin_of, user_site
@@ -145,7 +146,13 @@ def capture(
     traced_as = module if isinstance(module, nn.Module) else _Function(module)
     args, kwargs = _apart(args, _in_order(traced_as, kwargs))
     traced_as = _with_every_parameter(traced_as, kwargs)
-    with masks_as_given(), watched(traced_as, caches(traced_as, args, kwargs)) as state, autocasts() as autocast:
+    remembered = nothing_remembered(module)
+    with (
+        remembered,
+        masks_as_given(),
+        watched(traced_as, caches(traced_as, args, kwargs)) as state,
+        autocasts() as autocast,
+    ):
         try:
             enlarged = enlarge(traced_as, args, kwargs, bound)
         except Exception as error:  # tensors without sizes: nested ones
