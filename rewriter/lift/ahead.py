@@ -109,6 +109,11 @@ class Ahead:
                 return True
         return False
 
+    def is_normalised(self, order: int, sides: Sides) -> bool:
+        """Whether one of its sides is reduced later by itself."""
+        readers = self._readers(order, sides, set(self.nodes))
+        return any(frozenset().union(*sides) & _over_itself(self.local[n].value, r, held) for n, r, held, _ in readers)
+
     def _readers(self, order: int, sides: tuple[frozenset[Axis], ...], operands: Set[fx.Node]):
         """(node, reads, axes of the origin by dimension of what is read, whether all so far are factors) of each
         node that is computed from the origin while it has axes of both sides and none was summed together with one of

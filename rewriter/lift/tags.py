@@ -32,7 +32,7 @@ class Tags:
     because something outside reads them; `stored` those that are read from memory by what follows. `derived[node]`
     are the origins that a value has been reduced over, or follows from one that has; `renewed[node]` those of them
     that a matrix product has come after: it may be as wide again. `paired` are origins whose values are paired along
-    other axes later.
+    other axes later. `summaries` are origins that sum along positions, and are normalised.
     """
 
     dims: dict[fx.Node, tuple[frozenset[Tag], ...]] = field(default_factory=dict)
@@ -45,6 +45,7 @@ class Tags:
     renewed: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
     reasons: dict[fx.Node, str] = field(default_factory=dict)
     paired: set[fx.Node] = field(default_factory=set)
+    summaries: dict[fx.Node, int] = field(default_factory=dict)
 
     def has_both_sides(self, node: fx.Node) -> bool:
         return bool(_origins(self.dims.get(node, ())))
@@ -177,6 +178,11 @@ class _Tagger:
             for source in multiplied:
                 _store(source, tags, "it is an operand of a product of two wide values, which stays eager")
             return frozenset().union(*(tags.behind(y) for y in multiplied))
+        weights = _weights_of_summaries(lifted, reads, dims, tags)
+        if weights:
+            for source in weights:
+                _store(source, tags, None)
+            return frozenset().union(*(tags.behind(y) for y in weights))
         if _has_lost_a_side(dims, reads, tags) or (not _origins(dims) and _is_chain(lifted, reads, self.moving)):
             tags.roots.append(node)
             return frozenset().union(*(_origins(tags.dims.get(y, ())) for y, _ in reads))
@@ -191,7 +197,10 @@ class _Tagger:
         half_fixed = self.kind in TENTATIVE and _is_half_fixed(lifted, reads, self.moving)
         alive = {n for n, _ in reads} if half_fixed else self.moving
         narrow = {n for n in alive if not tags.has_both_sides(n)}
-        sides = _sides(lifted, reads, narrow, is_layered)
+        sides = self._summary_sides(order, lifted, reads, narrow) if is_layered else None
+        if sides:
+            tags.summaries[node] = order
+        sides = sides or _sides(lifted, reads, narrow, is_layered)
         if not sides and not _origins(dims):
             # An operand may repeat what it is made of: q[m, d] · (k[n, d] + table[m - n, d])
             opened = self.repeated.opened(self.repeated.written_out(lifted))
@@ -203,6 +212,23 @@ class _Tagger:
             pair = _sides(lifted, reads, alive, is_layered)
             tags.paired |= {self.ahead.nodes[o] for o in _paired_beside(pair, lifted, dims)}
         return dims
+
+    def _summary_sides(self, order: int, lifted: Lifted, reads, narrow: set[fx.Node]) -> Sides | None:
+        """The sides of a summary that is normalised along one of them: softmax(q[n, c] k[n, d]) of channels."""
+        if self.kind is not Origins.MOVING:
+            return None
+        reduces = [r for r in walk(lifted.body) if isinstance(r, Reduce)]
+        pairs = ((r, _outer_pair(lifted.axes, _inside(r, reads), narrow)) for r in reduces)
+        sides = next((sides for r, sides in pairs if sides and _is_summary(r, sides)), None)
+        return sides if sides and self.ahead.is_normalised(order, sides) else None
+
+
+def _weights_of_summaries(lifted: Lifted, reads, dims: tuple[frozenset[Tag], ...], tags: Tags) -> list[fx.Node]:
+    """The weights, short, by which something is weighed that is as long as what was summed into them."""
+    if not contracts(lifted) or not _has_lost_a_side(dims, reads, tags):
+        return []
+    summaries = frozenset(tags.summaries.values())
+    return [source for source, _ in reads if _origins(tags.dims.get(source, ())) & summaries]
 
 
 def _paired_beside(pair: Sides | None, lifted: Lifted, dims: tuple[frozenset[Tag], ...]) -> set[int]:
