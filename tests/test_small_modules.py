@@ -176,3 +176,25 @@ def test_what_a_mask_leaves_is_narrow_for_a_dense_layer():
     for n in (7, 37):
         with torch.no_grad():
             assert_right(result, model, (r(2, n, 8), torch.tensor([5, 4])))
+
+
+class Copied(nn.Module):
+    """Asks for what is contiguous already in the example, at a length that needs no padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x):
+        b, n, c = x.shape
+        q, k, v = self.qkv(x.contiguous().view(b * n, c)).view(b, n, 24).chunk(3, -1)
+        out = F.pad((q @ k.mT).softmax(-1) @ v, (0, 0, 0, -n % 4))
+        return out[:, :n].contiguous().view(b * n, c)
+
+
+def test_copies_that_the_example_does_not_need():
+    model = Copied().eval()
+    result = fused(model, (r(2, 8, 8),))
+    with torch.no_grad():
+        for x in (r(3, 7, 8), r(9, 2, 8).transpose(0, 1)):
+            assert_right(result, model, (x,))
