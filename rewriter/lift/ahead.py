@@ -11,7 +11,7 @@ from enum import Enum, auto
 import torch
 from torch import fx
 
-from rewriter.ir import Apply, Axis, Const, Load, Node, Reduce, walk
+from rewriter.ir import Apply, Axis, Const, Load, Node, Reduce, index, walk
 from rewriter.lift.local import LocalLift, load_of
 from rewriter.lift.repeated import sources
 from rewriter.lift.values import Lifted
@@ -76,6 +76,20 @@ class Ahead:
             width = math.prod(into[a] for a in lifted.axes if a in others and not _held_at(frozenset([a]), reads, held))
             if stream and rows and all(math.prod(lengths[a] for a in side) > width for side in (rows, stream)):
                 return rows, stream
+        return None
+
+    def pooled_along(self, order: int) -> Sides | None:
+        """The other axes of an origin, and those along which it is normalised and then weighs something, where that is
+        a length: softmax_n(q[b, d] k[b, n, d]) · v[b, n, e] of one query.
+        """
+        axes = frozenset(a for a in self.axes[self.nodes[order]] if index(a).free)
+        normalised: frozenset[Axis] = frozenset()
+        for node, reads, held, _ in self._readers(order, (), self.moving):
+            lifted = self.local[node].value
+            normalised |= _over_itself(lifted, reads, held) & axes
+            stream = over_others(lifted, reads, held, self.moving) & normalised
+            if stream:
+                return (axes - stream, stream) if axes - stream and any(map(is_dynamic, stream)) else None
         return None
 
     def narrowed(self, order: int, sides: Sides) -> Sides:

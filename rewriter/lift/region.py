@@ -357,14 +357,15 @@ class Cutter:
         return self.memo[node]
 
     def _expanded(self, local: Lifted, node: fx.Node) -> Node:
-        sides = dict(zip(local.axes, self.tags.dims.get(node, ())))
+        is_pooled = node in self.tags.pooled  # of operands that are narrow, whatever they have
+        sides = {} if is_pooled else dict(zip(local.axes, self.tags.dims.get(node, ())))
         everything = frozenset(a for a in local.axes if index(a).free)
 
         def rule(n: Node) -> Node:
             if not isinstance(n, Load) or n.tensor.name not in self.by_name:
                 return n
             source = self.by_name[n.tensor.name]
-            is_wide = _has_both(n, sides) or (node in self.spread and everything <= n.free)
+            is_wide = _has_both(n, sides) or (node in self.spread and not is_pooled and everything <= n.free)
             is_spread = is_wide and covers(n, n.free)
             if is_spread:
                 self.spread.add(source)
