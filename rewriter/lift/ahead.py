@@ -86,7 +86,8 @@ class Ahead:
         normalised: frozenset[Axis] = frozenset()
         for node, reads, held, _ in self._readers(order, (), self.moving):
             lifted = self.local[node].value
-            normalised |= _over_itself(lifted, reads, held) & axes
+            if _has_no_more(lifted, inherited(lifted, reads, held)):
+                normalised |= _over_itself(lifted, reads, held) & axes
             stream = over_others(lifted, reads, held, self.moving) & normalised
             if stream:
                 return (axes - stream, stream) if axes - stream and any(map(is_dynamic, stream)) else None
@@ -182,6 +183,11 @@ def _over_itself(lifted: Lifted, reads, held) -> frozenset[Axis]:
     bound = frozenset(a for r in walk(lifted.body) if isinstance(r, Reduce) for a in r.axes)
     others = frozenset().union(*(load.free for n, load in reads if n not in held))
     return _held_at(bound - others, reads, held)
+
+
+def _has_no_more(lifted: Lifted, dims: tuple[frozenset, ...]) -> bool:
+    """Whether a value has no axes but those it has of an origin."""
+    return all(held for axis, held in zip(lifted.axes, dims) if index(axis).free)
 
 
 def _held_at(axes: frozenset[Axis], reads, held) -> frozenset[Axis]:

@@ -210,7 +210,7 @@ class _Tagger:
         if sides and self.kind is not Origins.STORED and self.ahead.is_worth(order, sides, self.kind):
             tags.origins.add(node)
             dims = _with_origin(order, lifted.axes, dims, self.ahead.narrowed(order, sides))
-        elif not _origins(dims) and (pooled := self._pooled(order, lifted, reads, alive)):
+        elif not _origins(dims) and (pooled := self._pooled(order, node, lifted, reads, alive)):
             tags.origins.add(node)
             tags.pooled.add(node)
             dims = _with_origin(order, lifted.axes, dims, pooled)
@@ -219,9 +219,9 @@ class _Tagger:
             tags.paired |= {self.ahead.nodes[o] for o in _paired_beside(pair, lifted, dims)}
         return dims
 
-    def _pooled(self, order: int, lifted: Lifted, reads, alive: set[fx.Node]) -> Sides | None:
+    def _pooled(self, order: int, node: fx.Node, lifted: Lifted, reads, alive: set[fx.Node]) -> Sides | None:
         """The sides of scores of one row: of a query by itself, or one that is learned."""
-        if self.kind in (Origins.STORED, Origins.ANY) or not contracts(lifted):
+        if self.kind in (Origins.STORED, Origins.ANY) or node not in self.ahead.axes or not contracts(lifted):
             return None
         if sum(node in alive for node, _ in reads) < 2 or any(map(self.tags.has_both_sides, (n for n, _ in reads))):
             return None
