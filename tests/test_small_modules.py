@@ -198,3 +198,42 @@ def test_copies_that_the_example_does_not_need():
     with torch.no_grad():
         for x in (r(3, 7, 8), r(9, 2, 8).transpose(0, 1)):
             assert_right(result, model, (x,))
+
+
+def first_column_is_free(q, k, v):
+    scores = (q @ k.mT).clone()
+    scores[..., -k.shape[1]] = 0.0
+    return scores.softmax(-1) @ v
+
+
+def test_a_position_made_from_sizes_is_assigned_to():
+    result = fused(first_column_is_free, (r(2, 7, 8), r(2, 9, 8), r(2, 9, 8)))
+    for n in (9, 5, 1):
+        assert_right(result, first_column_is_free, (r(3, 4, 8), r(3, n, 8), r(3, n, 8)))
+
+
+class OneQuery(nn.Module):
+    """A query attends by itself; it is the first token, or learned."""
+
+    def __init__(self, learned: bool):
+        super().__init__()
+        self.learned = learned
+        self.query = nn.Parameter(r(1, 1, 8))
+        self.q, self.kv, self.out = nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(8, 8)
+
+    def forward(self, x):
+        b = x.shape[0]
+        q = self.q(self.query.expand(b, -1, -1) if self.learned else x[:, :1])
+        k, v = self.kv(x).chunk(2, -1)
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in (q, k, v))
+        return self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_one_query_attends(learned):
+    model = OneQuery(learned).eval()
+    result = fused(model, (r(2, 9, 8),))
+    assert result.report["chains"][0]["passes"] == 1
+    with torch.no_grad():
+        for sizes in ((2, 9), (1, 40), (3, 1)):
+            assert_right(result, model, (r(*sizes, 8),))
