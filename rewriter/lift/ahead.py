@@ -126,7 +126,7 @@ class Ahead:
 
     def is_normalised(self, order: int, sides: Sides) -> bool:
         """Whether one of its sides is reduced later by itself."""
-        readers = self._readers(order, sides, set(self.nodes))
+        readers = self._readers(order, sides, self.moving)
         return any(frozenset().union(*sides) & _over_itself(self.local[n].value, r, held) for n, r, held, _ in readers)
 
     def _readers(self, order: int, sides: tuple[frozenset[Axis], ...], operands: Set[fx.Node]):
