@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import nn
 
 from rewriter.check.smaller import short_sizes, shown_sizes
+from rewriter.check.worker import _at_most, _TooSlow
 from rewriter.load import load
 from rewriter.load.weight import MOST_WORK, too_large, weighed
 from rewriter.options import Options
@@ -58,3 +61,8 @@ def test_a_file_that_asks_for_a_gpu(tmp_path):
     )
     loaded = load(Options(file))
     assert loaded.args[0].device.type == "cpu" and "no GPU" in loaded.notes[0].text
+
+
+def test_patience_ends():
+    with pytest.raises(_TooSlow), _at_most(1):
+        time.sleep(3)
