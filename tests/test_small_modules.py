@@ -68,6 +68,9 @@ def test_a_summary_is_normalised():
     for sizes in ((2, 17), (1, 130), (3, 1)):
         with torch.no_grad():
             assert_right(result, model, (r(*sizes, 8),))
+    half = rewrite(model.half(), (r(2, 17, 8).half(),))
+    with torch.no_grad():
+        assert_right(half, model, (r(2, 50, 8).half(),), dtype=torch.float16)
 
 
 class Features(nn.Module):
