@@ -48,7 +48,7 @@ def test_equal_layers_share_a_kernel():
 
 
 class Channels(nn.Module):
-    """Channels attend to channels: their scores are small, however many positions there are."""
+    """Channels attend to channels: their scores are sums along positions."""
 
     def __init__(self):
         super().__init__()
@@ -57,6 +57,20 @@ class Channels(nn.Module):
     def forward(self, x):
         q, k, v = self.qkv(x).mT.chunk(3, 1)
         return (torch.softmax(F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT, -1) @ v).mT
+
+
+def test_a_summary_is_normalised():
+    """Summed in one kernel whatever the length, its softmax taken in another; what that weighs is as long again."""
+    model = Channels().eval()
+    result = rewrite(model, (r(2, 17, 8),))
+    (chain,) = result.report["chains"]
+    assert chain["passes"] == 3
+    for sizes in ((2, 17), (1, 130), (3, 1)):
+        with torch.no_grad():
+            assert_right(result, model, (r(*sizes, 8),))
+    half = rewrite(model.half(), (r(2, 17, 8).half(),))
+    with torch.no_grad():
+        assert_right(half, model, (r(2, 50, 8).half(),), dtype=torch.float16)
 
 
 class Features(nn.Module):
@@ -87,7 +101,6 @@ class FeaturesApart(nn.Module):
 @pytest.mark.parametrize(
     "program, args",
     [
-        (Channels(), (r(2, 17, 8),)),
         (Features(2), (r(2, 17, 8),)),
         (FeaturesApart(), (r(2, 17, 8),)),
         (
@@ -96,7 +109,7 @@ class FeaturesApart(nn.Module):
         ),  # positions weighed into a summary
         (lambda q, k, v: F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT, (r(2, 17, 8), r(2, 19, 8), r(2, 19, 8))),
     ],
-    ids=["channels", "features", "features_apart", "summary", "cosines"],
+    ids=["features", "features_apart", "summary", "cosines"],
 )
 def test_narrow_values_are_left(program, args):
     assert not rewrite(program, args).report["chains"]
@@ -166,3 +179,64 @@ def test_what_a_mask_leaves_is_narrow_for_a_dense_layer():
     for n in (7, 37):
         with torch.no_grad():
             assert_right(result, model, (r(2, n, 8), torch.tensor([5, 4])))
+
+
+class Copied(nn.Module):
+    """Asks for what is contiguous already in the example, at a length that needs no padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x):
+        b, n, c = x.shape
+        q, k, v = self.qkv(x.contiguous().view(b * n, c)).view(b, n, 24).chunk(3, -1)
+        out = F.pad((q @ k.mT).softmax(-1) @ v, (0, 0, 0, -n % 4))
+        return out[:, :n].contiguous().view(b * n, c)
+
+
+def test_copies_that_the_example_does_not_need():
+    model = Copied().eval()
+    result = fused(model, (r(2, 8, 8),))
+    with torch.no_grad():
+        for x in (r(3, 7, 8), r(9, 2, 8).transpose(0, 1)):
+            assert_right(result, model, (x,))
+
+
+def first_column_is_free(q, k, v):
+    scores = (q @ k.mT).clone()
+    scores[..., -k.shape[1]] = 0.0
+    return scores.softmax(-1) @ v
+
+
+def test_a_position_made_from_sizes_is_assigned_to():
+    result = fused(first_column_is_free, (r(2, 7, 8), r(2, 9, 8), r(2, 9, 8)))
+    for n in (9, 5, 1):
+        assert_right(result, first_column_is_free, (r(3, 4, 8), r(3, n, 8), r(3, n, 8)))
+
+
+class OneQuery(nn.Module):
+    """A query attends by itself; it is the first token, or learned."""
+
+    def __init__(self, learned: bool):
+        super().__init__()
+        self.learned = learned
+        self.query = nn.Parameter(r(1, 1, 8))
+        self.q, self.kv, self.out = nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(8, 8)
+
+    def forward(self, x):
+        b = x.shape[0]
+        q = self.q(self.query.expand(b, -1, -1) if self.learned else x[:, :1])
+        k, v = self.kv(x).chunk(2, -1)
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in (q, k, v))
+        return self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_one_query_attends(learned):
+    model = OneQuery(learned).eval()
+    result = fused(model, (r(2, 9, 8),))
+    assert result.report["chains"][0]["passes"] == 1
+    with torch.no_grad():
+        for sizes in ((2, 9), (1, 40), (3, 1)):
+            assert_right(result, model, (r(*sizes, 8),))

@@ -16,6 +16,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 # For the interpreter: more than one tile each way, and no whole number of tiles.
 SHORT_BATCH, SHORT_LENGTH = 2, 97
+SHORTER_LENGTHS = (31, 11)  # of images, whose positions are as many squared
 
 
 def other_sizes(call: Call, fits: Callable[[Call], bool]) -> Call | None:
@@ -23,11 +24,11 @@ def other_sizes(call: Call, fits: Callable[[Call], bool]) -> Call | None:
     return _cut(call, lambda size, _: size - size // 3, fits)
 
 
-def short_sizes(call: Call, fits: Callable[[Call], bool]) -> Call | None:
-    """The inputs with free sizes of at most SHORT_BATCH or SHORT_LENGTH; None if none gets smaller."""
+def short_sizes(call: Call, fits: Callable[[Call], bool], length: int = SHORT_LENGTH) -> Call | None:
+    """The inputs with free sizes of at most SHORT_BATCH or `length`; None if none gets smaller."""
 
     def shorter(size: int, is_batch: bool) -> int:
-        return min(size, SHORT_BATCH if is_batch else SHORT_LENGTH)
+        return min(size, SHORT_BATCH if is_batch else length)
 
     return _cut(call, shorter, fits)
 
@@ -36,7 +37,7 @@ def _cut(call: Call, shorter: Callable[[int, bool], int], fits: Callable[[Call],
     """Cuts one size after the other and keeps what fits.
 
     Each in every tensor that has it; or, where that does not fit (a length that is equal to the width by chance), in
-    one dimension of every tensor.
+    those dimensions of every tensor where it does.
     """
     found, batches = call, _batches(call)
     rank = max((tensor.dim() for tensor in _tensors(call)), default=0)
@@ -46,7 +47,8 @@ def _cut(call: Call, shorter: Callable[[int, bool], int], fits: Callable[[Call],
             cut = _resized(found, size, new, dims)
             if _shapes(cut) != _shapes(found) and fits(cut):
                 found = cut
-                break
+                if len(dims) == rank:
+                    break
     return None if found is call else found
 
 

@@ -11,31 +11,56 @@ import copy
 import json
 import math
 import pickle
+import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
 
 from rewriter.api import import_package
 from rewriter.check.launches import Launch, Recorder, record
 from rewriter.check.messages import Request, Result
 from rewriter.check.numerics import compare, run_float64
-from rewriter.check.smaller import Call, other_sizes, short_sizes, shown_sizes
+from rewriter.check.smaller import SHORT_LENGTH, SHORTER_LENGTHS, Call, other_sizes, short_sizes, shown_sizes
 from rewriter.load import load
 from rewriter.load.running import said
+from rewriter.load.weight import Weight, too_large, weighed
 
 FALLBACK = "runs its original code"  # what the patched module warns of
 MOST_INTERPRETED = 64  # programs of all kernels; Triton's interpreter takes about 50 ms for one
+PATIENCE = 240  # seconds of the interpreter: for widths of thousands, which no inputs can cut
+MOST_AFTER_CUTTING = 512  # where sizes have been cut, and could be cut further
 
 
 class _Failure(Exception):
     """The rewritten module did not run as it should; the text says how."""
+
+
+class _TooSlow(BaseException):
+    """Nothing that a program raises, and nothing to be taken for that."""
+
+
+@contextmanager
+def _at_most(seconds: int) -> Iterator[None]:
+    """Raises _TooSlow after that time, if it is not 0."""
+
+    def stop(*_: Any) -> None:
+        raise _TooSlow
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @dataclass(frozen=True)
@@ -60,6 +85,16 @@ class _Programs:
         except Exception as error:
             return said(error)
         return ""
+
+    def shortened(self, call: Call) -> Call | None:
+        """Smaller inputs that the original takes, and that are not too large for this machine or its interpreter."""
+        for length in (SHORT_LENGTH, *SHORTER_LENGTHS):
+            shorter = short_sizes(call, self.fits, length)
+            if shorter and not too_large(self.original, shorter):
+                self.launches(shorter)
+                if self.recorder.programs <= MOST_AFTER_CUTTING:
+                    return shorter
+        return None
 
     def has_memory(self, call: Call) -> bool:
         """Whether the float64 run, the largest of all, fits the device."""
@@ -93,8 +128,10 @@ class _Programs:
         return dict(self.recorder.launches)
 
     def fits(self, call: Call) -> bool:
-        """Whether these inputs suit the original, and reach the kernels."""
+        """Whether these inputs suit the original, and reach the kernels; of what is too large, whether it is called."""
         try:
+            if _is_on_cpu(call) and too_large(self.original, call):
+                return weighed(self.original, call) != Weight()
             self.eager(call)
             self.launches(call)
         except Exception:
@@ -124,6 +161,9 @@ def check(request: Request, package_folder: Path) -> Result:
         record(package, request.kernels),
         request.options.masked_rows == "zero",
     )
+    given, why = call, too_large(original, call) if request.device == "cpu" else ""
+    if why and (call := programs.shortened(given)) is None:
+        return Result(device, notes=(f"compiled only: {why}, and smaller sizes do not fit",))
     eager_error = programs.eager_error(call) if request.numerics else ""
     try:
         launches = programs.launches(call)
@@ -131,7 +171,15 @@ def check(request: Request, package_folder: Path) -> Result:
         return Result(device, failures=() if eager_error else (str(failure),), eager_error=eager_error)
     if eager_error or not request.numerics:
         return Result(device, launches=launches, eager_error=eager_error)
-    outputs, failures, notes = _compared_at_sizes(programs, call, request.device)
+    try:
+        with _at_most(PATIENCE if request.device == "cpu" else 0):
+            outputs, failures, notes = _compared_at_sizes(programs, call, request.device, may_cut=not why)
+    except _TooSlow:
+        slow = f"compiled only: Triton's interpreter is not done after {PATIENCE} seconds, and no sizes can be smaller"
+        return Result(device, launches=launches, notes=(slow,))
+    if not why:
+        return Result(device, outputs, launches, failures, notes)
+    notes = (f"run at {shown_sizes(call)}, not {shown_sizes(given)}: {why}", *notes)
     return Result(device, outputs, launches, failures, notes)
 
 
@@ -144,14 +192,14 @@ def _device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else "CPU, through Triton's interpreter"
 
 
-def _compared_at_sizes(programs: _Programs, call: Call, device: str) -> tuple[dict, tuple, tuple]:
+def _compared_at_sizes(programs: _Programs, call: Call, device: str, may_cut: bool) -> tuple[dict, tuple, tuple]:
     """At the sizes given, or shorter ones where that would take too long or too much; and at others."""
     notes, reason = (), ""
     if device == "cpu" and programs.recorder.programs > MOST_INTERPRETED:
         reason = "Triton's interpreter is slow"
     elif device == "cuda" and not programs.has_memory(call):
         reason = "the original in float64 runs out of memory"
-    if reason and (shorter := short_sizes(call, programs.fits)):
+    if may_cut and reason and (shorter := _shorter(programs, call, device)):
         notes = (f"run at {shown_sizes(shorter)}, not {shown_sizes(call)}: {reason}",)
         call = shorter
     outputs, failures = _compared(programs, call, "")
@@ -160,6 +208,14 @@ def _compared_at_sizes(programs: _Programs, call: Call, device: str) -> tuple[di
         more, failures = _compared(programs, smaller, f" at {shown_sizes(smaller)}")
         outputs |= more
     return outputs, tuple(failures), notes
+
+
+def _shorter(programs: _Programs, call: Call, device: str) -> Call | None:
+    return short_sizes(call, programs.fits) if device == "cuda" else programs.shortened(call)
+
+
+def _is_on_cpu(call: Call) -> bool:
+    return all(t.device.type == "cpu" for t in tree_leaves(call) if isinstance(t, Tensor))
 
 
 def _compared(programs: _Programs, call: Call, suffix: str) -> tuple[dict[str, dict], list[str]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from rewriter.derive.axes import Axes
+from rewriter.derive.axes import Axes, places_of
 from rewriter.derive.chain import Centre, Definition, Shift
 from rewriter.derive.factors import is_running
 from rewriter.derive.forms import Form, NotDerivable
@@ -15,10 +15,12 @@ from rewriter.ir import (
     TRUE,
     Apply,
     Axis,
+    Const,
     Load,
     Node,
     Reduce,
     Ref,
+    fresh_axis,
     index,
     open_reduce,
     rebuild,
@@ -36,12 +38,14 @@ class Builder:
     empty_is_zero: rows that see nothing but -inf give zeros, not eager's NaN.
     waits: no reduction shares a sweep with one that it reads, so that every body is computed as it is written.
     taken: names that definitions must not have: those of tensors and outputs.
+    lengths: extents along which a contraction gives a summary, shorter than what it sums: it is computed once.
     """
 
     axes: Axes
     empty_is_zero: bool
     waits: bool = False
     taken: frozenset[str] = frozenset()
+    lengths: frozenset[Node] = frozenset()
     definitions: list[Definition] = field(default_factory=list)
     known: dict[Node, Node] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -61,10 +65,11 @@ class Builder:
 
     def _resolved(self, node: Node, is_defined: Callable[[Reduce], bool]) -> Node:
         if isinstance(node, Reduce):
-            if not is_defined(node):
+            is_summary = self._is_summary(node)
+            if not is_defined(node) and not is_summary:
                 return node
             if node not in self.known:
-                self.known[node] = self._defined(node)
+                self.known[node] = self._summary(node) if is_summary else self._defined(node)
             return self.known[node]
         if not node.children:
             return node
@@ -140,6 +145,21 @@ class Builder:
 
         return go(node)
 
+    def _is_summary(self, node: Reduce) -> bool:
+        """sum_n q[n, c] · k[n, d] of numbers c and d"""
+        is_long = is_leaf(node) and len(node.axes) == 1 and node.axes[0].extent in self.lengths
+        return is_long and all(isinstance(a.extent, Const) for a in _paired(_parts(node)))
+
+    def _summary(self, node: Reduce) -> Node:
+        """A summary over axes of its own, for what reads it has them in other roles: s[c, d] is a tile of both, and its
+        softmax streams d.
+        """
+        own = {a: fresh_axis(a.extent, a.name.split("%")[0]) for a in self.axes.sorted(_paired(_parts(node)))}
+        for axis, mine in own.items():
+            self.axes.places[mine] = places_of(axis, (node,))
+        renamed = substitute(node, {a: index(mine) for a, mine in own.items()})
+        return substitute(self._defined(renamed), {mine: index(a) for a, mine in own.items()})
+
     def _without_positions(self, predicate: Node, body: Node, stream: Axis) -> tuple[Node, Node]:
         """Contractions for each position, beside earlier reductions that are read there, are made with those, by as many
         programs.
@@ -156,6 +176,8 @@ class Builder:
         return self._resolved(predicate, is_own), self._resolved(body, is_own)
 
     def _of_inner(self, node: Reduce, stream: Axis, inner: frozenset[Axis]) -> Node:
+        if self._is_summary(node):
+            return self.resolved(node)
         if is_leaf(node) and node.free & (inner | {stream}):
             return node
         if not is_leaf(node) and is_wide(node, stream):

@@ -57,7 +57,7 @@ def _chain(program: Program, outputs: tuple[Output, ...], waits: bool = False, e
     axes = Axes()
     outputs = axes.of_outputs(outputs)
     taken = frozenset([*(t.name for t in program.tensors), *(o.name for o in outputs)])
-    builder = Builder(axes, empty_is_zero, waits, taken)
+    builder = Builder(axes, empty_is_zero, waits, taken, program.lengths)
     bodies = builder.outputs([o.body for o in outputs])
     if not builder.definitions:
         raise NotDerivable("no reduction is left over a stream")

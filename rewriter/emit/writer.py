@@ -209,7 +209,7 @@ class Writer(Inner):
             return
         if product:
             weight = self._weight(definition, list(product.weights))
-            bounded = _is_at_most_one(definition)
+            bounded = _is_at_most_one(definition) or _are_stored(definition, product.weights)
             self._matrix_sum(definition, state, rescale, weight, product.values, bounded, self.loop)
             return
         axes = self.tile(definition.axes)
@@ -271,7 +271,7 @@ class Writer(Inner):
         bounded: bool,
         scope: Scope,
     ) -> None:
-        """state = weight @ values + rescale. bounded: no weight exceeds 1."""
+        """state = weight @ values + rescale. bounded: no weight overflows 16 bits."""
         axes = self.tile(definition.axes)
         stored = operand_dtype(self.plan, values)
         value = self._tile_operand(values, self.tile(values.free), scope, stored)
@@ -446,6 +446,11 @@ class Writer(Inner):
         """Of the programs along a grid axis that an output lacks all have its values: the first writes them."""
         others = (a for a in self.plan.grid if a not in output.over and a.extent is not Const(1))
         return " & ".join(f"({self.names.axes[a]} == 0)" for a in others)
+
+
+def _are_stored(definition: Definition, weights: tuple[Node, ...]) -> bool:
+    """Whether the weights are a tensor as it is: of 16 bits they fit 16 bits."""
+    return definition.shift is None and len(weights) == 1 and isinstance(weights[0], Load)
 
 
 def _is_at_most_one(definition: Definition) -> bool:

@@ -246,11 +246,14 @@ class Origin:
 
 @dataclass(frozen=True)
 class Program:
-    """A wide region as index notation. `origins` is a side table from nodes to the user's lines."""
+    """A wide region as index notation. `origins` is a side table from nodes to the user's lines. What is summed along
+    `lengths` is longer than its sums.
+    """
 
     name: str
     outputs: tuple[Output, ...]
     origins: dict[Node, Origin] = field(default_factory=dict, compare=False, hash=False)
+    lengths: frozenset[Node] = frozenset()
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

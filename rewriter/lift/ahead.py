@@ -11,7 +11,7 @@ from enum import Enum, auto
 import torch
 from torch import fx
 
-from rewriter.ir import Apply, Axis, Const, Load, Node, Reduce, walk
+from rewriter.ir import Apply, Axis, Const, Load, Node, Reduce, index, walk
 from rewriter.lift.local import LocalLift, load_of
 from rewriter.lift.repeated import sources
 from rewriter.lift.values import Lifted
@@ -78,6 +78,21 @@ class Ahead:
                 return rows, stream
         return None
 
+    def pooled_along(self, order: int) -> Sides | None:
+        """The other axes of an origin, and those along which it is normalised and then weighs something, where that is
+        a length: softmax_n(q[b, d] k[b, n, d]) · v[b, n, e] of one query.
+        """
+        axes = frozenset(a for a in self.axes[self.nodes[order]] if index(a).free)
+        normalised: frozenset[Axis] = frozenset()
+        for node, reads, held, _ in self._readers(order, (), self.moving):
+            lifted = self.local[node].value
+            if _has_no_more(lifted, inherited(lifted, reads, held)):
+                normalised |= _over_itself(lifted, reads, held) & axes
+            stream = over_others(lifted, reads, held, self.moving) & normalised
+            if stream:
+                return (axes - stream, stream) if axes - stream and any(map(is_dynamic, stream)) else None
+        return None
+
     def narrowed(self, order: int, sides: Sides) -> Sides:
         """Both sides without what is only carried along, where one has several axes.
 
@@ -108,6 +123,11 @@ class Ahead:
             if weighs and not is_product and axes & over_others(reader, reads, held, operands):
                 return True
         return False
+
+    def is_normalised(self, order: int, sides: Sides) -> bool:
+        """Whether one of its sides is reduced later by itself."""
+        readers = self._readers(order, sides, self.moving)
+        return any(frozenset().union(*sides) & _over_itself(self.local[n].value, r, held) for n, r, held, _ in readers)
 
     def _readers(self, order: int, sides: tuple[frozenset[Axis], ...], operands: Set[fx.Node]):
         """(node, reads, axes of the origin by dimension of what is read, whether all so far are factors) of each
@@ -163,6 +183,11 @@ def _over_itself(lifted: Lifted, reads, held) -> frozenset[Axis]:
     bound = frozenset(a for r in walk(lifted.body) if isinstance(r, Reduce) for a in r.axes)
     others = frozenset().union(*(load.free for n, load in reads if n not in held))
     return _held_at(bound - others, reads, held)
+
+
+def _has_no_more(lifted: Lifted, dims: tuple[frozenset, ...]) -> bool:
+    """Whether a value has no axes but those it has of an origin."""
+    return all(held for axis, held in zip(lifted.axes, dims) if index(axis).free)
 
 
 def _held_at(axes: frozenset[Axis], reads, held) -> frozenset[Axis]:

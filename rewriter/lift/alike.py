@@ -17,7 +17,7 @@ def meaning_of(region: Region) -> tuple[Hashable, tuple[Tensor, ...]]:
     called = {t: Tensor(f"t{k}", t.shape, t.dtype, t.given) for k, t in enumerate(tensors)}
     outputs = tuple(_meaning(o, called) for o in region.program.outputs)
     laid_out = tuple((str(site_of(n)), tuple(map(str, n.meta["val"].stride()))) for n in region.outputs)
-    return (outputs, laid_out, region.tentative), tensors
+    return (outputs, laid_out, region.tentative, region.program.lengths), tensors
 
 
 def _meaning(output: Output, called: dict[Tensor, Tensor]) -> Hashable:

@@ -247,7 +247,7 @@ class Cutter:
         self.claimed = self._between(roots, outputs) | self.roots
         lifted = [(n, v) for n, v in ((n, self._inlined(n)) for n in outputs) if not _is_made(v.body)]
         outputs = [n for n, _ in lifted]
-        program = Program(name, tuple(self._output(n, v) for n, v in lifted), self.origins)
+        program = Program(name, tuple(self._output(n, v) for n, v in lifted), self.origins, self._lengths())
         if not outputs or not program.tensors:
             return None
         self.scattered |= scattered(program, {n: v for n, v in self.memo.items() if n in self.tags.origins})
@@ -295,6 +295,11 @@ class Cutter:
         path = self.attributes.get(node.name)
         own = self.names.get(node) or self.parameters.get(node.name)
         return own or (path.name if path else node.name)
+
+    def _lengths(self) -> frozenset[Node]:
+        """The extents along which summaries sum."""
+        summaries = [self.local[n].value.body for n in self.memo if n in self.tags.summaries]
+        return frozenset(a.extent for n in walk(*summaries) if isinstance(n, Reduce) for a in n.axes)
 
     def _output(self, node: fx.Node, value: Lifted) -> Output:
         return Output(self.names.get(node, node.name), value.axes, with_absorption(value.body), node.meta["val"].dtype)
@@ -352,14 +357,15 @@ class Cutter:
         return self.memo[node]
 
     def _expanded(self, local: Lifted, node: fx.Node) -> Node:
-        sides = dict(zip(local.axes, self.tags.dims.get(node, ())))
+        is_pooled = node in self.tags.pooled  # of operands that are narrow, whatever they have
+        sides = {} if is_pooled else dict(zip(local.axes, self.tags.dims.get(node, ())))
         everything = frozenset(a for a in local.axes if index(a).free)
 
         def rule(n: Node) -> Node:
             if not isinstance(n, Load) or n.tensor.name not in self.by_name:
                 return n
             source = self.by_name[n.tensor.name]
-            is_wide = _has_both(n, sides) or (node in self.spread and everything <= n.free)
+            is_wide = _has_both(n, sides) or (node in self.spread and not is_pooled and everything <= n.free)
             is_spread = is_wide and covers(n, n.free)
             if is_spread:
                 self.spread.add(source)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from rewriter.ir import Axis, Const, Load, Reduce, open_reduce, walk
+from rewriter.ir import Axis, Const, Load, Node, Reduce, open_reduce, walk
 from rewriter.lift.ahead import TENTATIVE, Ahead, Moving, Origins, Sides, inherited, is_dynamic
 from rewriter.lift.local import LocalLift
 from rewriter.lift.repeated import Repeated, has_reduction, sources
@@ -32,7 +32,8 @@ class Tags:
     because something outside reads them; `stored` those that are read from memory by what follows. `derived[node]`
     are the origins that a value has been reduced over, or follows from one that has; `renewed[node]` those of them
     that a matrix product has come after: it may be as wide again. `paired` are origins whose values are paired along
-    other axes later.
+    other axes later. `summaries` are origins that sum along positions, and are normalised; `pooled` origins that
+    have one row, so that an operand has both sides.
     """
 
     dims: dict[fx.Node, tuple[frozenset[Tag], ...]] = field(default_factory=dict)
@@ -45,6 +46,8 @@ class Tags:
     renewed: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
     reasons: dict[fx.Node, str] = field(default_factory=dict)
     paired: set[fx.Node] = field(default_factory=set)
+    summaries: dict[fx.Node, int] = field(default_factory=dict)
+    pooled: set[fx.Node] = field(default_factory=set)
 
     def has_both_sides(self, node: fx.Node) -> bool:
         return bool(_origins(self.dims.get(node, ())))
@@ -177,6 +180,11 @@ class _Tagger:
             for source in multiplied:
                 _store(source, tags, "it is an operand of a product of two wide values, which stays eager")
             return frozenset().union(*(tags.behind(y) for y in multiplied))
+        weights = _weights_of_summaries(lifted, reads, dims, tags)
+        if weights:
+            for source in weights:
+                _store(source, tags, None)
+            return frozenset().union(*(tags.behind(y) for y in weights))
         if _has_lost_a_side(dims, reads, tags) or (not _origins(dims) and _is_chain(lifted, reads, self.moving)):
             tags.roots.append(node)
             return frozenset().union(*(_origins(tags.dims.get(y, ())) for y, _ in reads))
@@ -191,7 +199,10 @@ class _Tagger:
         half_fixed = self.kind in TENTATIVE and _is_half_fixed(lifted, reads, self.moving)
         alive = {n for n, _ in reads} if half_fixed else self.moving
         narrow = {n for n in alive if not tags.has_both_sides(n)}
-        sides = _sides(lifted, reads, narrow, is_layered)
+        sides = self._summary_sides(order, lifted, reads, narrow) if is_layered else None
+        if sides:
+            tags.summaries[node] = order
+        sides = sides or _sides(lifted, reads, narrow, is_layered)
         if not sides and not _origins(dims):
             # An operand may repeat what it is made of: q[m, d] · (k[n, d] + table[m - n, d])
             opened = self.repeated.opened(self.repeated.written_out(lifted))
@@ -199,10 +210,39 @@ class _Tagger:
         if sides and self.kind is not Origins.STORED and self.ahead.is_worth(order, sides, self.kind):
             tags.origins.add(node)
             dims = _with_origin(order, lifted.axes, dims, self.ahead.narrowed(order, sides))
+        elif not _origins(dims) and (pooled := self._pooled(order, node, lifted, reads, alive)):
+            tags.origins.add(node)
+            tags.pooled.add(node)
+            dims = _with_origin(order, lifted.axes, dims, pooled)
         if not sides:
             pair = _sides(lifted, reads, alive, is_layered)
             tags.paired |= {self.ahead.nodes[o] for o in _paired_beside(pair, lifted, dims)}
         return dims
+
+    def _pooled(self, order: int, node: fx.Node, lifted: Lifted, reads, alive: set[fx.Node]) -> Sides | None:
+        """The sides of scores of one row: of a query by itself, or one that is learned."""
+        if self.kind in (Origins.STORED, Origins.ANY) or node not in self.ahead.axes or not contracts(lifted):
+            return None
+        if sum(node in alive for node, _ in reads) < 2 or any(map(self.tags.has_both_sides, (n for n, _ in reads))):
+            return None
+        return self.ahead.pooled_along(order)
+
+    def _summary_sides(self, order: int, lifted: Lifted, reads, narrow: set[fx.Node]) -> Sides | None:
+        """The sides of a summary that is normalised along one of them: softmax(q[n, c] k[n, d]) of channels."""
+        if self.kind is not Origins.MOVING:
+            return None
+        reduces = [r for r in walk(lifted.body) if isinstance(r, Reduce)]
+        pairs = ((r, _outer_pair(lifted.axes, _inside(r, reads), narrow)) for r in reduces)
+        sides = next((sides for r, sides in pairs if sides and _is_summary(r, sides)), None)
+        return sides if sides and self.ahead.is_normalised(order, sides) else None
+
+
+def _weights_of_summaries(lifted: Lifted, reads, dims: tuple[frozenset[Tag], ...], tags: Tags) -> list[fx.Node]:
+    """The weights, short, by which something is weighed that is as long as what was summed into them."""
+    if not contracts(lifted) or not _has_lost_a_side(dims, reads, tags):
+        return []
+    summaries = frozenset(tags.summaries.values())
+    return [source for source, _ in reads if _origins(tags.dims.get(source, ())) & summaries]
 
 
 def _paired_beside(pair: Sides | None, lifted: Lifted, dims: tuple[frozenset[Tag], ...]) -> set[int]:
@@ -370,16 +410,25 @@ def _is_short(side: frozenset[Axis]) -> bool:
 
 def _is_chain(lifted: Lifted, reads, moving: set[fx.Node]) -> bool:
     """True for an op that is rows, stream and reduction in one: `scaled_dot_product_attention`, a long einsum."""
-    by_name = {load.tensor.name: node for node, load in reads}
+    live = {load.tensor.name for node, load in reads if node in moving}
     for reduce in (n for n in walk(lifted.body) if isinstance(n, Reduce)):
         bound, _, body = open_reduce(reduce)
-        inner = [n for n in walk(body) if isinstance(n, Load)]
-        live = [n.free for n in inner if by_name.get(n.tensor.name) in moving]
-        for a in live:
-            for b in live:
-                if (a - b) & frozenset(lifted.axes) and (b - a) & frozenset(bound):
-                    return has_reduction(body)
+        pairs = _along(bound, _live_loads(body, live))
+        if any((a - b) & frozenset(lifted.axes) for a, b in pairs):
+            return has_reduction(body)
+        inner = [r for r in walk(body) if isinstance(r, Reduce) and r.op == "sum"]
+        if any(_along(bound, _live_loads(r, live)) for r in inner):
+            return True  # scores of one row: q[b, d] k[b, n, d]
     return False
+
+
+def _live_loads(body: Node, live: set[str]) -> list[Load]:
+    return [n for n in walk(body) if isinstance(n, Load) and n.tensor.name in live]
+
+
+def _along(bound: tuple[Axis, ...], loads: list[Load]) -> list[tuple[frozenset[Axis], frozenset[Axis]]]:
+    """The axes of each two of which the second has some that are bound, and the first lacks them."""
+    return [(a.free, b.free) for a in loads for b in loads if (b.free - a.free) & frozenset(bound)]
 
 
 def _reader_outside(node: fx.Node, local: dict[fx.Node, LocalLift], stopped: set[fx.Node]) -> str | None:

@@ -12,12 +12,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_iter, tree_map
 
 from rewriter.errors import Reason, RewriteError
 from rewriter.load.build import Call
 from rewriter.load.running import blaming, said
 from rewriter.load.source import Source
+from rewriter.load.weight import too_large
 
 Model = nn.Module | Callable[..., Any]
 
@@ -76,7 +77,8 @@ def _cast_tensor(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def prove(source: Source, model: Model, call: Call, line: int, *, was_cast: bool) -> list[Reason]:
-    """Run forward once, on copies: nothing of the model or its inputs changes.
+    """Run forward once, on copies: nothing of the model or its inputs changes. What this machine is too small for is
+    not run, with a note.
 
     A kernel that this build of PyTorch lacks for the dtype asked for is a note, not a failure: the
     machine that will run the model may have it.
@@ -84,6 +86,8 @@ def prove(source: Source, model: Model, call: Call, line: int, *, was_cast: bool
     Raises:
         RewriteError: with code BAD_INPUT and the user's line, where forward raises.
     """
+    if _is_on_cpu(call) and (reason := too_large(model, call)):
+        return [Reason(f"not run at these sizes: {reason}", source.site(line))]
     model, (args, kwargs) = _copied(model), tree_map(_cloned, call)
     try:
         with blaming(source, "forward", line), torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -94,6 +98,10 @@ def prove(source: Source, model: Model, call: Call, line: int, *, was_cast: bool
             raise
         return [Reason(f"{NOT_RUN}, which PyTorch lacks here: {said(cause)}", error.reason.site)]
     return []
+
+
+def _is_on_cpu(call: Call) -> bool:
+    return all(t.device.type == "cpu" for t in tree_iter(call) if isinstance(t, torch.Tensor))
 
 
 def _copied(model: Model) -> Model:

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from rewriter.errors import RewriteError
+from rewriter.errors import Reason, RewriteError
 from rewriter.load.build import Given, construct, definition_line, given_inputs, init_inputs, seed
+from rewriter.load.devices import WITHOUT_GPU, without_gpu
 from rewriter.load.inputs import TORCH_DTYPES, random_inputs
 from rewriter.load.loaded import FROM_FILE, FROM_OPTIONS, Loaded
 from rewriter.load.prepare import Model, cast, for_inference, prove
@@ -33,10 +34,12 @@ def load_source(source: Source, options: Options) -> Loaded:
         line = _forward_line(source, target)
         if not options.inputs and not hasattr(module, INPUTS):
             raise _no_inputs(source, target, line)
-        init = init_inputs(source, module, target)
-        model = construct(source, target, init)
-        given = _inputs(source, module, model, options, line)
+        with without_gpu() as on_cpu:
+            init = init_inputs(source, module, target)
+            model = construct(source, target, init)
+            given = _inputs(source, module, model, options, line)
         notes = for_inference(source, model, source.line_of(target.__name__))
+        notes += [Reason(WITHOUT_GPU, source.site(line))] if on_cpu and on_cpu.used else []
         call = cast(model, given.call, TORCH_DTYPES.get(options.dtype))
         notes += prove(source, model, call, line, was_cast=options.dtype is not None)
     args, kwargs = call

@@ -40,7 +40,8 @@ def _pairs(chain: Chain) -> Iterator[tuple[Axis, Axis]]:
 def _is_together(chain: Chain, outer: Axis, inner: Axis) -> bool:
     together = {outer, inner}
     axes = [d.axes for d in chain.definitions] + [o.axes for o in chain.outputs]
-    refs = [n for n in walk(*chain.roots) if isinstance(n, Ref) and n.free & together]
+    made = {d.name for d in chain.definitions if together & set(d.axes)}
+    refs = [n for n in walk(*chain.roots) if isinstance(n, Ref) and (n.free & together or n.name in made)]
     streams = {d.stream for d in chain.definitions}
     return (
         not together & streams

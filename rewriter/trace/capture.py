@@ -34,7 +34,7 @@ from rewriter.trace.assumed import assumed, conditions_of
 from rewriter.trace.attributes import watched
 from rewriter.trace.caches import caches
 from rewriter.trace.contexts import any_function, autocasts, masks_as_given, quiet
-from rewriter.trace.idle import without_idle
+from rewriter.trace.idle import loosen_views, without_idle
 from rewriter.trace.memos import nothing_remembered
 from rewriter.trace.ones import Dimension, enlarge, loose
 from rewriter.trace.sizes import shape_of
@@ -259,12 +259,13 @@ def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def _drop_unread(graph: fx.Graph) -> None:
     """Without what nothing reads or what changes nothing, and without the notes on types that export adds for
-    `.to(dtype)`: they are no readers.
+    `.to(dtype)`: they are no readers. Views ask nothing of strides.
     """
     for node in graph.nodes:
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             graph.erase_node(node)
     without_idle(graph)
+    loosen_views(graph)
     graph.eliminate_dead_code()
 
 

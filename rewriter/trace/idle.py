@@ -21,6 +21,17 @@ def without_idle(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def loosen_views(graph: fx.Graph) -> None:
+    """x.view(b, n, c) → x.reshape(b, n, c)
+
+    A `contiguous()` before it that changed nothing in the example is gone from the graph; at other sizes or strides it
+    would have.
+    """
+    for node in graph.nodes:
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+
+
 def _same_as(node: fx.Node) -> fx.Node | None:
     match node.target:
         case aten.slice.Tensor if _is_whole(node.args[0], *node.args[1:]):

@@ -18,6 +18,7 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 from rewriter.trace.composed import composed
+from rewriter.trace.named_axes import by_named_axes
 from rewriter.trace.numbers import OF_BUILTINS, OF_MATH, is_symbolic, number, only_calls
 from rewriter.trace.source import is_user_file
 
@@ -59,9 +60,9 @@ def _stand_ins() -> Iterator[tuple[Any, str, Callable]]:
     """(owner, name, what it is while tracing)"""
     yield torch.nn.functional, "scaled_dot_product_attention", attention
     yield torch.Tensor, "__getitem__", getitem
-    if SLICES_LOSE_LENGTHS:
-        yield torch.Tensor, "__setitem__", setitem
+    yield torch.Tensor, "__setitem__", setitem
     yield from composed()
+    yield from by_named_axes()
     yield from ((builtins, name, new) for name, new in OF_BUILTINS.items())
     yield from ((math, name, new) for name, new in OF_MATH.items())
 
@@ -100,7 +101,7 @@ def getitem(x: torch.Tensor, at: Any) -> torch.Tensor:
 
 
 def setitem(x: torch.Tensor, at: Any, value: Any) -> None:
-    """x[..., a:b] = value, likewise"""
+    """x[..., a:b] = value, x[..., -n] = value, likewise"""
     _setitem(*_narrowed(x, at), value)
 
 
