@@ -393,3 +393,50 @@ def test_a_mask_that_is_dropped_where_it_says_nothing(given):
     for mask in masks:
         with torch.no_grad(), said(kernels=1):
             close(result.module(r(2, 9, 8), mask), program(r(2, 9, 8), mask))
+
+
+class Rms(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, hidden):
+        wide = hidden.to(torch.float32)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * wide.to(hidden.dtype)
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, hidden):
+        out = self.down(self.up(hidden).relu())
+        return out
+
+
+class Published(nn.Module):
+    """As decoder layers are: the residual is what the norm has cast to the type that it is of."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.attn, self.mlp = Rms(), Attn(), Mlp()
+
+    def forward(self, x):
+        residual = x
+        h = self.norm(x)
+        h, _ = self.attn(h)
+        h = residual + h
+        fed = self.mlp(h)
+        return h + fed
+
+
+def test_a_host_calls_its_submodules_by_the_users_names():
+    program = nn.Sequential(Published()).eval()
+    result = fused(program, (r(2, 9, 8),))
+    text = result.sources["module.py"]
+    for line in ("h = self.norm(x)", "= attn(", "fed = self.mlp(h_"):
+        assert line in text, text
+    assert "rsqrt" not in text and "relu" not in text
+    right(result, program, 2, 7, 8, calls=1)

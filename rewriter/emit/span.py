@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from rewriter.emit.values import Values
 
 
+SAID = "What masks leave these rows of the stream, in whole tiles where they cut none."
+
+
 @dataclass(frozen=True)
 class Span:
     """Names, or plain texts: tiles start at `first`, and before `last`. In those from `whole` to before `cut` every
@@ -33,9 +36,11 @@ def written_span(values: Values, sweep: Sweep, scope: Scope) -> Span:
     outer, inner = sweep.support.outer, sweep.support.inner
     extent, block = values.value(sweep.stream.extent, values.prologue).code, values.block(sweep.stream)
 
+    told = len(scope.lines)
+
     def named(hint: str, code: str) -> str:
         name = values.names.unique(hint)
-        scope.lines.append(Line(f"{name} = {code}"))
+        scope.lines.append(Line(f"{name} = {code}", "", SAID if len(scope.lines) == told else ""))
         return name
 
     def end(node: Node, fold: str) -> str:

@@ -123,6 +123,10 @@ class TorchPrinter:
     def _to_copy(self, node: fx.Node) -> str:
         return self._type_as(node)
 
+    def _contiguous(self, node: fx.Node) -> str:
+        """Of a value without data it can't be told from none."""
+        return f"{self._operand(node.args[0])}.contiguous({self.arguments((), node.kwargs)})"
+
     def _rsub(self, node: fx.Node) -> str:
         return f"({self.value(node.args[1])} - {self.value(node.args[0])})"
 

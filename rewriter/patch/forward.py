@@ -22,7 +22,7 @@ from rewriter.patch.sizes import Sizes
 from rewriter.patch.units import Unit, units_of
 from rewriter.trace import TracedModule
 from rewriter.trace.sizes import UnknownSize
-from rewriter.trace.source import statement_key, user_names
+from rewriter.trace.source import statement_at, statement_key, user_names
 
 
 @dataclass(frozen=True)
@@ -151,11 +151,14 @@ class ForwardPrinter:
 
     def _assign(self, unit: Unit) -> None:
         text = self._expression(unit)
-        names = [self.variables.assign(n, self._wanted(n)) for n in unit.outputs]
+        names = [self.variables.assign(n, self._wanted(n, unit)) for n in unit.outputs]
         self.lines.append(f"{', '.join(names)} = {text}")
 
-    def _wanted(self, node: fx.Node) -> str:
-        return self.user_names.get(node, node.name)
+    def _wanted(self, node: fx.Node, unit: Unit) -> str:
+        """The user's name; of what a submodule returns, that of the line which calls it."""
+        called = statement_key(node, outside=unit.module) if unit.module else None
+        targets = statement_at(*called[:2])[2] if called else ()
+        return targets[0] if len(targets) == 1 and targets[0] else self.user_names.get(node, node.name)
 
     def _expression(self, unit: Unit) -> str:
         """Raises RewriteError at the user's line."""

@@ -11,6 +11,7 @@ aten = torch.ops.aten
 def without_idle(graph: fx.Graph) -> None:
     """x[:] → x        x[:] = y → y        copy(x, y) → y where y has the shape and type of x
     x.view(a).view(x.shape) → x        (x[a:b] = y)[a:b] → y        alias(x) → x
+    x.to(dtype) → x where x is of that type
 
     What the graph returns stays: a view of a tensor is not that tensor.
     """
@@ -42,6 +43,8 @@ def _same_as(node: fx.Node) -> fx.Node | None:
             return node.args[0].args[0]
         case aten.alias.default:
             return node.args[0]
+        case aten.to.dtype if len(node.args) == 2 and not node.kwargs and _is_of_type(*node.args):
+            return node.args[0]
         case aten.slice_scatter.default if _is_whole(node.args[0], *node.args[2:]):
             return node.args[1]
         case aten.copy.default if _is_alike(*node.args[:2]):
@@ -65,6 +68,10 @@ def _reads_back(node: fx.Node) -> bool:
 
 def _slice(dim: int = 0, start=None, end=None, step: int = 1) -> tuple:
     return dim, start or 0, torch.iinfo(torch.int64).max if end is None else end, step
+
+
+def _is_of_type(x: fx.Node, dtype: torch.dtype) -> bool:
+    return x.meta["val"].dtype is dtype
 
 
 def _is_view(x: fx.Node) -> bool:

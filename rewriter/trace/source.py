@@ -17,6 +17,7 @@ from rewriter.ir import Origin
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 _TORCH = os.path.dirname(torch.__file__)
+_FX = os.path.join(_TORCH, "fx", "")
 _OURS = os.path.dirname(os.path.dirname(__file__))
 
 
@@ -105,13 +106,19 @@ def _module_of(node: fx.Node) -> str:
 def statement_key(node: fx.Node, outside: str = "") -> tuple | None:
     """The statement (file, first line) and the calls above it that made a node; `outside` a submodule: its call's."""
     stack = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    if outside:
+        stack = stack[: _start_of(outside, node, stack)]
     frames = [m for m in stack if is_user_file(m[1])]
-    depth = len(outside.split(".")) if outside else 0
-    if depth and len(frames) == len(stack):  # else it is torch's, and no frame of the user's lies in it
-        forwards = [k for k, m in enumerate(frames) if m[3] == "forward"]
-        frames = frames[: forwards[-depth]] if len(forwards) >= depth else []
     if not frames:
         return None
     file, line = frames[-1][1], int(frames[-1][2])
     above = tuple((m[1], m[2]) for m in frames[:-1])
     return (file, statement_at(file, line)[0], above)
+
+
+def _start_of(module: str, node: fx.Node, stack: list[re.Match]) -> int:
+    """Which frame is the call of a module around a node: the tracer leaves one for each that is called in it, too."""
+    paths = [re.sub(r"@\d+", "", path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    inner = len(paths) - paths.index(module) if module in paths else 0
+    calls = [k for k, frame in enumerate(stack) if frame[1].startswith(_FX)]
+    return calls[-inner] if 0 < inner <= len(calls) else 0

@@ -73,6 +73,7 @@ def grouped_window_kernel(
     b = rest
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     offs_e = tl.arange(0, BLOCK_E)  # [BLOCK_E]
+    # What masks leave these rows of the stream, in whole tiles where they cut none.
     first = tl.maximum(tl.min(offs_m - 127, 0), 0) // BLOCK_N * BLOCK_N
     last = tl.minimum(tl.max(offs_m + 1, 0), N)
     whole = tl.maximum(tl.cdiv(tl.maximum(tl.max(offs_m - 127, 0), 0), BLOCK_N) * BLOCK_N, first)

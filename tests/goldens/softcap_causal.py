@@ -78,6 +78,7 @@ def softcap_causal_kernel(
     b = rest
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     offs_e = tl.arange(0, BLOCK_E)  # [BLOCK_E]
+    # What masks leave these rows of the stream, in whole tiles where they cut none.
     last = tl.minimum(tl.max(offs_m + 1, 0), M)
     cut = tl.maximum(tl.minimum(tl.min(offs_m + 1, 0), M) // BLOCK_N * BLOCK_N, 0)
     query = tl.load(
