@@ -102,7 +102,8 @@ def getitem(x: torch.Tensor, at: Any) -> torch.Tensor:
 
 def setitem(x: torch.Tensor, at: Any, value: Any) -> None:
     """x[..., a:b] = value, x[..., -n] = value, likewise"""
-    _setitem(*_narrowed(x, at), value)
+    asks = SLICES_LOSE_LENGTHS or any(isinstance(n, torch.SymInt) for n in (at if isinstance(at, tuple) else [at]))
+    _setitem(*(_narrowed(x, at) if asks else (x, at)), value)
 
 
 def _narrowed(x: torch.Tensor, at: Any) -> tuple[torch.Tensor, Any]:
