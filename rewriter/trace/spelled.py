@@ -102,8 +102,14 @@ def getitem(x: torch.Tensor, at: Any) -> torch.Tensor:
 
 def setitem(x: torch.Tensor, at: Any, value: Any) -> None:
     """x[..., a:b] = value, x[..., -n] = value, likewise"""
-    asks = SLICES_LOSE_LENGTHS or any(isinstance(n, torch.SymInt) for n in (at if isinstance(at, tuple) else [at]))
-    _setitem(*(_narrowed(x, at) if asks else (x, at)), value)
+    if SLICES_LOSE_LENGTHS or any(isinstance(n, torch.SymInt) for n in (at if isinstance(at, tuple) else [at])):
+        _setitem(*_narrowed(x, at), value)
+        return
+    torch.Tensor.__setitem__ = _setitem  # export knows the call by this name, and does without sizes
+    try:
+        x[at] = value
+    finally:
+        torch.Tensor.__setitem__ = setitem
 
 
 def _narrowed(x: torch.Tensor, at: Any) -> tuple[torch.Tensor, Any]:
