@@ -164,7 +164,7 @@ class _Tagger:
 
     def _is_masked(self, node: fx.Node, lifted: Lifted, reads) -> bool:
         origins = (self.ahead.nodes[o] for o in _origins(self.tags.dims[node]))
-        if any(has_reduction(self.local[o].value.body) for o in origins):
+        if any(o in self.local and has_reduction(self.local[o].value.body) for o in origins):
             return False
         axes = frozenset(a for a in lifted.axes if not isinstance(a.extent, Const) or a.extent.value > 1)
         return any(
