@@ -164,7 +164,8 @@ class _Tagger:
 
     def _is_masked(self, node: fx.Node, lifted: Lifted, reads) -> bool:
         origins = (self.ahead.nodes[o] for o in _origins(self.tags.dims[node]))
-        if any(o in self.local and has_reduction(self.local[o].value.body) for o in origins):
+        found = [self.local[o].value if o in self.local else None for o in origins]
+        if not all(isinstance(v, Lifted) and not has_reduction(v.body) for v in found):
             return False
         axes = frozenset(a for a in lifted.axes if not isinstance(a.extent, Const) or a.extent.value > 1)
         return any(
