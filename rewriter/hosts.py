@@ -27,6 +27,7 @@ from rewriter.trace.caches import unchanged
 from rewriter.trace.capture import tensors_of
 from rewriter.trace.contexts import fake_tensors, quiet
 from rewriter.trace.memos import nothing_remembered
+from rewriter.trace.ones import enlarge
 from rewriter.trace.record import ModuleCall, record
 
 TRACING = ("trace", "lift", "derive")
@@ -103,7 +104,9 @@ class _Search:
         if not isinstance(module, nn.Module):
             return {}
         runs = _runs_without_data if _runs_without_data(module, given) else _runs
-        return record(module, *given, other_sizes(given, lambda call: runs(module, call)))
+        elsewhere = other_sizes(given, lambda call: runs(module, call))
+        enlarged = enlarge(module, *given)
+        return record(module, *given, elsewhere, (enlarged.args, enlarged.kwargs) if enlarged.grown else None)
 
     def hosts_in(self, call: ModuleCall) -> list[Host]:
         """What is rewritten of a module: parts of it, or itself. Raises RewriteError where nothing traces."""

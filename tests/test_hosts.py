@@ -440,3 +440,33 @@ def test_a_host_calls_its_submodules_by_the_users_names():
         assert line in text, text
     assert "rsqrt" not in text and "relu" not in text
     right(result, program, 2, 7, 8, calls=1)
+
+
+class Windowed(nn.Module):
+    """Rows cut into three windows, each with a mask of its own: of a batch of one, the inner module is given as many
+    windows as masks.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.inner = InWindows()
+
+    def forward(self, x):
+        windows = x.unflatten(1, (3, -1))
+        length = windows.shape[2]
+        mask = torch.zeros(3, length, length).masked_fill(torch.ones(3, length, length).triu(1) > 0, -100.0)
+        return x + self.inner(windows.flatten(0, 1), mask).view(x.shape)
+
+
+class InWindows(nn.Module):
+    def forward(self, x, mask):
+        scores = (x @ x.mT).unflatten(0, (-1, mask.shape[0])) + mask
+        return scores.flatten(0, 1).softmax(-1) @ x
+
+
+def test_sizes_that_are_equal_by_chance_are_told_apart():
+    program = Windowed().eval()
+    result = fused(program, (r(1, 12, 8),))
+    assert hosts(result) == {"InWindows": ["inner"]}
+    for shape in ((1, 12, 8), (2, 15, 8)):
+        right(result, program, *shape, calls=1)

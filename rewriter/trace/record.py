@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,6 +37,15 @@ class ModuleCall:
         return repr(spec), tuple(map(_form, leaves))
 
     @property
+    def coincidences(self) -> frozenset:
+        """Pairs of dimensions of one size, which a trace takes for the same."""
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        sizes = [
+            ((k, d), n) for k, x in enumerate(leaves) if torch.is_tensor(x) for d, n in enumerate(x.shape) if n > 1
+        ]
+        return frozenset((a, b) for (a, n), (b, m) in itertools.combinations(sizes, 2) if n == m)
+
+    @property
     def form_at_any_size(self) -> Hashable:
         leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
         return repr(spec), tuple((x.dtype, x.dim()) if torch.is_tensor(x) else _form(x) for x in leaves)
@@ -51,13 +61,18 @@ Calls = dict[str, tuple[ModuleCall, ...]]
 
 
 def record(
-    module: nn.Module, args: tuple, kwargs: dict[str, Any], elsewhere: tuple[tuple, dict] | None = None
+    module: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
+    elsewhere: tuple[tuple, dict] | None = None,
+    larger: tuple[tuple, dict] | None = None,
 ) -> Calls:
     """The calls of each submodule by path, in order, one of each form; nothing where the model does not run.
 
     elsewhere: arguments of other sizes. A submodule that is then called with other numbers is left out: its caller
     computes them. So is one whose instance has a `forward` of its own, as another class would not change what it does,
-    and one that torch calls in other ways where a mask has other values. The model is as before at the end.
+    and one that torch calls in other ways where a mask has other values. larger: arguments with a larger batch than one.
+    Of calls in which sizes are equal by chance, those at other sizes stand for them. The model is as before at the end.
     """
     calls = _recorded(module, args, kwargs)
     if any(isinstance(part, (nn.TransformerEncoder, nn.TransformerDecoder)) for part in module.modules()):
@@ -66,6 +81,8 @@ def record(
     if elsewhere:
         others = _recorded(module, *elsewhere)
         calls = _with_equal(lambda call: call.form_at_any_size, calls, others) if others else calls
+        calls = _told_apart(calls, others)
+    calls = _told_apart(calls, _recorded(module, *larger)) if larger and calls else calls
     for masked in _other_masks(args, kwargs) if calls else ():
         for path, others in _recorded(module, *masked).items():
             forms = _forms(calls.get(path, ()))
@@ -81,6 +98,16 @@ def _with_equal(form: Callable[[ModuleCall], Hashable], calls: Calls, others: Ca
         return set(map(form, found))
 
     return {path: found for path, found in calls.items() if forms(found) == forms(others.get(path, ()))}
+
+
+def _told_apart(calls: Calls, others: Calls) -> Calls:
+    """Each call, or one like it in which less is equal."""
+
+    def better(call: ModuleCall) -> ModuleCall:
+        alike = (c for c in others.get(call.path, ()) if c.form_at_any_size == call.form_at_any_size)
+        return next((c for c in alike if c.coincidences < call.coincidences), call)
+
+    return {path: tuple(map(better, found)) for path, found in calls.items()}
 
 
 def _other_masks(args: tuple, kwargs: dict[str, Any]) -> list[tuple[tuple, dict]]:
