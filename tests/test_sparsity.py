@@ -180,12 +180,12 @@ def documents(q, k, v, ids):
 
 # What the loops of a program run over: tiles that no mask cuts, and others; or all that are not empty.
 LOOPS = {
-    causal: ("range(0, cut, BLOCK_N)", "range(cut, last, BLOCK_N)"),
-    window: ("range(whole, cut, BLOCK_N)", "range(first, last - (cut - whole), BLOCK_N)"),
-    both_sides: ("range(whole, cut, BLOCK_N)", "range(first, last - (cut - whole), BLOCK_N)"),
-    prefix: ("range(0, cut, BLOCK_N)", "range(cut, last, BLOCK_N)"),
-    padded: ("range(0, cut, BLOCK_N)", "range(cut, last, BLOCK_N)"),
-    blocks: ("range(whole, cut, BLOCK_N)", "range(first, last - (cut - whole), BLOCK_N)"),
+    causal: ("range(0, cut, BLOCK_N)", "tl.range(cut, last, BLOCK_N, num_stages=1)"),
+    window: ("range(whole, cut, BLOCK_N)", "tl.range(first, last - (cut - whole), BLOCK_N, num_stages=1)"),
+    both_sides: ("range(whole, cut, BLOCK_N)", "tl.range(first, last - (cut - whole), BLOCK_N, num_stages=1)"),
+    prefix: ("range(0, cut, BLOCK_N)", "tl.range(cut, last, BLOCK_N, num_stages=1)"),
+    padded: ("range(0, cut, BLOCK_N)", "tl.range(cut, last, BLOCK_N, num_stages=1)"),
+    blocks: ("range(whole, cut, BLOCK_N)", "tl.range(first, last - (cut - whole), BLOCK_N, num_stages=1)"),
     documents: ("range(0, tl.minimum(last, full), BLOCK_N)",),
 }
 MORE = {
@@ -205,7 +205,8 @@ def arguments(program: Callable, count: int, length: int) -> tuple[torch.Tensor,
 def test_loops_run_over_what_a_mask_leaves(program):
     result = rewrite(program, arguments(program, 2, 150))
     text = result.sources[f"kernels/{program.__name__}.py"]
-    found = [line.strip().partition(" in ")[2].rstrip(":") for line in text.splitlines() if " in range(" in line]
+    loops = (line.strip() for line in text.splitlines() if line.strip().startswith(("for start", "for turn")))
+    found = [line.partition(" in ")[2].rstrip(":") for line in loops]
     assert tuple(found) == LOOPS[program]
     for count, length in ((2, 150), (1, 37), (3, 200), (2, 1)):
         args = arguments(program, count, length)
@@ -215,7 +216,7 @@ def test_loops_run_over_what_a_mask_leaves(program):
 
 def test_full_tiles_have_no_mask():
     text = rewrite(causal, arguments(causal, 2, 150)).sources["kernels/causal.py"]
-    full, cut = (part.partition("for start")[0] for part in text.split("for start in range(")[1:3])
+    full, cut = (part.partition("for start")[0] for part in text.split("    for start in ")[1:3])
     assert "where(offs" not in full and "offs_n[None, :] <" not in full and "offs_n[None, :] <" in cut
 
 

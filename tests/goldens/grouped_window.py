@@ -27,8 +27,8 @@ import triton.language as tl
 NEG_INF = tl.constexpr(float("-inf"))
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# Tiles of 128 rows and 64 stream positions; warps and pipeline stages.
-CONFIG = dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=128, BLOCK_E=128, num_warps=4, num_stages=2)
+# Tiles of 64 rows and 32 stream positions; warps and pipeline stages.
+CONFIG = dict(BLOCK_M=64, BLOCK_N=32, BLOCK_D=128, BLOCK_E=128, num_warps=4, num_stages=3)
 
 
 @triton.jit
@@ -123,8 +123,8 @@ def grouped_window_kernel(
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
         m_i = m_new
 
-    # The others that it leaves something of, before and after those, and the end of the stream.
-    for turn in range(first, last - (cut - whole), BLOCK_N):
+    # The others that it leaves something of, before and after those, and the end of the stream: too few for a pipeline.
+    for turn in tl.range(first, last - (cut - whole), BLOCK_N, num_stages=1):
         start = turn + tl.where(turn < whole, 0, cut - whole)
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         # golden_programs.py:35  key = key.repeat_interleave(self.group, dim=2)

@@ -125,8 +125,8 @@ def softcap_causal_kernel(
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
         m_i = m_new
 
-    # The others that it leaves something of, and the end of the stream.
-    for start in range(cut, last, BLOCK_N):
+    # The others that it leaves something of, and the end of the stream: too few for a pipeline.
+    for start in tl.range(cut, last, BLOCK_N, num_stages=1):
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         key = tl.load(
             key_ptr
