@@ -181,11 +181,11 @@ def documents(q, k, v, ids):
 # What the loops of a program run over: tiles that no mask cuts, and others; or all that are not empty.
 LOOPS = {
     causal: ("range(0, cut, BLOCK_N)", "tl.range(cut, last, BLOCK_N, num_stages=1)"),
-    window: ("range(whole, cut, BLOCK_N)", "tl.range(first, last - (cut - whole), BLOCK_N, num_stages=1)"),
-    both_sides: ("range(whole, cut, BLOCK_N)", "tl.range(first, last - (cut - whole), BLOCK_N, num_stages=1)"),
+    window: ("range(whole, cut, BLOCK_N)", "range(first, last - (cut - whole), BLOCK_N)"),
+    both_sides: ("range(whole, cut, BLOCK_N)", "range(first, last - (cut - whole), BLOCK_N)"),
     prefix: ("range(0, cut, BLOCK_N)", "tl.range(cut, last, BLOCK_N, num_stages=1)"),
     padded: ("range(0, cut, BLOCK_N)", "tl.range(cut, last, BLOCK_N, num_stages=1)"),
-    blocks: ("range(whole, cut, BLOCK_N)", "tl.range(first, last - (cut - whole), BLOCK_N, num_stages=1)"),
+    blocks: ("range(whole, cut, BLOCK_N)", "range(first, last - (cut - whole), BLOCK_N)"),
     documents: ("range(0, tl.minimum(last, full), BLOCK_N)",),
 }
 MORE = {

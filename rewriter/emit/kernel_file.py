@@ -101,6 +101,7 @@ class _KernelView:
             "params": self._params(),
             "rows": rows,
             "grows": plan.grows,
+            "is_band": plan.is_band,
             "grid": [self.text(a.extent) for a in plan.grid],
             "grid_decode": [(names.axes[a], self._extent_name(a)) for a in reversed(plan.grid)],
             "offsets": [names.axes[a] for a in plan.features if a in writer.needs_offsets],

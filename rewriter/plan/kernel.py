@@ -8,10 +8,12 @@ import torch
 
 from rewriter.derive import Chain, Definition
 from rewriter.ir import Axis, Const, Node, Output, Reduce, Tensor
+from rewriter.ir.integer import from_poly, plus, to_poly
 from rewriter.plan.estimates import KernelCost
-from rewriter.sparsity import Support
+from rewriter.sparsity import Interval, Support
 
 LONG_BLOCK = 64  # positions of a long contraction in one block
+NARROW_BAND = 512  # positions that a mask leaves of each row
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,15 @@ class KernelPlan:
         ends = [s.support.outer for s in self.sweeps if s.support]
         rows = self.rows[0] if self.rows else None
         return any(e.upper and rows in e.upper.free and not (e.lower and rows in e.lower.free) for e in ends)
+
+    @property
+    def is_band(self) -> bool:
+        """Whether masks leave narrow bands of all streams: most tiles are cut by their edges."""
+        ends = [s.support.outer if s.support else Interval() for s in self.sweeps]
+        if not ends or any(e.lower is None or e.upper is None for e in ends):
+            return False
+        widths = [from_poly(plus(to_poly(e.upper), to_poly(e.lower), -1)) for e in ends]
+        return all(isinstance(w, Const) and w.value <= NARROW_BAND for w in widths)
 
     @property
     def long_axes(self) -> tuple[Axis, ...]:

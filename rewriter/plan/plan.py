@@ -9,12 +9,12 @@ import torch
 
 from rewriter.derive import Chain
 from rewriter.ir import Axis, Output, Param, Ref, Tensor, index, walk
+from rewriter.plan.bounds import sweep_support
 from rewriter.plan.candidates import Option, Options, choose
 from rewriter.plan.cost import Nominal, cost_of
 from rewriter.plan.kernel import ChainPlan, Config, KernelPlan, Sweep
 from rewriter.plan.merge import merged
 from rewriter.plan.parts import Part, chains_of, deep_groups, features_of, independent_groups, parts_of
-from rewriter.plan.bounds import sweep_support
 from rewriter.plan.roles import MAX_FEATURE, inner_reductions, lone_rows, tile_rows
 from rewriter.plan.tape import tapes_of
 from rewriter.plan.tiles import configs

@@ -5,14 +5,11 @@ from __future__ import annotations
 import torch
 
 from rewriter.ir import Axis, Const
-from rewriter.ir.integer import from_poly, plus, to_poly
 from rewriter.plan.kernel import Config, KernelPlan, padded
 from rewriter.plan.parts import is_deep
 from rewriter.plan.roles import lone_rows
-from rewriter.sparsity import Interval
 
 LONGEST_TILE = 1024  # positions of one row in a tile
-NARROW_BAND = 512  # positions that a mask leaves of each row, up to which tiles are small: most are cut by its edges
 
 # Of 16-bit operands, beside what is preferred.
 HALF = (
@@ -34,7 +31,8 @@ def configs(plan: KernelPlan) -> tuple[Config, ...]:
     slower.
     """
     first = preferred(plan)
-    if has_deep_tiles(plan) or not plan.dots or plan.dtype is torch.float32 or _is_band(plan):
+    # Estimates are of whole streams: they say nothing of narrow bands.
+    if has_deep_tiles(plan) or not plan.dots or plan.dtype is torch.float32 or plan.is_band:
         return (first,)
     deeper = LONG if any(d.long for d in plan.dots) else ()
     return tuple(c for c in dict.fromkeys((first, *HALF, *deeper)) if _is_sound(c, plan))
@@ -64,20 +62,11 @@ def preferred(plan: KernelPlan) -> Config:
         return Config(64, 64, 4, 2) if width <= 128 else Config(32, 32, 4, 2)
     if plan.dtype is torch.float32:
         return _single(width)
-    if _is_band(plan) and width <= 128:
+    if plan.is_band and width <= 128:
         return Config(64, 32, 4, 2 if _is_padded(plan) else 3)
     if width <= 64:
         return _narrow(plan, width)
     return Config(128, 64, 4, 2) if width <= 128 else Config(64, 32, 4, 2)
-
-
-def _is_band(plan: KernelPlan) -> bool:
-    """Whether every sweep has a narrow band of its stream. Estimates are of whole streams, so tiles are not weighed."""
-    ends = [s.support.outer if s.support else Interval() for s in plan.sweeps]
-    if not ends or any(e.lower is None or e.upper is None for e in ends):
-        return False
-    widths = [from_poly(plus(to_poly(e.upper), to_poly(e.lower), -1)) for e in ends]
-    return all(isinstance(w, Const) and w.value <= NARROW_BAND for w in widths)
 
 
 def _single(width: int) -> Config:

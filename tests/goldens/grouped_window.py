@@ -123,8 +123,8 @@ def grouped_window_kernel(
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
         m_i = m_new
 
-    # The others that it leaves something of, before and after those, and the end of the stream: too few for a pipeline.
-    for turn in tl.range(first, last - (cut - whole), BLOCK_N, num_stages=1):
+    # The others that it leaves something of, before and after those, and the end of the stream.
+    for turn in range(first, last - (cut - whole), BLOCK_N):
         start = turn + tl.where(turn < whole, 0, cut - whole)
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         # golden_programs.py:35  key = key.repeat_interleave(self.group, dim=2)
