@@ -470,3 +470,47 @@ def test_sizes_that_are_equal_by_chance_are_told_apart():
     assert hosts(result) == {"InWindows": ["inner"]}
     for shape in ((1, 12, 8), (2, 15, 8)):
         right(result, program, *shape, calls=1)
+
+
+class Collects(nn.Module):
+    """A list is handed to the layers, which put their weights in."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = Puts()
+
+    def forward(self, x):
+        seen: list = []
+        return self.layer(x, seen), seen
+
+
+class Puts(nn.Module):
+    def forward(self, x, seen):
+        p = (x @ x.mT).softmax(-1)
+        seen.append(p.sum(-2))
+        return p @ x
+
+
+def test_a_module_that_changes_its_arguments_is_its_callers():
+    program = Collects().eval()
+    result = fused(program, (r(2, 9, 8),))
+    assert hosts(result) == {"Collects": []}
+    with torch.no_grad(), said(kernels=1):
+        (got, (seen,)), (wanted, (expected,)) = result.module(r(1, 5, 8)), program(r(1, 5, 8))
+    close(got, wanted)
+    close(seen, expected)
+
+
+class Casts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = Attn(weights=False)
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.attn(x).float()
+
+
+def test_a_module_that_is_called_under_autocast_is_its_callers():
+    result = rewrite(Casts().eval(), (r(2, 9, 8),))
+    assert hosts(result) in ({"Casts": []}, {})

@@ -16,6 +16,8 @@ from torch.utils import _pytree as pytree
 from rewriter.trace.caches import unchanged
 from rewriter.trace.contexts import masks_as_given, quiet
 
+AUTOCAST = ("cpu", "cuda")
+
 
 @dataclass(frozen=True)
 class ModuleCall:
@@ -70,7 +72,7 @@ def record(
     """The calls of each submodule by path, in order, one of each form; nothing where the model does not run.
 
     elsewhere: arguments of other sizes. A submodule that is then called with other numbers is left out: its caller
-    computes them. So is one whose instance has a `forward` of its own, as another class would not change what it does,
+    computes them. So is one that changes the lists it is given, or is called under autocast, one whose instance has a `forward` of its own, as another class would not change what it does,
     and one that torch calls in other ways where a mask has other values. larger: arguments with a larger batch than one.
     Of calls in which sizes are equal by chance, those at other sizes stand for them. The model is as before at the end.
     """
@@ -139,26 +141,27 @@ def _forms(calls: tuple[ModuleCall, ...]) -> list[Hashable]:
 
 def _recorded(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Calls:
     calls: dict[str, dict[Hashable, ModuleCall]] = {}
+    left_out: set[str] = set()
 
     def note(call: ModuleCall) -> None:
         calls.setdefault(call.path, {}).setdefault(call.form, call)
 
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
     try:
-        with unchanged(module), _same_buffers(module), _noted(module, note), quiet(), torch.no_grad():
+        with unchanged(module), _same_buffers(module), _noted(module, note, left_out), quiet(), torch.no_grad():
             with torch.random.fork_rng(devices=[]):
                 module(*args, **kwargs)
     except Exception:
         return {}
-    return {path: tuple(by_form.values()) for path, by_form in calls.items()}
+    return {path: tuple(by_form.values()) for path, by_form in calls.items() if path not in left_out}
 
 
 @contextmanager
-def _noted(root: nn.Module, note) -> Iterator[None]:
+def _noted(root: nn.Module, note: Callable[[ModuleCall], None], left_out: set[str]) -> Iterator[None]:
     """Forwards are replaced where they are looked up: hooks would make torch's encoders take another path."""
     parts = {path: part for path, part in root.named_modules() if path and "forward" not in vars(part)}
     for path, part in parts.items():
-        vars(part)["forward"] = _noting(path, part, note)
+        vars(part)["forward"] = _noting(path, part, note, left_out)
     try:
         yield
     finally:
@@ -166,13 +169,22 @@ def _noted(root: nn.Module, note) -> Iterator[None]:
             vars(part).pop("forward", None)
 
 
-def _noting(path: str, module: nn.Module, note):
+def _noting(path: str, module: nn.Module, note: Callable[[ModuleCall], None], left_out: set[str]) -> Callable:
+    """forward, which also notes its call; or leaves it out where it can't stand alone: another module would not see
+    what it puts into a list that it is given, nor that its caller casts.
+    """
     forward = module.forward
 
     @functools.wraps(forward)
     def noting(*args, **kwargs):
-        note(ModuleCall(path, module, args, kwargs))
-        return forward(*args, **kwargs)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        note(ModuleCall(path, module, *pytree.tree_unflatten(leaves, spec)))
+        out = forward(*args, **kwargs)
+        after, spec_after = pytree.tree_flatten((args, kwargs))
+        is_same = spec == spec_after and all(a is b for a, b in zip(leaves, after, strict=True))
+        if not is_same or any(map(torch.is_autocast_enabled, AUTOCAST)):
+            left_out.add(path)
+        return out
 
     return noting
 
