@@ -17,9 +17,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from rewriter.check.smaller import Call, other_sizes
+from rewriter.check.smaller import Call, other_sizes, short_sizes
 from rewriter.emit import KernelFile
 from rewriter.errors import Reason, RewriteError
+from rewriter.load.weight import too_large
 from rewriter.patch.forward import attribute_path
 from rewriter.patch.state import own_tensors, parts_of, ties
 from rewriter.pipeline import Fused, Rewritten, Work, completed, through
@@ -103,10 +104,13 @@ class _Search:
         module, given = self.whole.module, (self.whole.args, self.whole.kwargs)
         if not isinstance(module, nn.Module):
             return {}
+        if not (given := _affordable(module, given)):
+            return {}
         runs = _runs_without_data if _runs_without_data(module, given) else _runs
         elsewhere = other_sizes(given, lambda call: runs(module, call))
         enlarged = enlarge(module, *given)
-        return record(module, *given, elsewhere, (enlarged.args, enlarged.kwargs) if enlarged.grown else None)
+        larger = (enlarged.args, enlarged.kwargs)
+        return record(module, *given, elsewhere, larger if enlarged.grown and not _too_large(module, larger) else None)
 
     def hosts_in(self, call: ModuleCall) -> list[Host]:
         """What is rewritten of a module: parts of it, or itself. Raises RewriteError where nothing traces."""
@@ -288,6 +292,18 @@ def _joined(hosts: Iterable[Host]) -> dict[str, str]:
         return f"## {host.shown}: {', '.join(host.paths)}\n{said}" if any(host.paths) else said
 
     return {stage: "\n\n".join(text(h, stage) for h in hosts) for stage in stages}
+
+
+def _affordable(module: nn.Module, call: Call) -> Call | None:
+    """A call, or a shorter one where this machine has not the memory or the time for it."""
+    if not _too_large(module, call):
+        return call
+    return short_sizes(call, lambda short: _runs_without_data(module, short) and not _too_large(module, short))
+
+
+def _too_large(module: nn.Module, call: Call) -> bool:
+    on_cpu = all(t.device.type == "cpu" for t in pytree.tree_leaves(call) if torch.is_tensor(t))
+    return on_cpu and bool(too_large(module, call))
 
 
 def _runs_without_data(module: nn.Module, call: Call) -> bool:
