@@ -24,10 +24,9 @@ from rewriter.load.weight import too_large
 from rewriter.patch.forward import attribute_path
 from rewriter.patch.state import own_tensors, parts_of, ties
 from rewriter.pipeline import Fused, Rewritten, Work, completed, through
-from rewriter.trace.caches import unchanged
+from rewriter.state import nothing_remembered, unchanged
 from rewriter.trace.capture import tensors_of
 from rewriter.trace.contexts import fake_tensors, quiet
-from rewriter.trace.memos import nothing_remembered
 from rewriter.trace.ones import enlarge
 from rewriter.trace.record import ModuleCall, record
 
@@ -108,7 +107,8 @@ class _Search:
             return {}
         runs = _runs_without_data if _runs_without_data(module, given) else _runs
         elsewhere = other_sizes(given, lambda call: runs(module, call))
-        enlarged = enlarge(module, *given)
+        with unchanged(module), nothing_remembered(module):
+            enlarged = enlarge(module, *given)
         larger = (enlarged.args, enlarged.kwargs)
         return record(module, *given, elsewhere, larger if enlarged.grown and not _too_large(module, larger) else None)
 

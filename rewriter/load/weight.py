@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from rewriter.state import nothing_remembered, unchanged
 
 MOST_WORK = 2e12  # operations: a minute of a small CPU
 SMALL = 20_000  # elements of all inputs: their square is no trouble
@@ -47,12 +50,18 @@ def weighed(model: Callable[..., Any], call: tuple[tuple, dict]) -> Weight:
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             args, kwargs = tree_map_only(torch.Tensor, lambda t: fake.from_tensor(t.detach()), call)
-            with counter, torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with counter, torch.no_grad(), torch.random.fork_rng(devices=[]), _as_it_was(model):
                 _as_given(model, fake)(*args, **kwargs)
     except Exception:
         return Weight()
     copies = sum(t.nbytes for t in tree_iter(call) if torch.is_tensor(t))
     return Weight(counter.most + copies, counter.work)
+
+
+@contextmanager
+def _as_it_was(model: Callable[..., Any]) -> Iterator[None]:
+    with nothing_remembered(model), unchanged(model) if isinstance(model, nn.Module) else nullcontext():
+        yield
 
 
 def _as_given(model: Callable[..., Any], fake: FakeTensorMode) -> Callable[..., Any]:

@@ -4,8 +4,6 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +12,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rewriter.state import state_of, unchanged
 from rewriter.trace.calls import FILLS
 from rewriter.trace.contexts import fake_tensors
 
 _SHAPES_ONLY = {*FILLS, "empty_like", "new_empty", "rand_like", "randn_like"}
-_CONTAINERS = (list, dict, set)
-
-State = dict[tuple[nn.Module, str], Any]  # (module, attribute) → its value, a copy where it is a container
 
 
 @dataclass(frozen=True)
@@ -43,12 +39,12 @@ def caches(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Caches:
     try:
         with unchanged(module), fake_tensors() as mode:
             args, kwargs = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
-            before = _state(module)
+            before = state_of(module)
             with _FromInputs((args, kwargs)) as found:
                 module(*args, **kwargs)
-                first = _state(module)
+                first = state_of(module)
                 module(*args, **kwargs)
-            second = _state(module)
+            second = state_of(module)
     except Exception:
         return Caches()
     paths = {part: f"{path}." if path else "" for path, part in module.named_modules()}
@@ -56,35 +52,6 @@ def caches(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Caches:
     held = [{at: _tensors(state.get(at)).keys() for at in same} for state in (before, first, second)]
     kept = [at for at in same if held[0][at] != held[1][at] == held[2][at]]
     return Caches(frozenset(f"{paths[part]}{name}" for part, name in same), bool(kept))
-
-
-@contextmanager
-def unchanged(module: nn.Module) -> Iterator[None]:
-    """Puts attributes back at the end, and what was in its lists and dicts."""
-    parts = list(module.modules())
-    objects, before = [dict(vars(part)) for part in parts], _state(module)
-    try:
-        yield
-    finally:
-        for part, held in zip(parts, objects, strict=True):
-            vars(part).clear()
-            vars(part).update(held)
-            for name, value in held.items():
-                if type(value) in _CONTAINERS:
-                    _refill(value, before[part, name])
-
-
-def _state(module: nn.Module) -> State:
-    return {
-        (part, name): type(value)(value) if type(value) in _CONTAINERS else value
-        for part in module.modules()
-        for name, value in vars(part).items()
-    }
-
-
-def _refill(container: Any, items: Any) -> None:
-    container.clear()
-    (container.extend if isinstance(container, list) else container.update)(items)
 
 
 def _is_same(value: Any, other: Any) -> bool:

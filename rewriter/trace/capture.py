@@ -30,12 +30,12 @@ from torch.utils import _pytree as pytree
 
 from rewriter.errors import Reason, RewriteError, Site
 from rewriter.ir import Node, Param
+from rewriter.state import nothing_remembered
 from rewriter.trace.assumed import assumed, conditions_of
 from rewriter.trace.attributes import watched
 from rewriter.trace.caches import caches
 from rewriter.trace.contexts import any_function, autocasts, masks_as_given, quiet
 from rewriter.trace.idle import loosen_views, without_idle
-from rewriter.trace.memos import nothing_remembered
 from rewriter.trace.ones import Dimension, enlarge, loose
 from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import is_user_file, origin_of, user_site

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from rewriter.trace.caches import unchanged
+from rewriter.state import unchanged
 from rewriter.trace.contexts import masks_as_given, quiet
 
 AUTOCAST = ("cpu", "cuda")

@@ -1,5 +1,7 @@
-"""What functions of the user's remember (`functools.lru_cache`): not a tensor without data may be left in there, nor one
-with data be found there by a trace, which would hold it for a constant.
+"""What a module and its functions keep from call to call, and runs that leave it as it was.
+
+Not a tensor without data may be left in there, nor one with data be found there by a trace, which would hold it for a
+constant.
 """
 
 from __future__ import annotations
@@ -13,7 +15,38 @@ from typing import Any
 
 from torch import nn
 
-from rewriter.trace.source import is_user_file
+_CONTAINERS = (list, dict, set)
+
+State = dict[tuple[nn.Module, str], Any]  # (module, attribute) → its value, a copy where it is a container
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Puts attributes back at the end, and what was in its lists and dicts."""
+    parts = list(module.modules())
+    objects, before = [dict(vars(part)) for part in parts], state_of(module)
+    try:
+        yield
+    finally:
+        for part, held in zip(parts, objects, strict=True):
+            vars(part).clear()
+            vars(part).update(held)
+            for name, value in held.items():
+                if type(value) in _CONTAINERS:
+                    _refill(value, before[part, name])
+
+
+def state_of(module: nn.Module) -> State:
+    return {
+        (part, name): type(value)(value) if type(value) in _CONTAINERS else value
+        for part in module.modules()
+        for name, value in vars(part).items()
+    }
+
+
+def _refill(container: Any, items: Any) -> None:
+    container.clear()
+    (container.extend if isinstance(container, list) else container.update)(items)
 
 
 @contextmanager
@@ -54,5 +87,5 @@ def _holders(program: Callable) -> set[Any]:
     kinds = {kind for module in modules for kind in type(module).__mro__}
     names = {getattr(inspect.unwrap(owner), "__module__", None) for owner in (*kinds, program)}
     files = [sys.modules[name] for name in names if name in sys.modules]
-    own = {file for file in files if is_user_file(getattr(file, "__file__", None) or "<")}
+    own = {file for file in files if file.__name__.split(".")[0] not in ("torch", "builtins")}
     return own.union(modules, (kind for kind in kinds if kind.__module__ in {file.__name__ for file in own}))
