@@ -99,7 +99,7 @@ class _Search:
 
     @cached_property
     def calls(self) -> dict[str, tuple[ModuleCall, ...]]:
-        """Those of submodules, by path."""
+        """Those of submodules, by path; of `nn.Linear` and its like its callers are rewritten."""
         module, given = self.whole.module, (self.whole.args, self.whole.kwargs)
         if not isinstance(module, nn.Module):
             return {}
@@ -110,7 +110,9 @@ class _Search:
         with unchanged(module), nothing_remembered(module):
             enlarged = enlarge(module, *given)
         larger = (enlarged.args, enlarged.kwargs)
-        return record(module, *given, elsewhere, larger if enlarged.grown and not _too_large(module, larger) else None)
+        larger = larger if enlarged.grown and not _too_large(module, larger) else None
+        found = record(module, *given, elsewhere, larger)
+        return {path: calls for path, calls in found.items() if not _is_plain_layer(calls[0].module)}
 
     def hosts_in(self, call: ModuleCall) -> list[Host]:
         """What is rewritten of a module: parts of it, or itself. Raises RewriteError where nothing traces."""
@@ -165,10 +167,9 @@ class _Search:
         return None
 
     def _called_by(self, path: str) -> list[str]:
-        """Paths of the modules that a module's forward calls, those with nothing of the user's in them left out."""
+        """Paths of the modules that a module's forward calls."""
         below = [p for p in self.calls if _is_in(p, path)]
-        direct = [p for p in below if not any(_is_in(p, other) for other in below)]
-        return [p for p in direct if not _is_plain_layer(self.calls[p][0].module)]
+        return [p for p in below if not any(_is_in(p, other) for other in below)]
 
     def _inside(self, call: ModuleCall, found: Work, same_results: bool) -> list[Host]:
         """Parts that hold every chain which the whole has; none where one of them is the module itself, or does not do.
