@@ -28,7 +28,7 @@ from rewriter.state import nothing_remembered, unchanged
 from rewriter.trace.capture import tensors_of
 from rewriter.trace.contexts import fake_tensors, quiet
 from rewriter.trace.ones import enlarge
-from rewriter.trace.record import ModuleCall, record
+from rewriter.trace.record import ModuleCall, given_to_forward, record
 
 TRACING = ("trace", "lift", "derive")
 
@@ -229,7 +229,8 @@ class _Search:
             return None
 
     def _begun(self, call: ModuleCall) -> Work:
-        given = {"module": call.module, "args": call.args, "kwargs": call.kwargs}
+        args, kwargs = given_to_forward(call) if call is self.whole else (call.args, call.kwargs)
+        given = {"module": call.module, "args": args, "kwargs": kwargs}
         return replace(self.work, **given, taken=self._taken, known=self._kernels)
 
     @property

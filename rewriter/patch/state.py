@@ -79,18 +79,24 @@ def _part(module: nn.Module, path: str, matters: frozenset[str]) -> Part:
     hooks = len(module._forward_hooks) + len(module._forward_pre_hooks) + ("forward" in vars(module))
     parts = tuple(name for name, _ in module.named_children())
     own = {a.rpartition(".")[2] for a in matters if a.rpartition(".")[0] == path}
-    state = tuple((name, literal(value)) for name, value in _state(module) if name.split(".")[0] in own)
+    state = tuple((name, literal(value)) for name, value in _state(module, own) if name.split(".")[0] in own)
     if not path:  # the host: its hooks run around any forward, and `apply` looks at its class
         return Part("self", "", parts, 0, tuple((n, v) for n, v in state if n != "training"))
     return Part(attribute_path(path), type(module).__qualname__, parts, hooks, state)
 
 
-def _state(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(dotted attribute, value) of the numbers, flags, texts and functions that the module's forward reads."""
+def _state(module: nn.Module, own: set[str]) -> Iterator[tuple[str, Any]]:
+    """(dotted attribute, value) of the numbers, flags, texts and functions that the module's forward reads, those of
+    its class among them: an instance may get others.
+
+    own: names of the attributes that were read of it.
+    """
     read = _names_read(type(module))
     slots = [vars(module)[slot] for slot in ("_parameters", "_buffers")]
     values = {n: v for slot in slots for n, v in slot.items() if v is None}
     values |= {n: v for n, v in vars(module).items() if n not in MODULE_SLOTS or n == "training"}
+    of_class = {n: inspect.getattr_static(type(module), n, None) for n in sorted(own.difference(values))}
+    values |= {n: v for n, v in of_class.items() if is_plain(v) and v is not None}
     for name, value in values.items():
         if name in read:
             yield from ((f"{name}{end}", v) for end, v in _plain_in(value, read))
@@ -105,8 +111,14 @@ def _plain_in(value: Any, read: set[str]) -> Iterator[tuple[str, Any]]:
     elif hasattr(value, "__qualname__"):
         yield ".__qualname__", value.__qualname__
     elif not isinstance(value, (torch.Tensor, nn.Module)):
-        held = getattr(value, "__dict__", {})
+        held = _plain_of_class(type(value)) | getattr(value, "__dict__", {})
         yield from ((f".{n}", v) for n, v in held.items() if n in read and is_plain(v))
+
+
+def _plain_of_class(kind: type) -> dict[str, Any]:
+    """The numbers, flags and texts in a class of the user's, which its objects have unless they get others."""
+    kinds = (k for k in reversed(kind.__mro__) if k is not object)
+    return {n: v for k in kinds for n, v in vars(k).items() if not n.startswith("__") and is_plain(v)}
 
 
 def _names_read(kind: type) -> set[str]:

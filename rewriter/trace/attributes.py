@@ -12,6 +12,7 @@ import operator
 import os
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,19 +47,29 @@ class Attributes:
 
 @contextmanager
 def watched(root: nn.Module, caches: Caches = Caches()) -> Iterator[Attributes]:
-    """While active, `root.forward` gives (its result, [values it assigned]); at the end all modules are as they were."""
+    """While active, `root.forward` gives (its result, [values it assigned]), where it does not call itself, and no hook
+    runs around it: those stay around the new forward. At the end all modules are as they were.
+    """
     watch = _Watch(root, caches)
     original, held = root.forward, {m: (dict(vars(m)), dict(m._buffers)) for m in root.modules()}
 
+    running = False
+
     @functools.wraps(original)
     def forward(*args, **kwargs):
+        nonlocal running
+        if running:
+            return original(*args, **kwargs)
         watch.undo()
-        contents = watch.contents()
-        result = original(*args, **kwargs)
+        contents, running = watch.contents(), True
+        try:
+            result = original(*args, **kwargs)
+        finally:
+            running = False
         watch.refuse_changed(contents)
         return result, watch.results()
 
-    vars(root)["forward"] = forward
+    vars(root).update(forward=forward, _forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
     try:
         with watch.patched():
             yield watch.seen

@@ -72,8 +72,9 @@ def record(
     """The calls of each submodule by path, in order, one of each form; nothing where the model does not run.
 
     elsewhere: arguments of other sizes. A submodule that is then called with other numbers is left out: its caller
-    computes them. So is one that changes the lists it is given, or is called under autocast, one whose instance has a `forward` of its own, as another class would not change what it does,
-    and one that torch calls in other ways where a mask has other values. larger: arguments with a larger batch than one.
+    computes them. So is one that changes the lists it is given, that reaches modules which it does not hold, or is
+    called under autocast, one whose instance has a `forward` of its own, as another class would not change what it
+    does, and one that torch calls in other ways where a mask has other values. larger: arguments with a larger batch than one.
     Of calls in which sizes are equal by chance, those at other sizes stand for them. The model is as before at the end.
     """
     calls = _recorded(module, args, kwargs)
@@ -91,6 +92,20 @@ def record(
             new = (replace(call, likely=True) for call in others if call.form not in forms)
             calls |= {path: (*calls[path], *new)} if path in calls else {}
     return calls
+
+
+def given_to_forward(call: ModuleCall) -> tuple[tuple, dict[str, Any]]:
+    """The arguments as a module's hooks hand them on: they run around any forward."""
+    module, args, kwargs = call.module, call.args, call.kwargs
+    if not isinstance(module, nn.Module) or not module._forward_pre_hooks:
+        return args, kwargs
+    with unchanged(module), torch.no_grad():
+        for key, hook in module._forward_pre_hooks.items():
+            if key in module._forward_pre_hooks_with_kwargs:
+                args, kwargs = hook(module, args, kwargs) or (args, kwargs)
+            elif (changed := hook(module, args)) is not None:
+                args = changed if isinstance(changed, tuple) else (changed,)
+    return args, kwargs
 
 
 def _with_equal(form: Callable[[ModuleCall], Hashable], calls: Calls, others: Calls) -> Calls:
@@ -160,13 +175,58 @@ def _recorded(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Calls:
 def _noted(root: nn.Module, note: Callable[[ModuleCall], None], left_out: set[str]) -> Iterator[None]:
     """Forwards are replaced where they are looked up: hooks would make torch's encoders take another path."""
     parts = {path: part for path, part in root.named_modules() if path and "forward" not in vars(part)}
+    inside: list[tuple[str, frozenset[int]]] = []
     for path, part in parts.items():
-        vars(part)["forward"] = _noting(path, part, note, left_out)
+        vars(part)["forward"] = _entering(inside, path, part, _noting(path, part, note, left_out))
     try:
-        yield
+        with _reaching(root, inside, left_out):
+            yield
     finally:
         for part in parts.values():
             vars(part).pop("forward", None)
+
+
+def _entering(inside: list, path: str, module: nn.Module, forward: Callable) -> Callable:
+    """forward, which is `inside` while it runs, by path and with what the module holds."""
+    held = frozenset(map(id, module.modules()))
+
+    @functools.wraps(forward)
+    def entering(*args, **kwargs):
+        inside.append((path, held))
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            inside.pop()
+
+    return entering
+
+
+@contextmanager
+def _reaching(root: nn.Module, inside: list[tuple[str, frozenset[int]]], left_out: set[str]) -> Iterator[None]:
+    """Leaves out modules in which something of the model is read or set that they do not hold: their caller, or what
+    their hooks are bound to.
+    """
+    known = frozenset(map(id, root.modules()))
+    find, put = nn.Module.__getattribute__, nn.Module.__setattr__
+
+    def reached(module: nn.Module, name: str) -> None:
+        if inside and id(module) in known and not name.startswith("__"):
+            left_out.update(path for path, held in inside if id(module) not in held)
+
+    def found(module, name):
+        reached(module, name)
+        return find(module, name)
+
+    def assigned(module, name, value):
+        reached(module, name)
+        put(module, name, value)
+
+    nn.Module.__getattribute__, nn.Module.__setattr__ = found, assigned
+    try:
+        yield
+    finally:
+        del nn.Module.__getattribute__
+        nn.Module.__setattr__ = put
 
 
 def _noting(path: str, module: nn.Module, note: Callable[[ModuleCall], None], left_out: set[str]) -> Callable:
