@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from rewriter.command import package_files
 from rewriter.hosts import rewrite_model
@@ -109,26 +110,48 @@ def _as_dtype(program: Callable, call: tuple, dtype: torch.dtype | None) -> tupl
 def _as_given(module: nn.Module) -> nn.Module:
     """Without what an earlier rewrite made of it or its submodules: those are copied, and so is what holds them."""
     kinds = {type(m): type(m)._original for m in module.modules() if hasattr(type(m), "_original")}
-    return _copied(module, kinds, {}) if kinds else module
+    return _copied(module, kinds) if kinds else module
 
 
 def _apart(program: Callable, hosts: Collection[type]) -> Callable:
     """A model in which the hosts, and what holds them, are objects of their own: they share parameters and buffers."""
-    return _copied(program, dict.fromkeys(hosts), {}) if isinstance(program, nn.Module) else program
+    return _copied(program, dict.fromkeys(hosts)) if isinstance(program, nn.Module) else program
 
 
-def _copied(module: nn.Module, kinds: dict[type, type | None], known: dict[int, nn.Module]) -> nn.Module:
-    """Shallow copies of the modules of these classes, as other ones where they say so, and of those that hold them."""
-    if id(module) in known:
-        return known[id(module)]
-    parts = {name: part and _copied(part, kinds, known) for name, part in module._modules.items()}
-    out = module
-    if type(module) in kinds or any(parts[name] is not part for name, part in module._modules.items()):
-        out = nn.Module.__new__(kinds.get(type(module)) or type(module))
-        tables = {n: v.copy() for n, v in vars(module).items() if isinstance(v, dict)}
-        vars(out).update(vars(module) | tables | {"_modules": parts})
-    known[id(module)] = out
-    return out
+def _copied(module: nn.Module, kinds: dict[type, type | None]) -> nn.Module:
+    """Shallow copies of the modules of these classes, as other ones where they say so, and of those that hold them or
+    refer to them otherwise, in an attribute or with a hook of theirs.
+    """
+    near = {m: {*m.children(), *_referred(m)} for m in module.modules()}
+    apart = {m for m in near if type(m) in kinds}
+    while more := {m for m, others in near.items() if m not in apart and not apart.isdisjoint(others)}:
+        apart |= more
+    copies = {m: nn.Module.__new__(kinds.get(type(m)) or type(m)) for m in apart}
+    for m, out in copies.items():
+        tables = {n: v.copy() for n, v in vars(m).items() if isinstance(v, dict)}
+        own = {n: _referring(v, copies) for n, v in (vars(m) | tables).items()}
+        vars(out).update(own)
+    return copies.get(module, module)
+
+
+def _referred(module: nn.Module) -> set[nn.Module]:
+    """What a module's attributes refer to, or its hooks are bound to."""
+    leaves = pytree.tree_leaves([v for n, v in vars(module).items() if n != "_modules"])
+    found = (getattr(leaf, "__self__", None) if inspect.ismethod(leaf) else leaf for leaf in leaves)
+    return {m for m in found if isinstance(m, nn.Module)}
+
+
+def _referring(value: Any, copies: dict[nn.Module, nn.Module]) -> Any:
+    """An attribute that refers to the copies; itself where there are none in it."""
+
+    def other(leaf: Any) -> Any:
+        if inspect.ismethod(leaf) and isinstance(leaf.__self__, nn.Module) and leaf.__self__ in copies:
+            return leaf.__func__.__get__(copies[leaf.__self__])
+        return copies.get(leaf, leaf) if isinstance(leaf, nn.Module) else leaf
+
+    leaves, spec = pytree.tree_flatten(value)
+    new = list(map(other, leaves))
+    return value if all(a is b for a, b in zip(leaves, new)) else pytree.tree_unflatten(new, spec)
 
 
 def _imported(sources: dict[str, str], out: str | Path | None, force: bool) -> ModuleType:

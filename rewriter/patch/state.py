@@ -98,7 +98,7 @@ def _state(module: nn.Module, own: set[str]) -> Iterator[tuple[str, Any]]:
     of_class = {n: inspect.getattr_static(type(module), n, None) for n in sorted(own.difference(values))}
     values |= {n: v for n, v in of_class.items() if is_plain(v) and v is not None}
     for name, value in values.items():
-        if name in read:
+        if name in read or name in own:
             yield from ((f"{name}{end}", v) for end, v in _plain_in(value, read))
 
 

@@ -247,13 +247,23 @@ def _attributes(module: nn.Module, program) -> tuple[dict[str, Attribute], dict[
 
 
 def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor that a module holds, by path: `layers.0.weight`, `mask`, `tables[1]`; shared ones under each."""
+    """Every tensor that a module holds, by path: `layers.0.weight`, `mask`, `tables[1]`; shared ones under each.
+
+    Those of modules in its lists, which it does not register, are `kept[0].weight`.
+    """
     out: dict[str, torch.Tensor] = {}
-    for path, part in module.named_modules(remove_duplicate=False):
+    parts = list(module.named_modules(remove_duplicate=False))
+    known = {part for _, part in parts}
+    for path, part in parts:  # which may grow
         for name, value in {**vars(part), **part._parameters, **part._buffers}.items():
             leaves = pytree.tree_flatten_with_path(value)[0] if name not in MODULE_SLOTS else ()
             at = f"{path}.{name}".lstrip(".")
             out |= {at + pytree.keystr(keys): leaf for keys, leaf in leaves if torch.is_tensor(leaf)}
+            for keys, hidden in leaves:
+                if isinstance(hidden, nn.Module) and hidden not in known:
+                    inside = hidden.named_modules(prefix=at + pytree.keystr(keys))
+                    parts += [(p, m) for p, m in inside if m not in known]
+                    known.update(hidden.modules())
     return out
 
 
