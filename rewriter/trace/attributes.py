@@ -46,9 +46,20 @@ class Attributes:
 
 
 @contextmanager
+def without_hooks(root: nn.Module) -> Iterator[None]:
+    """No hook runs around forward: those of a module stay around its new one."""
+    held = {slot: vars(root)[slot] for slot in ("_forward_hooks", "_forward_pre_hooks")}
+    vars(root).update({slot: OrderedDict() for slot in held})
+    try:
+        yield
+    finally:
+        vars(root).update(held)
+
+
+@contextmanager
 def watched(root: nn.Module, caches: Caches = Caches()) -> Iterator[Attributes]:
-    """While active, `root.forward` gives (its result, [values it assigned]), where it does not call itself, and no hook
-    runs around it: those stay around the new forward. At the end all modules are as they were.
+    """While active, `root.forward` gives (its result, [values it assigned]), where it does not call itself; at the end
+    all modules are as they were.
     """
     watch = _Watch(root, caches)
     original, held = root.forward, {m: (dict(vars(m)), dict(m._buffers)) for m in root.modules()}
@@ -64,12 +75,15 @@ def watched(root: nn.Module, caches: Caches = Caches()) -> Iterator[Attributes]:
         contents, running = watch.contents(), True
         try:
             result = original(*args, **kwargs)
+        except BaseException:
+            watch.refill(contents)
+            raise
         finally:
             running = False
         watch.refuse_changed(contents)
         return result, watch.results()
 
-    vars(root).update(forward=forward, _forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
+    vars(root)["forward"] = forward
     try:
         with watch.patched():
             yield watch.seen
@@ -169,11 +183,15 @@ class _Watch:
         ]
         return [(path, inside, inside.copy()) for path, inside in held if inside is not None]
 
+    def refill(self, contents: list[tuple[str, Any, Any]]) -> None:
+        for _, inside, before in contents:
+            inside.clear()
+            (inside.extend if isinstance(inside, list) else inside.update)(before)
+
     def refuse_changed(self, contents: list[tuple[str, Any, Any]]) -> None:
         for path, inside, before in contents:
             if len(inside) != len(before) or any(a is not b for a, b in zip(_elements(inside), _elements(before))):
-                inside.clear()
-                (inside.extend if isinstance(inside, list) else inside.update)(before)
+                self.refill([(path, inside, before)])
                 if path in self.caches.names:
                     continue
                 raise RewriteError(f"forward changes self.{path} in place: it stays as it is", site=self.site)

@@ -32,7 +32,7 @@ from rewriter.errors import Reason, RewriteError, Site
 from rewriter.ir import Node, Param
 from rewriter.state import nothing_remembered
 from rewriter.trace.assumed import assumed, conditions_of
-from rewriter.trace.attributes import watched
+from rewriter.trace.attributes import watched, without_hooks
 from rewriter.trace.caches import caches
 from rewriter.trace.contexts import any_function, autocasts, masks_as_given, quiet
 from rewriter.trace.idle import loosen_views, without_idle
@@ -150,6 +150,7 @@ def capture(
     with (
         remembered,
         masks_as_given(),
+        without_hooks(traced_as),
         watched(traced_as, caches(traced_as, args, kwargs)) as state,
         autocasts() as autocast,
     ):
