@@ -251,7 +251,16 @@ class _Search:
             return call.module is other.module
         if work is None:
             return _tensors(call.module) == _tensors(other.module)
-        return _assumed(call.module, work) == _assumed(other.module, work)
+        if _assumed(call.module, work) != _assumed(other.module, work):
+            return False
+        return call.module is other.module or not work.traced.constants or self._has_constants_of(call, work)
+
+    def _has_constants_of(self, call: ModuleCall, work: Work) -> bool:
+        """Whether the numbers that are written into a forward are the module's as well: an object of its may hold them."""
+        found = self._or_none(lambda: through(self._begun(call), "trace"))
+        if found is None or found.traced.constants.keys() != work.traced.constants.keys():
+            return False
+        return all(torch.equal(t, found.traced.constants[n]) for n, t in work.traced.constants.items())
 
     def result(self, hosts: list[Host]) -> RewrittenModel:
         """Without hosts whose every place is inside another's."""

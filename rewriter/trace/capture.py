@@ -13,7 +13,7 @@ import itertools
 import linecache
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -237,14 +237,21 @@ def _with_every_parameter(module: nn.Module, kwargs: dict[str, Any]) -> nn.Modul
 def _attributes(module: nn.Module, program) -> tuple[dict[str, Attribute], dict[str, torch.Tensor]]:
     """By placeholder: the tensors that the module holds, and those that forward makes from numbers."""
     signature = program.graph_signature
-    held = {id(tensor): path for path, tensor in reversed(tensors_of(module).items())}
+    held = {_identity(tensor): path for path, tensor in reversed(tensors_of(module).items())}
     lifted = {p: program.constants[path] for p, path in signature.inputs_to_lifted_tensor_constants.items()}
     attributes = {
         **{p: Attribute(path, True) for p, path in signature.inputs_to_parameters.items()},
         **{p: Attribute(path, False) for p, path in signature.inputs_to_buffers.items()},
-        **{p: Attribute(held[id(t)], False) for p, t in lifted.items() if id(t) in held},
+        **{p: Attribute(held[_identity(t)], False) for p, t in lifted.items() if _identity(t) in held},
     }
-    return attributes, {p: t for p, t in lifted.items() if id(t) not in held}
+    return attributes, {p: t for p, t in lifted.items() if _identity(t) not in held}
+
+
+def _identity(tensor: torch.Tensor) -> Hashable:
+    """The same for a parameter and what export has detached from it."""
+    is_plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
+    data = tensor.data_ptr() if is_plain and tensor.device.type != "meta" else 0
+    return (data, tensor.dtype, tensor.shape, tensor.stride()) if data else id(tensor)
 
 
 def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
