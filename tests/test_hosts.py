@@ -698,3 +698,13 @@ def test_numbers_of_a_class_that_an_instance_has_otherwise():
         with torch.no_grad(), said(f"{name} is not {before}"):
             close(module(r(2, 7, 8)), own(r(2, 7, 8)))
         changed.scale = before
+
+
+def test_layers_with_other_hooks_inside_are_not_taken_for_each_other():
+    program = nn.Sequential(Plain(), Plain(), Plain()).eval()
+    for layer, factor in zip(program, (2, 3)):
+        layer.q.register_forward_hook(lambda module, args, out, factor=factor: out * factor)
+    result = fused(program, (r(2, 9, 8),))
+    for shape in SIZES:
+        with torch.no_grad():
+            close(result.module(r(*shape)), program(r(*shape)))

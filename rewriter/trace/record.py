@@ -78,6 +78,7 @@ def record(
     Of calls in which sizes are equal by chance, those at other sizes stand for them. The model is as before at the end.
     """
     calls = _recorded(module, args, kwargs)
+    calls = {path: found for path, found in calls.items() if not _hooked_in_other_ways(module, found[0].module)}
     if any(isinstance(part, (nn.TransformerEncoder, nn.TransformerDecoder)) for part in module.modules()):
         with masks_as_given():
             calls = _with_equal(lambda call: call.form, calls, _recorded(module, args, kwargs))
@@ -92,6 +93,30 @@ def record(
             new = (replace(call, likely=True) for call in others if call.form not in forms)
             calls |= {path: (*calls[path], *new)} if path in calls else {}
     return calls
+
+
+def _hooked_in_other_ways(root: nn.Module, module: nn.Module) -> bool:
+    """Whether another module of its class has other hooks, or forwards of its instance's own, inside: a new class for
+    both would not tell them apart.
+    """
+    own = _hooks_inside(module)
+    others = (_hooks_inside(m) for m in root.modules() if type(m) is type(module)) if own else ()
+    return any(other and other != own for other in others)
+
+
+def _hooks_inside(module: nn.Module) -> list[tuple]:
+    found = []
+    for path, part in module.named_modules():
+        tables = (part._forward_pre_hooks, part._forward_hooks) if path else ()
+        hooks = [(k, hook) for k, table in enumerate(tables) for hook in table.values()]
+        hooks += [(2, vars(part)["forward"])] if path and "forward" in vars(part) else []
+        found += [(path, k, _meaning(hook)) for k, hook in hooks]
+    return found
+
+
+def _meaning(hook: Callable) -> Hashable:
+    """Functions are themselves; objects, as of `weight_norm`, what they hold."""
+    return hook if hasattr(hook, "__func__") or hasattr(hook, "__code__") else (type(hook), repr(vars(hook)))
 
 
 def given_to_forward(call: ModuleCall) -> tuple[tuple, dict[str, Any]]:
