@@ -240,3 +240,28 @@ def test_nothing_is_warned_of_a_program_without_sizes():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert does_the_same(node, f"torch.relu({node.args[0].name})")
+
+
+class Padded(torch.nn.Module):
+    """In eval mode torch leaves padding at the end of rows out, and gives 0 for it, before the norm."""
+
+    def __init__(self):
+        super().__init__()
+        layer = torch.nn.TransformerEncoderLayer(32, 2, 32, dropout=0.0, batch_first=True)
+        self.encoder = torch.nn.TransformerEncoder(layer, 1, norm=torch.nn.LayerNorm(32))
+        self.requires_grad_(False)
+
+    def forward(self, x, padding):
+        return self.encoder(x, src_key_padding_mask=padding)
+
+
+@torch.no_grad()
+def test_padding_that_torch_leaves_out_is_zero():
+    torch.manual_seed(0)
+    module = Padded().eval()
+    at_the_end, before = torch.zeros(2, 2, 9, dtype=torch.bool)
+    at_the_end[1, 6:] = before[0, :3] = True
+    rewritten = rewrite(module, (tokens(2, 9), at_the_end)).module
+    for padding in (at_the_end, before, at_the_end | before):
+        with said(kernels=1):
+            close(rewritten(tokens(2, 9), padding), module(tokens(2, 9), padding))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from types import FunctionType
 
@@ -46,12 +47,44 @@ def masks_as_given() -> Iterator[None]:
     """torch's encoders and decoders look whether a mask's values are those of a causal one, and say so to their layers:
     to compute the same in another way.
     """
-    original = transformer._detect_is_causal_mask
+    original, forward = transformer._detect_is_causal_mask, transformer.TransformerEncoder.forward
     transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    transformer.TransformerEncoder.forward = _padding_written_out(forward)
     try:
         yield
     finally:
-        transformer._detect_is_causal_mask = original
+        transformer._detect_is_causal_mask, transformer.TransformerEncoder.forward = original, forward
+
+
+def _padding_written_out(forward: Callable) -> Callable:
+    """torch's encoder in eval mode leaves padding out where it is at the end of every row, and gives 0 for it: before
+    its norm, if it has one. Here the same without nested tensors.
+    """
+
+    @functools.wraps(forward)
+    def written_out(encoder, src, mask=None, src_key_padding_mask=None, is_causal=None):
+        given = src, mask, src_key_padding_mask, is_causal
+        nests = getattr(encoder, "use_nested_tensor", False) and torch.backends.mha.get_fastpath_enabled()
+        if (
+            not nests
+            or encoder.layers[0].training
+            or src.dim() != 3
+            or mask is not None
+            or src_key_padding_mask is None
+        ):
+            return forward(encoder, *given)
+        norm = encoder._modules["norm"] if "norm" in encoder._modules else None
+        vars(encoder)["use_nested_tensor"], encoder._modules["norm"] = False, None
+        try:
+            out = forward(encoder, *given)
+        finally:
+            vars(encoder)["use_nested_tensor"], encoder._modules["norm"] = True, norm
+        padding = src_key_padding_mask if src_key_padding_mask.dtype is torch.bool else src_key_padding_mask != 0
+        at_the_end = (padding[:, 1:] | ~padding[:, :-1]).all() | (not getattr(encoder, "mask_check", True))
+        out = out.masked_fill((padding & at_the_end)[:, :, None], 0.0)
+        return norm(out) if norm is not None else out
+
+    return written_out
 
 
 @contextmanager
