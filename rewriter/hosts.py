@@ -7,7 +7,6 @@ hold.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -29,6 +28,7 @@ from rewriter.trace.capture import tensors_of
 from rewriter.trace.contexts import fake_tensors, quiet
 from rewriter.trace.ones import enlarge
 from rewriter.trace.record import ModuleCall, given_to_forward, record
+from rewriter.trace.source import modules_of
 
 TRACING = ("trace", "lift", "derive")
 
@@ -251,9 +251,12 @@ class _Search:
             return call.module is other.module
         if work is None:
             return _tensors(call.module) == _tensors(other.module)
-        if _assumed(call.module, work) != _assumed(other.module, work):
+        if call.module is other.module:
+            return True
+        assumed = _assumed(other.module, work)
+        if assumed is None or _assumed(call.module, work) != assumed:
             return False
-        return call.module is other.module or not work.traced.constants or self._has_constants_of(call, work)
+        return not work.traced.constants or self._has_constants_of(call, work)
 
     def _has_constants_of(self, call: ModuleCall, work: Work) -> bool:
         """Whether the numbers that are written into a forward are the module's as well: an object of its may hold them."""
@@ -339,19 +342,13 @@ def _is_plain_layer(module: nn.Module) -> bool:
 def _holder(fused: Fused, root: str) -> str:
     """The path of the innermost module in which all of a chain's reductions and results are."""
     nodes = fused.region.reducing.union(fused.region.outputs)
-    paths = [_modules_of(n) for n in nodes]
+    paths = [modules_of(n) for n in nodes]
     shared = paths[0] if paths else []
     for path in paths[1:]:
         same = (k for k, (a, b) in enumerate(zip(shared, path)) if a != b)
         shared = shared[: next(same, min(len(shared), len(path)))]
     inner = shared[-1] if shared else ""
     return ".".join(filter(None, (root, inner)))
-
-
-def _modules_of(node) -> list[str]:
-    """Paths of the modules around a node, from the outermost; a second call of one has a number at its end."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return [re.sub(r"@\d+", "", path) for path, _ in stack.values()]
 
 
 def _upwards(path: str, root: str) -> list[str]:

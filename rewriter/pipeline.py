@@ -72,8 +72,8 @@ class Work:
     """What goes from pass to pass: the call that is rewritten and how, and what the passes so far have made of it.
 
     taken: names of kernels that are another module's. known: chains of other modules, whose kernels do for what means
-    the same here. done: the pass that ran last. lone: rows that no chain has taken,
-    where they are asked for. needed: sizes that must be fixed, each by the line of the chain that wants it.
+    the same here. done: the pass that ran last. lone: rows that no chain has taken, where they are asked for. needed:
+    sizes that must be fixed, each by the line of the chain that wants it.
     """
 
     module: Callable
@@ -148,7 +148,7 @@ def through(work: Work, last: str, progress: Callable[[str], None] = lambda stag
     """Once through the passes after the one that is done, to the one named or as far as there is something to do."""
     names = list(PASSES)
     for name in names[names.index(work.done) + 1 if work.done else 0 :]:
-        if work.done == last and last or work.is_stuck:
+        if (last and work.done == last) or work.is_stuck:
             break
         progress(name)
         work = replace(PASSES[name](work), done=name)

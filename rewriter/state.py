@@ -33,7 +33,7 @@ def unchanged(module: nn.Module) -> Iterator[None]:
             vars(part).update(held)
             for name, value in held.items():
                 if type(value) in _CONTAINERS:
-                    _refill(value, before[part, name])
+                    refill(value, before[part, name])
 
 
 def state_of(module: nn.Module) -> State:
@@ -44,7 +44,8 @@ def state_of(module: nn.Module) -> State:
     }
 
 
-def _refill(container: Any, items: Any) -> None:
+def refill(container: list | dict | set, items: Any) -> None:
+    """Puts back what was in a container."""
     container.clear()
     (container.extend if isinstance(container, list) else container.update)(items)
 

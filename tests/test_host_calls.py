@@ -182,15 +182,15 @@ class Casts(nn.Module):
 
 def test_a_module_that_is_called_under_autocast_is_its_callers():
     result = rewrite(Casts().eval(), (r(2, 9, 8),))
-    assert hosts(result) in ({"Casts": []}, {})
+    assert hosts(result) == {"Casts": []}
 
 
 def test_layers_of_torchs_own_are_no_hosts():
     """Every norm of a model would be swapped, whatever its width."""
     program = nn.Sequential(Block(0, weights=False), nn.LayerNorm(8)).eval()
     result = rewrite(program, (r(2, 9, 8),), rows=True)
-    assert set(hosts(result)) <= {"Block", "Sequential"}
-    with torch.no_grad():
+    assert hosts(result) == {"Sequential": []}
+    with torch.no_grad(), said(kernels=3):
         close(result.module(r(2, 7, 8)), program(r(2, 7, 8)))
 
 

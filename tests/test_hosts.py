@@ -169,7 +169,7 @@ def test_an_instance_with_a_forward_of_its_own_is_no_host():
     attn = program.blocks[1].attn
     attn.forward = lambda *args, own=attn.forward, **kwargs: 2 * own(*args, **kwargs)
     result = fused(program, (r(2, 9, 8),))
-    assert hosts(result)["Attn"] == ["blocks.0.attn", "blocks.2.attn"] or "Block" in hosts(result)
+    assert hosts(result) == {"Attn": ["blocks.0.attn", "blocks.2.attn"], "Block": ["blocks.1"]}
     with torch.no_grad():
         close(result.module(r(2, 7, 8)), program(r(2, 7, 8)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -240,3 +241,21 @@ def test_a_finite_fill_weighs_in_rows_that_see_nothing_else():
     args = arguments(causal, 2, 150)
     with said(kernels=1):
         torch.testing.assert_close(rewrite(filled, args).module(*args), filled(*args), rtol=1e-4, atol=1e-5)
+
+
+def shown(q, k, v):
+    rows, columns = at(q)
+    weights = (q @ k.mT * 0.3).masked_fill(columns > rows, -math.inf).softmax(-1)
+    return weights @ v, weights
+
+
+def test_weights_are_written_where_a_mask_leaves_nothing_too():
+    """They are 0 there, which no memory is by itself."""
+    args = arguments(causal, 2, 150)
+    result = rewrite(shown, args)
+    nothing = torch.empty
+    with patch.object(torch, "empty", lambda *shape, **how: nothing(*shape, **how).fill_(math.nan)):
+        with said(kernels=1):
+            found = result.module(*args)
+    for got, wanted in zip(found, shown(*args), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=2e-6)

@@ -108,29 +108,26 @@ class Writer(Inner):
         inside = f"{spread(position, axes)} < {limit.tight(5)}"
         if self._predicate(definition) is TRUE:
             return inside
-        predicate = self.value(self._predicate(definition), self.loop)
+        keep = self.value(self._predicate(definition), self.loop)
         if not self.loop.tail:
-            return spread_argument(predicate, axes)
-        return f"({inside}) & {operand(predicate, axes, 5)}"
+            return spread_argument(keep, axes)
+        return f"({inside}) & {operand(keep, axes, 5)}"
 
     def _masked(self, node: Node, definition: Definition, neutral: str) -> Text:
         """`where(keep, node, neutral)`, written once for a node and a predicate."""
         node = without_cast(node)  # registers are fp32 either way
+        predicate = self._predicate(definition)
         key = Where(
-            Apply("eq", (self._predicate(definition), TRUE), torch.bool),
+            Apply("eq", (predicate, TRUE), torch.bool),
             node,
             Param(neutral),
         )
-        if key not in self.loop.known and self._predicate(definition) is TRUE and not self.loop.tail:
+        if key not in self.loop.known and predicate is TRUE and not self.loop.tail:
             self.loop.known[key] = self._whole(node, definition)
         if key not in self.loop.known:
             value = self.value(node, self.loop)
-            predicate = (
-                self.value(self._predicate(definition), self.loop)
-                if self._predicate(definition) is not TRUE
-                else Text("")
-            )
-            axes = self._joined([value, predicate, Text("", self._lanes)])
+            seen = self.value(predicate, self.loop) if predicate is not TRUE else Text("")
+            axes = self._joined([value, seen, Text("", self._lanes)])
             keep = self._keep(definition, axes)
             name = self._name_for(node, self.loop) if not isinstance(node, Const) else self.names.unique("w")
             origin = self.origins.of(node)

@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from rewriter.errors import RewriteError, Site
+from rewriter.state import refill
 from rewriter.trace.caches import Caches
 from rewriter.trace.source import is_user_file
 
@@ -76,7 +77,8 @@ def watched(root: nn.Module, caches: Caches = Caches()) -> Iterator[Attributes]:
         try:
             result = original(*args, **kwargs)
         except BaseException:
-            watch.refill(contents)
+            for _, inside, before in contents:
+                refill(inside, before)
             raise
         finally:
             running = False
@@ -183,15 +185,10 @@ class _Watch:
         ]
         return [(path, inside, inside.copy()) for path, inside in held if inside is not None]
 
-    def refill(self, contents: list[tuple[str, Any, Any]]) -> None:
-        for _, inside, before in contents:
-            inside.clear()
-            (inside.extend if isinstance(inside, list) else inside.update)(before)
-
     def refuse_changed(self, contents: list[tuple[str, Any, Any]]) -> None:
         for path, inside, before in contents:
             if len(inside) != len(before) or any(a is not b for a, b in zip(_elements(inside), _elements(before))):
-                self.refill([(path, inside, before)])
+                refill(inside, before)
                 if path in self.caches.names:
                     continue
                 raise RewriteError(f"forward changes self.{path} in place: it stays as it is", site=self.site)

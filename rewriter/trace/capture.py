@@ -64,8 +64,8 @@ class TracedModule:
     `inputs` names the placeholder of each flattened argument (None for what is no tensor); `attributes` says which
     placeholders are the module's own, `constants` which forward makes from numbers; `out_spec` is that of (what forward
     returns, what it `assigned`); `touched` are the attributes that it read, `absent` those it asked for in vain;
-    `packed` submodules that return something else than a tensor; `autocast` are the device types on which it casts by itself; `fixed` lists the input sizes that tracing turned into numbers, and the branches on
-    sizes that it took; `conditions` are what must hold of the sizes for the graph to be the program. `loose` are
+    `packed` submodules that return something else than a tensor; `autocast` are the device types on which it casts by
+    itself; `fixed` lists the input sizes that tracing turned into numbers, and the branches on sizes that it took; `conditions` are what must hold of the sizes for the graph to be the program. `loose` are
     input dimensions that were 1 in the example and share their size with others, of which the program still makes the
     same calls where they are 1.
     """

@@ -45,7 +45,7 @@ def any_function() -> Iterator[None]:
 @contextmanager
 def masks_as_given() -> Iterator[None]:
     """torch's encoders and decoders look whether a mask's values are those of a causal one, and say so to their layers:
-    to compute the same in another way.
+    to compute the same in another way. They also cut out padding by its values.
     """
     original, forward = transformer._detect_is_causal_mask, transformer.TransformerEncoder.forward
     transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True

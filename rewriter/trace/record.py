@@ -74,8 +74,8 @@ def record(
     elsewhere: arguments of other sizes. A submodule that is then called with other numbers is left out: its caller
     computes them. So is one that changes the lists it is given, that reaches modules which it does not hold, or is
     called under autocast, one whose instance has a `forward` of its own, as another class would not change what it
-    does, and one that torch calls in other ways where a mask has other values. larger: arguments with a larger batch than one.
-    Of calls in which sizes are equal by chance, those at other sizes stand for them. The model is as before at the end.
+    does, and one that torch calls in other ways where a mask has other values. larger: arguments with a larger batch
+    than one. Of calls in which sizes are equal by chance, those at other sizes stand for them. The model is as before at the end.
     """
     calls = _recorded(module, args, kwargs)
     calls = {path: found for path, found in calls.items() if not _hooked_in_other_ways(module, found[0].module)}

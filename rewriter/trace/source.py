@@ -116,9 +116,15 @@ def statement_key(node: fx.Node, outside: str = "") -> tuple | None:
     return (file, statement_at(file, line)[0], above)
 
 
+def modules_of(node: fx.Node) -> list[str]:
+    """Paths of the modules around a node, from the outermost; export numbers the later calls of one: `attn@1`."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [re.sub(r"@\d+", "", path) for path, _ in stack.values()]
+
+
 def _start_of(module: str, node: fx.Node, stack: list[re.Match]) -> int:
     """Which frame is the call of a module around a node: the tracer leaves one for each that is called in it, too."""
-    paths = [re.sub(r"@\d+", "", path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    paths = modules_of(node)
     inner = len(paths) - paths.index(module) if module in paths else 0
     calls = [k for k, frame in enumerate(stack) if frame[1].startswith(_FX)]
     return calls[-inner] if 0 < inner <= len(calls) else 0
