@@ -23,6 +23,7 @@ from rewriter.emit.expr import (
 )
 from rewriter.emit.names import Names, stride_name
 from rewriter.emit.origins import Origins
+from rewriter.emit.scale import without_scale
 from rewriter.emit.scope import Line, Scope
 from rewriter.ir import Axis, Const, Index, Load, Node, Reduce, Ref, Where, walk
 from rewriter.ir.integer import proves
@@ -93,6 +94,9 @@ class Values:
                 return self._reference(node)
             case Where():
                 return self._where(node, scope)
+        folded = self._scaled_once(node, scope)
+        if folded:
+            return folded
         args = [self.value(a, scope) for a in node.args]
         if node.op != "cast":
             numbers = [t for t, a in zip(args, node.args) if not isinstance(a, Const)]
@@ -100,6 +104,14 @@ class Values:
                 args = widened(args, node.op not in INFIX or all(t.narrow for t in numbers))
         axes = self._joined(args)
         return apply_text(node, args, axes, self.helpers, self.half)
+
+    def _scaled_once(self, node: Node, scope: Scope) -> Text | None:
+        """x * a * b → x * (a * b), one multiplication an element, of 16-bit operands where nothing else reads x * a"""
+        inner, scale, between = without_scale(node)
+        if not self.half or len(between) < 2 or any(self.uses[n] > 1 for n in between[1:]):
+            return None
+        (text,) = widened([self.value(inner, scope)], calls=True)
+        return Text(f"{text.tight(6)} * ({scale})", text.axes, 6) if text.axes else None
 
     def _reduction(self, node: Reduce, scope: Scope) -> Text:
         raise NotImplementedError

@@ -10,6 +10,7 @@ from rewriter.emit.expr import ATOM, TRITON_DTYPES, NotEmittable, Text, operand,
 from rewriter.emit.inner import INTO, Inner, as_held, held_dtype, neutral_text
 from rewriter.emit.names import Names
 from rewriter.emit.origins import Origins
+from rewriter.emit.scale import without_scale
 from rewriter.emit.scope import Line, Scope
 from rewriter.emit.span import Span, written_span
 from rewriter.ir import TRUE, Apply, Axis, Const, Load, Node, Output, Param, Where, const
@@ -175,14 +176,20 @@ class Writer(Inner):
 
     def _running_fold(self, definition: Definition) -> None:
         """An extremum or a product: the state before the tile with what the tile folds to."""
-        body = self._masked(definition.body, definition, self._neutral(definition))
+        scores, scale = self._unscaled(definition.body) if definition.op != "prod" else (definition.body, "")
+        body = self._masked(scores, definition, self._neutral(definition))
         new = self._new(definition)
-        (body,) = widened([body], calls=definition.op == "prod")
+        (body,) = widened([body], calls=definition.op == "prod" or bool(scale))
         folded = self._folded(definition.op, body)
+        folded = Text(f"{folded.code} * {scale}", folded.axes, 6) if scale else folded
         axes = self.tile(definition.axes)
         code = INTO[definition.op].format(self._kept_state(definition), operand(folded, axes, 6))
         self.loop.lines.append(Line(f"{new} = {code}", self.shape(axes)))
         self.loop.known[definition.ref] = Text(new, axes)
+
+    def _unscaled(self, node: Node) -> tuple[Node, str]:
+        """What a value is a constant multiple of, of 16-bit operands: fp32 programs keep the order of their operations."""
+        return without_scale(node)[:2] if self.half and node.dtype.is_floating_point else (node, "")
 
     def _kept_state(self, definition: Definition) -> str:
         """The state before this tile; where an extremum has moved, nothing that was selected for it."""
@@ -293,15 +300,16 @@ class Writer(Inner):
         """p = exp(exponent − phi), with 0 for what is masked (its exponent is −inf) and for rows still all −inf."""
         shift = definition.shift
         key = Apply("exp", (shift.exponent, shift.phi, self._predicate(definition)), torch.float32)
-        score = self._masked(shift.exponent, definition, "NEG_INF")
+        exponent, scale = self._unscaled(shift.exponent)
+        score = self._masked(exponent, definition, "NEG_INF")
         if key not in self.loop.known:
             name = self.names.unique("p")
-            code = f"{name} = {self._exp(definition, score)}"
+            code = f"{name} = {self._exp(definition, score, scale)}"
             self.loop.lines.append(Line(code, self.shape(score.axes)))
             self.loop.known[key] = Text(name, score.axes)
         texts = [self.loop.known[key], *(self.value(f, self.loop) for f in factors)]
         if shift.mass:
-            texts.insert(1, self._lever(definition, score))
+            texts.insert(1, self._lever(definition, score, scale))
         if len(texts) == 1:
             return texts[0]
         axes = self._joined(texts)
@@ -310,24 +318,26 @@ class Writer(Inner):
         self.loop.lines.append(Line(f"{name} = {code}", self.shape(axes)))
         return Text(name, axes)
 
-    def _lever(self, definition: Definition, score: Text) -> Text:
+    def _lever(self, definition: Definition, score: Text, scale: str) -> Text:
         """exponent − phi, 0 for what takes no part; an exponent of −inf gives NaN, as 0 · −inf does in eager"""
         name = self.names.unique("x")
         shift = spread(Text(self._settled(definition), self._phi_axes(definition)), score.axes)
-        code = f"{name} = {score.code} - {shift}"
+        gap = f"{_times(score, scale)} - {shift}"
+        code = f"{name} = {gap}"
         if self._predicate(definition) is not TRUE or self.loop.tail:
-            code = f"{name} = tl.where({self._keep(definition, score.axes)}, {score.code} - {shift}, 0.0)"
+            code = f"{name} = tl.where({self._keep(definition, score.axes)}, {gap}, 0.0)"
         self.loop.lines.append(Line(code, self.shape(score.axes)))
         return Text(name, score.axes)
 
-    def _exp(self, definition: Definition, exponent: Text) -> str:
-        """exp(exponent − shift); in base 2 the difference is one fused multiply-add an element."""
+    def _exp(self, definition: Definition, exponent: Text, scale: str) -> str:
+        """exp(exponent · scale − shift); in base 2 the difference is one fused multiply-add an element."""
         shift = Text(self._settled(definition), self._phi_axes(definition))
         if not self._in_base_2(definition):
-            return f"tl.exp({exponent.code} - {spread(shift, exponent.axes)})"
+            return f"tl.exp({_times(exponent, scale)} - {spread(shift, exponent.axes)})"
         scaled = spread(Text(f"({shift.code} * LOG2E)", shift.axes), exponent.axes)
         (exponent,) = widened([exponent], calls=True)
-        return f"tl.exp2({exponent.code} * LOG2E - {scaled})"
+        factor = f"({scale} * LOG2E)" if scale else "LOG2E"
+        return f"tl.exp2({exponent.code} * {factor} - {scaled})"
 
     def _in_base_2(self, definition: Definition) -> bool:
         """16-bit programs without large fills: there the scaled shift's own rounding would show."""
@@ -443,6 +453,11 @@ class Writer(Inner):
         """Of the programs along a grid axis that an output lacks all have its values: the first writes them."""
         others = (a for a in self.plan.grid if a not in output.over and a.extent is not Const(1))
         return " & ".join(f"({self.names.axes[a]} == 0)" for a in others)
+
+
+def _times(text: Text, scale: str) -> str:
+    (wide,) = widened([text], calls=bool(scale))
+    return f"{wide.tight(6)} * {scale}" if scale else text.code
 
 
 def _are_stored(definition: Definition, weights: tuple[Node, ...]) -> bool:

@@ -106,11 +106,10 @@ def grouped_window_kernel(
         )  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:37  scores = torch.einsum("bmhd,bnhd->bhmn", query, key) * query.shape[-1] ** -0.5
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
-        scores = qk * 0.08838834764831845  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(scores, 1))  # [BLOCK_M]
+        m_new = tl.maximum(m_i, tl.max(qk, 1) * 0.08838834764831845)  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(scores * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(qk * (0.08838834764831845 * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         # golden_programs.py:36  value = value.repeat_interleave(self.group, dim=2)
         value = tl.load(
@@ -139,17 +138,16 @@ def grouped_window_kernel(
         )  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:37  scores = torch.einsum("bmhd,bnhd->bhmn", query, key) * query.shape[-1] ** -0.5
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
-        scores = qk * 0.08838834764831845  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:40  seen = (j <= i) & (i - j < self.window)
         seen = (offs_n[None, :] <= offs_m[:, None]) & (
             offs_m[:, None] - offs_n[None, :] < 128
         )  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:37  scores = torch.einsum("bmhd,bnhd->bhmn", query, key) * query.shape[-1] ** -0.5
-        scores_2 = tl.where((offs_n[None, :] < N) & seen, scores, NEG_INF)  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(scores_2, 1))  # [BLOCK_M]
+        qk_2 = tl.where((offs_n[None, :] < N) & seen, qk, NEG_INF)  # [BLOCK_M, BLOCK_N]
+        m_new = tl.maximum(m_i, tl.max(qk_2, 1) * 0.08838834764831845)  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(scores_2 * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(qk_2 * (0.08838834764831845 * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         # golden_programs.py:36  value = value.repeat_interleave(self.group, dim=2)
         value = tl.load(

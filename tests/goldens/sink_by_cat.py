@@ -108,13 +108,12 @@ def sink_by_cat_kernel(
         )  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:53  scores = query @ key.mT * query.shape[-1] ** -0.5
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
-        scores = qk * 0.125  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(scores, 1))  # [BLOCK_M]
+        m_new = tl.maximum(m_i, tl.max(qk, 1) * 0.125)  # [BLOCK_M]
         x = maximum(m_new, sinks.to(tl.float32))  # [BLOCK_M]
         shift = tl.where(x == NEG_INF, 0.0, x)  # [BLOCK_M]
         x_2 = maximum(m_i, sinks.to(tl.float32))  # [BLOCK_M]
         alpha = tl.exp(x_2 - shift)  # [BLOCK_M]
-        p = tl.exp2(scores * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(qk * (0.125 * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = tl.load(
             value_ptr
@@ -140,14 +139,13 @@ def sink_by_cat_kernel(
         )  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:53  scores = query @ key.mT * query.shape[-1] ** -0.5
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
-        scores = qk * 0.125  # [BLOCK_M, BLOCK_N]
-        scores_2 = tl.where(offs_n[None, :] < N, scores, NEG_INF)  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(scores_2, 1))  # [BLOCK_M]
+        qk_2 = tl.where(offs_n[None, :] < N, qk, NEG_INF)  # [BLOCK_M, BLOCK_N]
+        m_new = tl.maximum(m_i, tl.max(qk_2, 1) * 0.125)  # [BLOCK_M]
         x = maximum(m_new, sinks.to(tl.float32))  # [BLOCK_M]
         shift = tl.where(x == NEG_INF, 0.0, x)  # [BLOCK_M]
         x_2 = maximum(m_i, sinks.to(tl.float32))  # [BLOCK_M]
         alpha = tl.exp(x_2 - shift)  # [BLOCK_M]
-        p = tl.exp2(scores_2 * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(qk_2 * (0.125 * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = tl.load(
             value_ptr

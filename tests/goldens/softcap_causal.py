@@ -107,13 +107,12 @@ def softcap_causal_kernel(
         )  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:19  scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
-        scores = qk * (1.0 / 8.0)  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:20  scores = 30.0 * torch.tanh(scores / 30.0)
-        scores = fast_tanh(scores * (1.0 / 30.0)) * 30.0  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(scores, 1))  # [BLOCK_M]
+        x = fast_tanh(qk * ((1.0 / 8.0) * (1.0 / 30.0)))  # [BLOCK_M, BLOCK_N]
+        m_new = tl.maximum(m_i, tl.max(x, 1) * 30.0)  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(scores * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(x * (30.0 * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = tl.load(
             value_ptr
@@ -139,15 +138,15 @@ def softcap_causal_kernel(
         )  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:19  scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
-        scores = qk * (1.0 / 8.0)  # [BLOCK_M, BLOCK_N]
-        # golden_programs.py:20  scores = 30.0 * torch.tanh(scores / 30.0)
-        scores = fast_tanh(scores * (1.0 / 30.0)) * 30.0  # [BLOCK_M, BLOCK_N]
         mask = offs_n[None, :] < (offs_m + 1)[:, None]  # [BLOCK_M, BLOCK_N]
-        scores_2 = tl.where((offs_n[None, :] < M) & mask, scores, NEG_INF)  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(scores_2, 1))  # [BLOCK_M]
+        # golden_programs.py:20  scores = 30.0 * torch.tanh(scores / 30.0)
+        x = tl.where(
+            (offs_n[None, :] < M) & mask, fast_tanh(qk * ((1.0 / 8.0) * (1.0 / 30.0))), NEG_INF
+        )  # [BLOCK_M, BLOCK_N]
+        m_new = tl.maximum(m_i, tl.max(x, 1) * 30.0)  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(scores_2 * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(x * (30.0 * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = tl.load(
             value_ptr

@@ -127,12 +127,10 @@ def two_products_kernel(
         # golden_programs.py:100  scores = scores + torch.einsum("bshr,btr->bsht", q_rope, k_rope)
         qk = tl.dot(q_rope, tl.trans(k_rope))  # [BLOCK_M, BLOCK_N]
         scores = scores + qk  # [BLOCK_M, BLOCK_N]
-        # golden_programs.py:101  weights = (scores * scale).softmax(dim=-1, dtype=torch.float32).type_as(value)
-        x = scores * 0.07216878364870322  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(x, 1))  # [BLOCK_M]
+        m_new = tl.maximum(m_i, tl.max(scores, 1) * 0.07216878364870322)  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(x * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(scores * (0.07216878364870322 * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = tl.load(
             value_ptr
@@ -169,12 +167,11 @@ def two_products_kernel(
         # golden_programs.py:100  scores = scores + torch.einsum("bshr,btr->bsht", q_rope, k_rope)
         qk = tl.dot(q_rope, tl.trans(k_rope))  # [BLOCK_M, BLOCK_N]
         scores = scores + qk  # [BLOCK_M, BLOCK_N]
-        # golden_programs.py:101  weights = (scores * scale).softmax(dim=-1, dtype=torch.float32).type_as(value)
-        x = tl.where(offs_n[None, :] < N, scores * 0.07216878364870322, NEG_INF)  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(x, 1))  # [BLOCK_M]
+        scores_2 = tl.where(offs_n[None, :] < N, scores, NEG_INF)  # [BLOCK_M, BLOCK_N]
+        m_new = tl.maximum(m_i, tl.max(scores_2, 1) * 0.07216878364870322)  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(x * LOG2E - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(scores_2 * (0.07216878364870322 * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = tl.load(
             value_ptr
