@@ -19,6 +19,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+TMA = ("sm_90", "sm_100")
+"""Those that load boxes of tensors by themselves."""
+
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 """The GPUs that `--check` compiles for: A100, H100/H200, B200, MI300."""
 

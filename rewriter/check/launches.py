@@ -103,6 +103,7 @@ def _launch(grid: tuple[int, ...], named: dict[str, Any]) -> Launch:
     programs = 1
     for extent in grid:
         programs *= extent
+    named = {name: getattr(value, "base", value) for name, value in named.items()}  # of a descriptor the tensor
     tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     aligned = tuple(n for n, t in tensors.items() if t.data_ptr() % ALIGNMENT == 0)
     values = {name: value for name, value in named.items() if name not in tensors}

@@ -18,6 +18,7 @@ import torch
 
 from rewriter.check.compile import (
     SHARED_LIMIT,
+    TMA,
     CompileRequest,
     CompileResult,
     compile_kernels,
@@ -173,8 +174,10 @@ def compile_request(
     package: Path, kernel: KernelFile, entry: Entry, launch: Launch | None, target: str
 ) -> CompileRequest:
     """The kernel specialised as `launch` would; where there was none, all is taken to be aligned."""
-    types = dict(entry.signature)
     values = launch.values if launch else _config(kernel.text, entry.config)
+    has_tma = target in TMA
+    types = {name: _described(kind, values, has_tma) for name, kind in entry.signature.items()}
+    values = values | {"TMA": has_tma} if "[" in "".join(entry.signature.values()) else values
     sizes = {n: v for n, v in values.items() if n in types and type(v) is int}
     ones = {name: 1 for name, value in sizes.items() if value == 1}
     types |= {name: "i64" for name, value in sizes.items() if not -(2**31) <= value < 2**31}
@@ -186,8 +189,21 @@ def compile_request(
         constexprs=ones | {n: v for n, v in values.items() if n not in types and n not in _OPTIONS},
         target=target,
         options={name: values[name] for name in _OPTIONS if name in values},
-        divisible=(*launch.aligned, *multiples) if launch else tuple(types),
+        divisible=tuple(
+            name
+            for name in ((*launch.aligned, *multiples) if launch else types)
+            if not types[name].startswith("tensordesc")
+        ),
     )
+
+
+def _described(kind: str, values: Mapping[str, Any], has_tma: bool) -> str:
+    """`*bf16[1,BLOCK_N]` → `tensordesc<bf16[1,64]>`, or `*bf16` where boxes are loaded by pointers; other types stay."""
+    pointer, box, sizes = kind.partition("[")
+    if not box or not has_tma:
+        return pointer
+    known = (str(values.get(size, size)) for size in sizes.rstrip("]").split(","))
+    return f"tensordesc<{pointer.lstrip('*')}[{','.join(known)}]>"
 
 
 def _config(text: str, name: str) -> dict[str, Any]:

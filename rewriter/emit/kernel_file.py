@@ -15,6 +15,7 @@ from rewriter.emit.reference import reference_of
 from rewriter.emit.render import render
 from rewriter.emit.scope import Line
 from rewriter.emit.signature import kernel_signature
+from rewriter.emit.values import Descriptor
 from rewriter.emit.writer import Writer
 from rewriter.ir import Axis, Const, Node, Output, Param, Tensor, walk
 from rewriter.ir.printer import show, show_output
@@ -89,6 +90,8 @@ class _KernelView:
         loads = dict.fromkeys(t.name for t in plan.chain.tensors)
         self.tensors = {t: n for t, n in names.tensors.items() if t.name in loads}
         self.outputs = {o.name: names.outputs[o.name] for o in plan.chain.outputs}
+        self.boxes = [self.writer.described(box) for box in self.writer.boxes]
+        self.pointers = {t: n for t, n in self.tensors.items() if n in self.writer.pointed or not self.boxes}
 
     def values(self) -> dict[str, object]:
         plan, names, writer = self.plan, self.names, self.writer
@@ -99,6 +102,7 @@ class _KernelView:
             "config": plan.config,
             "blocks": self._blocks(),
             "params": self._params(),
+            "boxes": self.boxes,
             "rows": rows,
             "grows": plan.grows,
             "is_band": plan.is_band,
@@ -156,9 +160,11 @@ class _KernelView:
         return [(f"BLOCK_{self.names.axes[a].upper()}", size) for a, size in self.plan.sizes.items()]
 
     def _params(self) -> list[str]:
-        params = [f"{n}_ptr" for n in (*self.tensors.values(), *self.outputs.values())]
+        params = [f"{n}_ptr" for n in self.pointers.values()] + [b.name for b in self.boxes]
+        params += [f"{n}_ptr" for n in self.outputs.values()]
         params += [*self.writer.strides, *self.sizes.values()]
         params += ["ALIGN: tl.constexpr"] if self.plan.aligns else []
+        params += ["TMA: tl.constexpr"] if self.boxes else []
         return params + [f"{name}: tl.constexpr" for name, _ in self._blocks()]
 
     @property
@@ -170,13 +176,18 @@ class _KernelView:
 
     def _launch(self) -> list[str]:
         units = {s: " // align" if s in self.writer.aligned else "" for s in self.writer.strides}
-        args = [*self.tensors.values(), *self.outputs.values()]
+        args = [*self.pointers.values(), *map(self._descriptor, self.boxes), *self.outputs.values()]
         args += [f"{text}{units[stride]}" for stride, text in self.writer.strides.items()]
-        return args + list(self.sizes.values()) + (["ALIGN=align"] if self.plan.aligns else [])
+        args += [*self.sizes.values(), *(["ALIGN=align"] if self.plan.aligns else [])]
+        return args + ([f"TMA=has_tma({self.boxes[0].name}.device)"] if self.boxes else [])
+
+    def _descriptor(self, box: Descriptor) -> str:
+        sizes = ", ".join(f'{self.config_name}["{s}"]' if s.startswith("BLOCK") else s for s in box.sizes)
+        return f"described({box.name}, ({sizes}))"
 
     def entry(self) -> Entry:
         signature = kernel_signature(
-            self.tensors, self.writer.strides, self.plan.chain.outputs, self.outputs, self.sizes
+            self.pointers, self.boxes, self.writer.strides, self.plan.chain.outputs, self.outputs, self.sizes
         )
         return Entry(f"{self.plan.name}_kernel", self.config_name, signature)
 
@@ -226,6 +237,7 @@ class _FileView:
             "kernels": kernels,
             "streams": self._dynamic_streams(),
             "aligned": any(k["aligned"] for k in kernels),
+            "has_boxes": any(k.boxes for k in self.kernels),
             "arguments": self._arguments(),
             "sizes": [(names.sizes[p], e) for p, e in self.known_sizes.items()],
             "passed_sizes": [names.sizes.get(p, p.name) for p in self.passed_sizes],

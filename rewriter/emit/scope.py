@@ -22,7 +22,8 @@ class Line:
 class Scope:
     """Statements in order, and the values that are known in it. `axis` is that of the loop whose body it is.
 
-    A `tail` has the last tile of a stream, which the stream may not fill. In `whole` tiles every predicate holds.
+    A `tail` has the last tile of a stream, which the stream may not fill. In `whole` tiles every predicate holds. A
+    sweep's tile starts at `start`.
     """
 
     parent: Scope | None = None
@@ -30,6 +31,7 @@ class Scope:
     tail: bool = False
     is_sweep: bool = False
     whole: bool = False
+    start: str = "start"
     lines: list[Line] = field(default_factory=list)
     known: dict[Node, Text] = field(default_factory=dict)
 
@@ -60,6 +62,10 @@ class Scope:
                 return scope.tail
             scope = scope.parent
         return True
+
+    def start_of(self, axis: Axis) -> str:
+        """Where the tile starts of the loop around that goes along `axis`."""
+        return self.start if self.axis == axis or self.parent is None else self.parent.start_of(axis)
 
     @property
     def text(self) -> list[str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import dataclass
 
 import torch
 
@@ -28,9 +29,24 @@ from rewriter.emit.scope import Line, Scope
 from rewriter.ir import Axis, Const, Index, Load, Node, Reduce, Ref, Where, walk
 from rewriter.ir.integer import proves
 from rewriter.plan import KernelPlan
+from rewriter.plan.boxes import Box, box_of, offset_in
 from rewriter.plan.kernel import LONG_BLOCK
 
 MOST_DIMENSIONS = 3  # of a tile
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """What a kernel loads boxes by: its name, the tensor as it is seen, in the order of its dimensions their extents,
+    strides and the positions that one box has.
+    """
+
+    name: str
+    seen: str
+    dtype: torch.dtype
+    extents: tuple[str, ...]
+    strides: tuple[str, ...]
+    sizes: tuple[str, ...]
 
 
 class Values:
@@ -43,7 +59,10 @@ class Values:
         self.helpers: set[str] = set()
         self.strides: dict[str, str] = {}
         self.aligned: set[str] = set()
+        self.boxes: dict[Box, tuple[str, tuple[Node, ...]]] = {}  # its name, and where it is read
+        self.pointed: set[str] = set()  # tensors that are read through pointers
         self.half = plan.dtype is not torch.float32
+        self.decisive = _decisive(plan)
         self.uses = self._use_counts()
         self.dots = {d.node: d for d in plan.dots}
         self.loops = {r.node: r for r in plan.loops}
@@ -103,12 +122,16 @@ class Values:
             if any(t.narrow for t in numbers):
                 args = widened(args, node.op not in INFIX or all(t.narrow for t in numbers))
         axes = self._joined(args)
-        return apply_text(node, args, axes, self.helpers, self.half)
+        return apply_text(node, args, axes, self.helpers, self.is_rough(node))
+
+    def is_rough(self, node: Node) -> bool:
+        """Whether arithmetic may be as inexact as 16 bits are: of such operands, and no comparison reads the result."""
+        return self.half and node not in self.decisive
 
     def _scaled_once(self, node: Node, scope: Scope) -> Text | None:
         """x * a * b → x * (a * b), one multiplication an element, of 16-bit operands where nothing else reads x * a"""
         inner, scale, between = without_scale(node)
-        if not self.half or len(between) < 2 or any(self.uses[n] > 1 for n in between[1:]):
+        if not self.is_rough(node) or len(between) < 2 or any(self.uses[n] > 1 for n in between[1:]):
             return None
         (text,) = widened([self.value(inner, scope)], calls=True)
         return Text(f"{text.tight(6)} * ({scale})", text.axes, 6) if text.axes else None
@@ -194,7 +217,11 @@ class Values:
     # -- memory ---------------------------------------------------------------------------------------------------
 
     def _load(self, node: Load, scope: Scope) -> Text:
+        box = box_of(self.plan, node)
+        if box:
+            return self._boxed(node, box, scope)
         name = self.names.tensors[node.tensor]
+        self.pointed.add(name)
         axes = self._joined([self.value(i, scope) for i in node.index])
         checks = self._unproved(node, axes, scope)
         pointer = self._pointer(f"{name}_ptr", name, node.index, axes, scope)
@@ -205,6 +232,25 @@ class Values:
             code = f"{code} != 0"
         narrow = node.tensor.dtype in (torch.float16, torch.bfloat16)
         return Text(code, axes, 2 if node.tensor.dtype is torch.bool else ATOM, narrow)
+
+    def _boxed(self, node: Load, box: Box, scope: Scope) -> Text:
+        """A load through a descriptor: by where the box starts, in each dimension."""
+        index = tuple(node.index[k] for k in box.order)
+        if box not in self.boxes:
+            self.boxes[box] = self.names.unique(f"{self.names.tensors[box.tensor]}_boxes"), index
+        starts = [self._start(entry, axis, scope) for entry, axis in zip(index, box.axes)]
+        axes = tuple(a for a in box.axes if a)
+        flat = "" if len(axes) == len(starts) else f".reshape({self.shape(axes)})"
+        return Text(f"{self.boxes[box][0]}.load([{', '.join(starts)}]){flat}", axes, narrow=True)
+
+    def _start(self, entry: Node, axis: Axis | None, scope: Scope) -> str:
+        if axis is None:
+            return self.value(entry, scope).code
+        if axis in self.plan.features:
+            return self.value(offset_in(entry, axis), scope).code
+        if axis in self.plan.rows:
+            return f"start_{self.names.axes[axis]}"
+        return scope.start_of(axis)
 
     def _unproved(self, node: Load, axes: tuple[Axis, ...], scope: Scope) -> list[str]:
         """Bounds of index entries that are not proved to be inside: gathers, and branches of a choice not taken."""
@@ -244,11 +290,24 @@ class Values:
             (moving if text.axes else fixed).append(f"{part} * {stride}{unit}")
         return " + ".join(fixed + moving)
 
-    def _stride(self, name: str, k: int, letters: tuple[str, ...], *, in_units: bool) -> str:
+    def described(self, box: Box) -> Descriptor:
+        """What describes a tensor to the load of its boxes."""
+        (name, index), called = self.boxes[box], self.names.tensors[box.tensor]
+        letters, unit = self._letters(index), " * ALIGN" if self.plan.aligns else ""
+        strides = [
+            self._stride(called, k, letters, in_units=bool(unit), meant=f"{name}.stride({k})") + unit
+            for k in range(len(index) - 1)
+        ]
+        extents = tuple(self.value(box.tensor.shape[k], self.prologue).code for k in box.order)
+        sizes = tuple(self.block(a) if a else "1" for a in box.axes)
+        seen = called if box.order == tuple(sorted(box.order)) else f"{called}.permute{box.order}"
+        return Descriptor(name, seen, box.tensor.dtype, extents, (*strides, "1"), sizes)
+
+    def _stride(self, name: str, k: int, letters: tuple[str, ...], *, in_units: bool, meant: str = "") -> str:
         """The parameter that holds a stride: named by the axis that moves it, unless another dimension of a tensor
         that is read transposed as well has the name.
         """
-        meant = f"{name}.stride({k})"
+        meant = meant or f"{name}.stride({k})"
         known = [stride for stride, text in self.strides.items() if text == meant]
         numbered = (f"stride_{name}_{n}" for n in itertools.count(k))
         for stride in itertools.chain([stride_name(name, k, letters), *known], numbered):
@@ -295,3 +354,9 @@ class Values:
         if axis in self.plan.long_axes:
             return axis.extent.value % LONG_BLOCK == 0
         return axis in self.plan.features and self.plan.padded(axis) == axis.extent.value
+
+
+def _decisive(plan: KernelPlan) -> frozenset[Node]:
+    """Values that decide something: what comparisons, indices and whole numbers are made of is computed as eager does."""
+    deciding = (n for n in walk(*plan.chain.roots) if not n.dtype.is_floating_point)
+    return frozenset(walk(*deciding))

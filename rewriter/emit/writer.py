@@ -82,7 +82,8 @@ class Writer(Inner):
         taken, holders = set(self.names.taken), dict(self.holders)
         known = set(straight.known)
         whole = name == "full" and self.sweep.has_whole_tiles
-        self.loop = Scope(straight, self.sweep.stream, tail=name == "tail", is_sweep=True, whole=whole)
+        start = self._tail_start if name == "tail" else "start"
+        self.loop = Scope(straight, self.sweep.stream, tail=name == "tail", is_sweep=True, whole=whole, start=start)
         self.means = {}
         for definition in self.sweep.definitions:
             self._note_mean(definition)
@@ -188,8 +189,8 @@ class Writer(Inner):
         self.loop.known[definition.ref] = Text(new, axes)
 
     def _unscaled(self, node: Node) -> tuple[Node, str]:
-        """What a value is a constant multiple of, of 16-bit operands: fp32 programs keep the order of their operations."""
-        return without_scale(node)[:2] if self.half and node.dtype.is_floating_point else (node, "")
+        """What a value is a constant multiple of, and of which; fp32 programs keep the order of their operations."""
+        return without_scale(node)[:2] if self.is_rough(node) and node.dtype.is_floating_point else (node, "")
 
     def _kept_state(self, definition: Definition) -> str:
         """The state before this tile; where an extremum has moved, nothing that was selected for it."""
@@ -234,8 +235,14 @@ class Writer(Inner):
         block = self.block(self.sweep.stream)
         if not self.loop.tail:
             return block
-        start = "full" if "full" in self.plan.segments(self.sweep) else "0"
-        return f"({self.value(self.sweep.stream.extent, self.prologue).tight(5)} - {start})"
+        return f"({self.value(self.sweep.stream.extent, self.prologue).tight(5)} - {self._tail_start})"
+
+    @property
+    def _tail_start(self) -> str:
+        """Where the tile starts that the stream may not fill; one among others that masks cut starts as they do."""
+        if self.sweep.has_whole_tiles:
+            return "start"
+        return "full" if "full" in self.plan.segments(self.sweep) else "0"
 
     def _weigh_inside(self, definition: Definition, state: str, rescale: str, product: Weighed) -> None:
         """A product for every position of a loop inside the tile, all added to the same state."""

@@ -88,13 +88,15 @@ def fresh_axis(extent: Node, hint: str = "i") -> Axis:
 class Tensor:
     """A strided tensor the kernel reads: what crosses the frontier of a region.
 
-    Where it is read in another shape than it has, `given` is the one it has.
+    Where it is read in another shape than it has, `given` is the one it has. `lanes` is the dimension along which it
+    is dense in memory, if there is one.
     """
 
     name: str
     shape: tuple[Node, ...]
     dtype: torch.dtype
     given: tuple[Node, ...] = ()
+    lanes: int | None = None
 
     def __repr__(self) -> str:
         return self.name

@@ -53,7 +53,7 @@ class Flat:
         if node.tensor.shape == self.shape or not all(isinstance(e, (Index, Const)) for e in entries):
             return node
         return Load(
-            replace(node.tensor, shape=self.shape, given=node.tensor.given or node.tensor.shape),
+            replace(node.tensor, shape=self.shape, given=node.tensor.given or node.tensor.shape, lanes=None),
             entries,
         )
 

@@ -46,7 +46,17 @@ def load_of(node: fx.Node) -> Lifted:
     constant = node.meta.get("constant")
     if constant is not None and constant.numel() == 1:
         return Lifted(axes, const(constant.item(), value.dtype))
-    return Lifted(axes, Load(Tensor(node.name, shape_of(value), value.dtype), positions(axes)))
+    tensor = Tensor(node.name, shape_of(value), value.dtype, lanes=_lanes(value))
+    return Lifted(axes, Load(tensor, positions(axes)))
+
+
+def _lanes(value: torch.Tensor) -> int | None:
+    """The dimension of a tensor along which it is dense in memory."""
+    return next((k for k in reversed(range(value.dim())) if _is_one(value.stride(k))), None)
+
+
+def _is_one(stride: int | torch.SymInt) -> bool:
+    return isinstance(stride, int) and stride == 1
 
 
 def lift_locally(graph: fx.Graph) -> dict[fx.Node, LocalLift]:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rewriter.ir import Axis
+from rewriter.ir import Axis, Load
+from rewriter.plan.boxes import box_of
 from rewriter.plan.estimates import Registers
 from rewriter.plan.kernel import KernelPlan
 from rewriter.plan.tape import Key, Step, Tape
@@ -82,7 +83,9 @@ def _streams(step: Step) -> bool:
 
 
 def _address_registers(plan: KernelPlan, step: Step) -> float:
-    """A 64-bit address for each vector that a thread loads."""
+    """A 64-bit address for each vector that a thread loads; none for a box."""
+    if isinstance(step.key, Load) and box_of(plan, step.key):
+        return 0
     return 2 * max(1, elements(plan, step.axes) * step.bytes / VECTOR / threads(plan))
 
 

@@ -17,12 +17,14 @@ Fixed: H = 4, D = 64, E = 64. Known at the call: M (query.shape[2]), N (key.shap
 Regenerate: flashlight-rewrite golden_programs.py
 """
 
+import functools
 import hashlib
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 NEG_INF = tl.constexpr(float("-inf"))
 H = tl.constexpr(4)
@@ -33,32 +35,30 @@ CONFIG = dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=8, num_
 
 @triton.jit
 def bucketed_bias_kernel(
-    query_ptr,
-    key_ptr,
     weight_ptr,
-    value_ptr,
+    query_boxes,
+    key_boxes,
+    value_boxes,
     out_ptr,
-    stride_query_b,
-    stride_query_h,
-    stride_query_m,
-    stride_query_d,
-    stride_key_b,
-    stride_key_h,
-    stride_key_d,
-    stride_key_n,
     stride_weight_n,
     stride_weight_h,
-    stride_value_b,
-    stride_value_h,
-    stride_value_n,
-    stride_value_e,
     stride_out_b,
     stride_out_h,
     stride_out_m,
     stride_out_e,
+    stride_query_b,
+    stride_query_h,
+    stride_query_m,
+    stride_key_b,
+    stride_key_h,
+    stride_key_n,
+    stride_value_b,
+    stride_value_h,
+    stride_value_n,
     M,
     N,
     B,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -67,22 +67,30 @@ def bucketed_bias_kernel(
     """One program: BLOCK_M rows, all of n."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(M, BLOCK_M)
-    offs_m = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    start_m = (pid % blocks) * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     rest = pid // blocks
     h = rest % H
     rest = rest // H
     b = rest
-    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     offs_e = tl.arange(0, BLOCK_E)  # [BLOCK_E]
-    query = tl.load(
-        query_ptr
-        + b.to(tl.int64) * stride_query_b
-        + h.to(tl.int64) * stride_query_h
-        + offs_m.to(tl.int64)[:, None] * stride_query_m
-        + offs_d[None, :] * stride_query_d,
-        mask=(offs_m[:, None] < M),
-        other=0,
-    )  # [BLOCK_M, BLOCK_D]
+    if not TMA:  # boxes of tensors by plain loads
+        query_boxes = tl.make_tensor_descriptor(
+            query_boxes,
+            [B, 4, M, 64],
+            [stride_query_b, stride_query_h, stride_query_m, 1],
+            [1, 1, BLOCK_M, BLOCK_D],
+        )
+        key_boxes = tl.make_tensor_descriptor(
+            key_boxes, [B, 4, N, 64], [stride_key_b, stride_key_h, stride_key_n, 1], [1, 1, BLOCK_N, BLOCK_D]
+        )
+        value_boxes = tl.make_tensor_descriptor(
+            value_boxes,
+            [B, 4, N, 64],
+            [stride_value_b, stride_value_h, stride_value_n, 1],
+            [1, 1, BLOCK_N, BLOCK_E],
+        )
+    query = query_boxes.load([b, h, start_m, 0]).reshape([BLOCK_M, BLOCK_D])  # [BLOCK_M, BLOCK_D]
 
     m_i = tl.full([BLOCK_M], NEG_INF, tl.float32)  # [BLOCK_M]
     l_i = tl.full([BLOCK_M], 0.0, tl.float32)  # [BLOCK_M]
@@ -91,13 +99,7 @@ def bucketed_bias_kernel(
     full = N // BLOCK_N * BLOCK_N
     for start in range(0, full, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        key = tl.load(
-            key_ptr
-            + b.to(tl.int64) * stride_key_b
-            + h.to(tl.int64) * stride_key_h
-            + offs_d[None, :] * stride_key_d
-            + offs_n.to(tl.int64)[:, None] * stride_key_n
-        )  # [BLOCK_N, BLOCK_D]
+        key = key_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:80  scores = torch.matmul(query, key.transpose(3, 2)) + bias
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:79  bias = self.table(self._bucket(columns - rows)).permute(2, 0, 1)
@@ -107,9 +109,7 @@ def bucketed_bias_kernel(
         # golden_programs.py:70  distance = distance.abs()
         distance = tl.abs(i)  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:72  far = torch.log(distance.float() / near) / math.log(self.farthest / near) * (half - near)
-        far = tl.log(distance.to(tl.float32) * (1.0 / 8.0)) * (
-            (1.0 / 2.772588722239781) * 8.0
-        )  # [BLOCK_M, BLOCK_N]
+        far = tl.log(distance.to(tl.float32) / 8.0) / 2.772588722239781 * 8.0  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:73  far = torch.clamp(near + far.long(), max=half - 1)
         far = tl.minimum(far.to(tl.int64) + 8, 15)  # [BLOCK_M, BLOCK_N]
         index = side + tl.where(distance < 8, distance, far)  # [BLOCK_M, BLOCK_N]
@@ -127,28 +127,14 @@ def bucketed_bias_kernel(
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
         p = tl.exp(x - shift[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
-        value = tl.load(
-            value_ptr
-            + b.to(tl.int64) * stride_value_b
-            + h.to(tl.int64) * stride_value_h
-            + offs_n.to(tl.int64)[:, None] * stride_value_n
-            + offs_e[None, :] * stride_value_e
-        )  # [BLOCK_N, BLOCK_E]
+        value = value_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
         m_i = m_new
 
     # What is left of the stream: positions past its end take no part.
     if full < N:
         offs_n = full + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        key = tl.load(
-            key_ptr
-            + b.to(tl.int64) * stride_key_b
-            + h.to(tl.int64) * stride_key_h
-            + offs_d[None, :] * stride_key_d
-            + offs_n.to(tl.int64)[:, None] * stride_key_n,
-            mask=(offs_n[:, None] < N),
-            other=0,
-        )  # [BLOCK_N, BLOCK_D]
+        key = key_boxes.load([b, h, full, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:80  scores = torch.matmul(query, key.transpose(3, 2)) + bias
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:79  bias = self.table(self._bucket(columns - rows)).permute(2, 0, 1)
@@ -158,9 +144,7 @@ def bucketed_bias_kernel(
         # golden_programs.py:70  distance = distance.abs()
         distance = tl.abs(i)  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:72  far = torch.log(distance.float() / near) / math.log(self.farthest / near) * (half - near)
-        far = tl.log(distance.to(tl.float32) * (1.0 / 8.0)) * (
-            (1.0 / 2.772588722239781) * 8.0
-        )  # [BLOCK_M, BLOCK_N]
+        far = tl.log(distance.to(tl.float32) / 8.0) / 2.772588722239781 * 8.0  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:73  far = torch.clamp(near + far.long(), max=half - 1)
         far = tl.minimum(far.to(tl.int64) + 8, 15)  # [BLOCK_M, BLOCK_N]
         index = side + tl.where(distance < 8, distance, far)  # [BLOCK_M, BLOCK_N]
@@ -178,15 +162,7 @@ def bucketed_bias_kernel(
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
         p = tl.exp(x - shift[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
-        value = tl.load(
-            value_ptr
-            + b.to(tl.int64) * stride_value_b
-            + h.to(tl.int64) * stride_value_h
-            + offs_n.to(tl.int64)[:, None] * stride_value_n
-            + offs_e[None, :] * stride_value_e,
-            mask=(offs_n[:, None] < N),
-            other=0,
-        )  # [BLOCK_N, BLOCK_E]
+        value = value_boxes.load([b, h, full, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
         m_i = m_new
 
@@ -237,6 +213,33 @@ def reference(query, key, weight, value):
     return matmul_1
 
 
+@functools.cache
+def has_tma(device):
+    """Whether a GPU loads boxes of tensors by itself (Hopper and later)."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+
+
+def in_rows(t):
+    """The tensor as boxes of it are loaded: its last dimension dense, its rows at multiples of 16 bytes. A copy where
+    it lies otherwise.
+    """
+    steps = [s for s, n in zip(t.stride()[:-1], t.shape) if n > 1]
+    lies_so = t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and not any(s % 8 for s in steps)
+    return t if lies_so else t.clone(memory_format=torch.contiguous_format)
+
+
+def described(t, box):
+    """What a kernel loads boxes of a tensor by."""
+    if not has_tma(t.device):
+        return t
+    steps = [s if n > 1 else 8 for s, n in zip(t.stride()[:-1], t.shape)]
+    return TensorDescriptor(t, t.shape, [*steps, 1], box)
+
+
 def launch(query, key, weight, value):
     """Runs the kernel.
 
@@ -271,36 +274,37 @@ def launch(query, key, weight, value):
     if N == 0:  # nothing to reduce
         return reference(query, key, weight, value)
     out = torch.empty((B, 4, M, 64), device=query.device, dtype=torch.float16)
+    query_boxes = in_rows(query)
+    key_boxes = in_rows(key.permute(0, 1, 3, 2))
+    value_boxes = in_rows(value)
     programs = triton.cdiv(M, CONFIG["BLOCK_M"]) * (B) * (4)
     if programs:
         with torch.cuda.device_of(query):
             bucketed_bias_kernel[(programs,)](
-                query,
-                key,
                 weight,
-                value,
+                described(query_boxes, (1, 1, CONFIG["BLOCK_M"], CONFIG["BLOCK_D"])),
+                described(key_boxes, (1, 1, CONFIG["BLOCK_N"], CONFIG["BLOCK_D"])),
+                described(value_boxes, (1, 1, CONFIG["BLOCK_N"], CONFIG["BLOCK_E"])),
                 out,
-                query.stride(0),
-                query.stride(1),
-                query.stride(2),
-                query.stride(3),
-                key.stride(0),
-                key.stride(1),
-                key.stride(2),
-                key.stride(3),
                 weight.stride(0),
                 weight.stride(1),
-                value.stride(0),
-                value.stride(1),
-                value.stride(2),
-                value.stride(3),
                 out.stride(0),
                 out.stride(1),
                 out.stride(2),
                 out.stride(3),
+                query_boxes.stride(0),
+                query_boxes.stride(1),
+                query_boxes.stride(2),
+                key_boxes.stride(0),
+                key_boxes.stride(1),
+                key_boxes.stride(2),
+                value_boxes.stride(0),
+                value_boxes.stride(1),
+                value_boxes.stride(2),
                 M,
                 N,
                 B,
+                TMA=has_tma(query_boxes.device),
                 **CONFIG,
             )
     return out

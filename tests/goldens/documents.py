@@ -17,6 +17,7 @@ Fixed: D = 40, E = 40. Known at the call: M (ids.shape[2]), H (query.shape[1]), 
 Regenerate: flashlight-rewrite golden_programs.py
 """
 
+import functools
 import hashlib
 import math
 from pathlib import Path
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 NEG_INF = tl.constexpr(float("-inf"))
 
@@ -35,34 +37,32 @@ CONFIG = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_s
 def documents_kernel(
     ids_ptr,
     ids_2_ptr,
-    query_ptr,
-    key_ptr,
-    value_ptr,
+    query_boxes,
+    key_boxes,
+    value_boxes,
     out_ptr,
     stride_ids_b,
     stride_ids_m,
     stride_ids_2_b,
     stride_ids_2_n,
-    stride_query_b,
-    stride_query_h,
-    stride_query_m,
-    stride_query_d,
-    stride_key_b,
-    stride_key_h,
-    stride_key_d,
-    stride_key_n,
-    stride_value_b,
-    stride_value_h,
-    stride_value_n,
-    stride_value_e,
     stride_out_b,
     stride_out_h,
     stride_out_m,
     stride_out_e,
+    stride_query_b,
+    stride_query_h,
+    stride_query_m,
+    stride_key_b,
+    stride_key_h,
+    stride_key_n,
+    stride_value_b,
+    stride_value_h,
+    stride_value_n,
     M,
     H,
     B,
     ALIGN: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -71,27 +71,38 @@ def documents_kernel(
     """One program: BLOCK_M rows, all of n."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(M, BLOCK_M)
-    offs_m = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    start_m = (pid % blocks) * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     rest = pid // blocks
     h = rest % H
     rest = rest // H
     b = rest
-    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     offs_e = tl.arange(0, BLOCK_E)  # [BLOCK_E]
+    if not TMA:  # boxes of tensors by plain loads
+        query_boxes = tl.make_tensor_descriptor(
+            query_boxes,
+            [B, H, M, 40],
+            [stride_query_b * ALIGN, stride_query_h * ALIGN, stride_query_m * ALIGN, 1],
+            [1, 1, BLOCK_M, BLOCK_D],
+        )
+        key_boxes = tl.make_tensor_descriptor(
+            key_boxes,
+            [B, H, M, 40],
+            [stride_key_b * ALIGN, stride_key_h * ALIGN, stride_key_n * ALIGN, 1],
+            [1, 1, BLOCK_N, BLOCK_D],
+        )
+        value_boxes = tl.make_tensor_descriptor(
+            value_boxes,
+            [B, H, M, 40],
+            [stride_value_b * ALIGN, stride_value_h * ALIGN, stride_value_n * ALIGN, 1],
+            [1, 1, BLOCK_N, BLOCK_E],
+        )
     ids = tl.load(
         ids_ptr + b.to(tl.int64) * stride_ids_b * ALIGN + offs_m.to(tl.int64) * stride_ids_m * ALIGN,
         mask=(offs_m < M),
         other=0,
     )  # [BLOCK_M]
-    query = tl.load(
-        query_ptr
-        + b.to(tl.int64) * stride_query_b * ALIGN
-        + h.to(tl.int64) * stride_query_h * ALIGN
-        + offs_m.to(tl.int64)[:, None] * stride_query_m * ALIGN
-        + offs_d[None, :] * stride_query_d,
-        mask=(offs_m[:, None] < M) & (offs_d[None, :] < 40),
-        other=0,
-    )  # [BLOCK_M, BLOCK_D]
+    query = query_boxes.load([b, h, start_m, 0]).reshape([BLOCK_M, BLOCK_D])  # [BLOCK_M, BLOCK_D]
 
     m_i = tl.full([BLOCK_M], NEG_INF, tl.float32)  # [BLOCK_M]
     l_i = tl.full([BLOCK_M], 0.0, tl.float32)  # [BLOCK_M]
@@ -105,15 +116,7 @@ def documents_kernel(
         )  # [BLOCK_N]
         # golden_programs.py:90  same = ids[:, None, :, None] == ids[:, None, None, :]
         same = ids[:, None] == ids_2[None, :]  # [BLOCK_M, BLOCK_N]
-        key = tl.load(
-            key_ptr
-            + b.to(tl.int64) * stride_key_b * ALIGN
-            + h.to(tl.int64) * stride_key_h * ALIGN
-            + offs_d[None, :] * stride_key_d
-            + offs_n.to(tl.int64)[:, None] * stride_key_n * ALIGN,
-            mask=(offs_d[None, :] < 40),
-            other=0,
-        )  # [BLOCK_N, BLOCK_D]
+        key = key_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:89  scores = query @ key.mT / math.sqrt(query.shape[-1])
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         scores = qk * (1.0 / 6.324555320336759)  # [BLOCK_M, BLOCK_N]
@@ -124,15 +127,7 @@ def documents_kernel(
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
         p = tl.exp(x - shift[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
-        value = tl.load(
-            value_ptr
-            + b.to(tl.int64) * stride_value_b * ALIGN
-            + h.to(tl.int64) * stride_value_h * ALIGN
-            + offs_n.to(tl.int64)[:, None] * stride_value_n * ALIGN
-            + offs_e[None, :] * stride_value_e,
-            mask=(offs_e[None, :] < 40),
-            other=0,
-        )  # [BLOCK_N, BLOCK_E]
+        value = value_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
         m_i = m_new
 
@@ -148,15 +143,7 @@ def documents_kernel(
         )  # [BLOCK_N]
         # golden_programs.py:90  same = ids[:, None, :, None] == ids[:, None, None, :]
         same = ids[:, None] == ids_2[None, :]  # [BLOCK_M, BLOCK_N]
-        key = tl.load(
-            key_ptr
-            + b.to(tl.int64) * stride_key_b * ALIGN
-            + h.to(tl.int64) * stride_key_h * ALIGN
-            + offs_d[None, :] * stride_key_d
-            + offs_n.to(tl.int64)[:, None] * stride_key_n * ALIGN,
-            mask=(offs_n[:, None] < M) & (offs_d[None, :] < 40),
-            other=0,
-        )  # [BLOCK_N, BLOCK_D]
+        key = key_boxes.load([b, h, full, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:89  scores = query @ key.mT / math.sqrt(query.shape[-1])
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         scores = qk * (1.0 / 6.324555320336759)  # [BLOCK_M, BLOCK_N]
@@ -168,15 +155,7 @@ def documents_kernel(
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
         p = tl.exp(x_2 - shift[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
-        value = tl.load(
-            value_ptr
-            + b.to(tl.int64) * stride_value_b * ALIGN
-            + h.to(tl.int64) * stride_value_h * ALIGN
-            + offs_n.to(tl.int64)[:, None] * stride_value_n * ALIGN
-            + offs_e[None, :] * stride_value_e,
-            mask=(offs_n[:, None] < M) & (offs_e[None, :] < 40),
-            other=0,
-        )  # [BLOCK_N, BLOCK_E]
+        value = value_boxes.load([b, h, full, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
         m_i = m_new
 
@@ -204,6 +183,33 @@ def reference(ids, ids_2, query, key, value):
     softmax = masked_fill.softmax(-1)
     matmul_1 = softmax @ value
     return matmul_1
+
+
+@functools.cache
+def has_tma(device):
+    """Whether a GPU loads boxes of tensors by itself (Hopper and later)."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+
+
+def in_rows(t):
+    """The tensor as boxes of it are loaded: its last dimension dense, its rows at multiples of 16 bytes. A copy where
+    it lies otherwise.
+    """
+    steps = [s for s, n in zip(t.stride()[:-1], t.shape) if n > 1]
+    lies_so = t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and not any(s % 8 for s in steps)
+    return t if lies_so else t.clone(memory_format=torch.contiguous_format)
+
+
+def described(t, box):
+    """What a kernel loads boxes of a tensor by."""
+    if not has_tma(t.device):
+        return t
+    steps = [s if n > 1 else 8 for s, n in zip(t.stride()[:-1], t.shape)]
+    return TensorDescriptor(t, t.shape, [*steps, 1], box)
 
 
 def launch(ids, ids_2, query, key, value):
@@ -243,24 +249,27 @@ def launch(ids, ids_2, query, key, value):
     if M == 0:  # nothing to reduce
         return reference(ids, ids_2, query, key, value)
     out = torch.empty((B, H, M, 40), device=ids.device, dtype=torch.float16)
+    query_boxes = in_rows(query)
+    key_boxes = in_rows(key.permute(0, 1, 3, 2))
+    value_boxes = in_rows(value)
     align = math.gcd(
         8,
         ids.stride(0),
         ids.stride(2),
         ids_2.stride(0),
         ids_2.stride(3),
-        query.stride(0),
-        query.stride(1),
-        query.stride(2),
-        key.stride(0),
-        key.stride(1),
-        key.stride(3),
-        value.stride(0),
-        value.stride(1),
-        value.stride(2),
         out.stride(0),
         out.stride(1),
         out.stride(2),
+        query_boxes.stride(0),
+        query_boxes.stride(1),
+        query_boxes.stride(2),
+        key_boxes.stride(0),
+        key_boxes.stride(1),
+        key_boxes.stride(2),
+        value_boxes.stride(0),
+        value_boxes.stride(1),
+        value_boxes.stride(2),
     )  # rows that start at 16 bytes load 16 bytes at a time
     programs = triton.cdiv(M, CONFIG["BLOCK_M"]) * (B) * (H)
     if programs:
@@ -268,34 +277,32 @@ def launch(ids, ids_2, query, key, value):
             documents_kernel[(programs,)](
                 ids,
                 ids_2,
-                query,
-                key,
-                value,
+                described(query_boxes, (1, 1, CONFIG["BLOCK_M"], CONFIG["BLOCK_D"])),
+                described(key_boxes, (1, 1, CONFIG["BLOCK_N"], CONFIG["BLOCK_D"])),
+                described(value_boxes, (1, 1, CONFIG["BLOCK_N"], CONFIG["BLOCK_E"])),
                 out,
                 ids.stride(0) // align,
                 ids.stride(2) // align,
                 ids_2.stride(0) // align,
                 ids_2.stride(3) // align,
-                query.stride(0) // align,
-                query.stride(1) // align,
-                query.stride(2) // align,
-                query.stride(3),
-                key.stride(0) // align,
-                key.stride(1) // align,
-                key.stride(2),
-                key.stride(3) // align,
-                value.stride(0) // align,
-                value.stride(1) // align,
-                value.stride(2) // align,
-                value.stride(3),
                 out.stride(0) // align,
                 out.stride(1) // align,
                 out.stride(2) // align,
                 out.stride(3),
+                query_boxes.stride(0) // align,
+                query_boxes.stride(1) // align,
+                query_boxes.stride(2) // align,
+                key_boxes.stride(0) // align,
+                key_boxes.stride(1) // align,
+                key_boxes.stride(2) // align,
+                value_boxes.stride(0) // align,
+                value_boxes.stride(1) // align,
+                value_boxes.stride(2) // align,
                 M,
                 H,
                 B,
                 ALIGN=align,
+                TMA=has_tma(query_boxes.device),
                 **CONFIG,
             )
     return out

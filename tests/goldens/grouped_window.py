@@ -17,12 +17,14 @@ Fixed: D = 128, E = 128. Known at the call: M (query.shape[1]), N (key.shape[1])
 Regenerate: flashlight-rewrite golden_programs.py
 """
 
+import functools
 import hashlib
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 NEG_INF = tl.constexpr(float("-inf"))
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -33,31 +35,29 @@ CONFIG = dict(BLOCK_M=64, BLOCK_N=32, BLOCK_D=128, BLOCK_E=128, num_warps=4, num
 
 @triton.jit
 def grouped_window_kernel(
-    query_ptr,
-    key_ptr,
-    value_ptr,
+    query_boxes,
+    key_boxes,
+    value_boxes,
     out_ptr,
-    stride_query_b,
-    stride_query_m,
-    stride_query_h,
-    stride_query_d,
-    stride_key_b,
-    stride_key_n,
-    stride_key_h,
-    stride_key_d,
-    stride_value_b,
-    stride_value_n,
-    stride_value_h,
-    stride_value_e,
     stride_out_b,
     stride_out_m,
     stride_out_h,
     stride_out_e,
+    stride_query_b,
+    stride_query_m,
+    stride_query_h,
+    stride_key_b,
+    stride_key_n,
+    stride_key_h,
+    stride_value_b,
+    stride_value_n,
+    stride_value_h,
     M,
     N,
     H,
     B,
     S0,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -66,27 +66,38 @@ def grouped_window_kernel(
     """One program: BLOCK_M rows, all of n."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(M, BLOCK_M)
-    offs_m = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    start_m = (pid % blocks) * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     rest = pid // blocks
     h = rest % H
     rest = rest // H
     b = rest
-    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     offs_e = tl.arange(0, BLOCK_E)  # [BLOCK_E]
+    if not TMA:  # boxes of tensors by plain loads
+        query_boxes = tl.make_tensor_descriptor(
+            query_boxes,
+            [B, M, H, 128],
+            [stride_query_b, stride_query_m, stride_query_h, 1],
+            [1, BLOCK_M, 1, BLOCK_D],
+        )
+        key_boxes = tl.make_tensor_descriptor(
+            key_boxes,
+            [B, N, S0, 128],
+            [stride_key_b, stride_key_n, stride_key_h, 1],
+            [1, BLOCK_N, 1, BLOCK_D],
+        )
+        value_boxes = tl.make_tensor_descriptor(
+            value_boxes,
+            [B, N, S0, 128],
+            [stride_value_b, stride_value_n, stride_value_h, 1],
+            [1, BLOCK_N, 1, BLOCK_E],
+        )
     # What masks leave these rows of the stream, in whole tiles where they cut none.
     first = tl.maximum(tl.min(offs_m - 127, 0), 0) // BLOCK_N * BLOCK_N
     last = tl.minimum(tl.max(offs_m + 1, 0), N)
     whole = tl.maximum(tl.cdiv(tl.maximum(tl.max(offs_m - 127, 0), 0), BLOCK_N) * BLOCK_N, first)
     cut = tl.maximum(tl.minimum(tl.min(offs_m + 1, 0), N) // BLOCK_N * BLOCK_N, whole)
-    query = tl.load(
-        query_ptr
-        + b.to(tl.int64) * stride_query_b
-        + h.to(tl.int64) * stride_query_h
-        + offs_m.to(tl.int64)[:, None] * stride_query_m
-        + offs_d[None, :] * stride_query_d,
-        mask=(offs_m[:, None] < M),
-        other=0,
-    )  # [BLOCK_M, BLOCK_D]
+    query = query_boxes.load([b, start_m, h, 0]).reshape([BLOCK_M, BLOCK_D])  # [BLOCK_M, BLOCK_D]
     i = h // 4
 
     m_i = tl.full([BLOCK_M], NEG_INF, tl.float32)  # [BLOCK_M]
@@ -97,13 +108,7 @@ def grouped_window_kernel(
     for start in range(whole, cut, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         # golden_programs.py:35  key = key.repeat_interleave(self.group, dim=2)
-        key = tl.load(
-            key_ptr
-            + b.to(tl.int64) * stride_key_b
-            + i.to(tl.int64) * stride_key_h
-            + offs_n.to(tl.int64)[:, None] * stride_key_n
-            + offs_d[None, :] * stride_key_d
-        )  # [BLOCK_N, BLOCK_D]
+        key = key_boxes.load([b, start, i, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:37  scores = torch.einsum("bmhd,bnhd->bhmn", query, key) * query.shape[-1] ** -0.5
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(qk, 1) * 0.08838834764831845)  # [BLOCK_M]
@@ -112,13 +117,7 @@ def grouped_window_kernel(
         p = tl.exp2(qk * (0.08838834764831845 * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         # golden_programs.py:36  value = value.repeat_interleave(self.group, dim=2)
-        value = tl.load(
-            value_ptr
-            + b.to(tl.int64) * stride_value_b
-            + i.to(tl.int64) * stride_value_h
-            + offs_n.to(tl.int64)[:, None] * stride_value_n
-            + offs_e[None, :] * stride_value_e
-        )  # [BLOCK_N, BLOCK_E]
+        value = value_boxes.load([b, start, i, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
         m_i = m_new
 
@@ -127,15 +126,7 @@ def grouped_window_kernel(
         start = turn + tl.where(turn < whole, 0, cut - whole)
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         # golden_programs.py:35  key = key.repeat_interleave(self.group, dim=2)
-        key = tl.load(
-            key_ptr
-            + b.to(tl.int64) * stride_key_b
-            + i.to(tl.int64) * stride_key_h
-            + offs_n.to(tl.int64)[:, None] * stride_key_n
-            + offs_d[None, :] * stride_key_d,
-            mask=(offs_n[:, None] < N),
-            other=0,
-        )  # [BLOCK_N, BLOCK_D]
+        key = key_boxes.load([b, start, i, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:37  scores = torch.einsum("bmhd,bnhd->bhmn", query, key) * query.shape[-1] ** -0.5
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:40  seen = (j <= i) & (i - j < self.window)
@@ -150,15 +141,7 @@ def grouped_window_kernel(
         p = tl.exp2(qk_2 * (0.08838834764831845 * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         # golden_programs.py:36  value = value.repeat_interleave(self.group, dim=2)
-        value = tl.load(
-            value_ptr
-            + b.to(tl.int64) * stride_value_b
-            + i.to(tl.int64) * stride_value_h
-            + offs_n.to(tl.int64)[:, None] * stride_value_n
-            + offs_e[None, :] * stride_value_e,
-            mask=(offs_n[:, None] < N),
-            other=0,
-        )  # [BLOCK_N, BLOCK_E]
+        value = value_boxes.load([b, start, i, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
         m_i = m_new
 
@@ -198,6 +181,33 @@ def reference(query, key, value):
     return einsum_1
 
 
+@functools.cache
+def has_tma(device):
+    """Whether a GPU loads boxes of tensors by itself (Hopper and later)."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+
+
+def in_rows(t):
+    """The tensor as boxes of it are loaded: its last dimension dense, its rows at multiples of 16 bytes. A copy where
+    it lies otherwise.
+    """
+    steps = [s for s, n in zip(t.stride()[:-1], t.shape) if n > 1]
+    lies_so = t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and not any(s % 8 for s in steps)
+    return t if lies_so else t.clone(memory_format=torch.contiguous_format)
+
+
+def described(t, box):
+    """What a kernel loads boxes of a tensor by."""
+    if not has_tma(t.device):
+        return t
+    steps = [s if n > 1 else 8 for s, n in zip(t.stride()[:-1], t.shape)]
+    return TensorDescriptor(t, t.shape, [*steps, 1], box)
+
+
 def launch(query, key, value):
     """Runs the kernel.
 
@@ -229,35 +239,36 @@ def launch(query, key, value):
     if N == 0:  # nothing to reduce
         return reference(query, key, value)
     out = torch.empty((B, H, M, 128), device=query.device, dtype=torch.float16).permute(0, 2, 1, 3)
+    query_boxes = in_rows(query)
+    key_boxes = in_rows(key)
+    value_boxes = in_rows(value)
     programs = triton.cdiv(M, CONFIG["BLOCK_M"]) * (B) * (H)
     if programs:
         with torch.cuda.device_of(query):
             grouped_window_kernel[(programs,)](
-                query,
-                key,
-                value,
+                described(query_boxes, (1, CONFIG["BLOCK_M"], 1, CONFIG["BLOCK_D"])),
+                described(key_boxes, (1, CONFIG["BLOCK_N"], 1, CONFIG["BLOCK_D"])),
+                described(value_boxes, (1, CONFIG["BLOCK_N"], 1, CONFIG["BLOCK_E"])),
                 out,
-                query.stride(0),
-                query.stride(1),
-                query.stride(2),
-                query.stride(3),
-                key.stride(0),
-                key.stride(1),
-                key.stride(2),
-                key.stride(3),
-                value.stride(0),
-                value.stride(1),
-                value.stride(2),
-                value.stride(3),
                 out.stride(0),
                 out.stride(1),
                 out.stride(2),
                 out.stride(3),
+                query_boxes.stride(0),
+                query_boxes.stride(1),
+                query_boxes.stride(2),
+                key_boxes.stride(0),
+                key_boxes.stride(1),
+                key_boxes.stride(2),
+                value_boxes.stride(0),
+                value_boxes.stride(1),
+                value_boxes.stride(2),
                 M,
                 N,
                 H,
                 B,
                 S0,
+                TMA=has_tma(query_boxes.device),
                 **CONFIG,
             )
     return out

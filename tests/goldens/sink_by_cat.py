@@ -17,12 +17,14 @@ Fixed: H = 4, D = 64, E = 64. Known at the call: M (query.shape[2]), N (key.shap
 Regenerate: flashlight-rewrite golden_programs.py
 """
 
+import functools
 import hashlib
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 NEG_INF = tl.constexpr(float("-inf"))
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -40,31 +42,29 @@ def maximum(x, y):
 
 @triton.jit
 def sink_by_cat_kernel(
-    query_ptr,
-    key_ptr,
     sinks_ptr,
-    value_ptr,
+    query_boxes,
+    key_boxes,
+    value_boxes,
     out_ptr,
-    stride_query_b,
-    stride_query_h,
-    stride_query_m,
-    stride_query_d,
-    stride_key_b,
-    stride_key_h,
-    stride_key_d,
-    stride_key_n,
     stride_sinks_h,
-    stride_value_b,
-    stride_value_h,
-    stride_value_n,
-    stride_value_e,
     stride_out_b,
     stride_out_h,
     stride_out_m,
     stride_out_e,
+    stride_query_b,
+    stride_query_h,
+    stride_query_m,
+    stride_key_b,
+    stride_key_h,
+    stride_key_n,
+    stride_value_b,
+    stride_value_h,
+    stride_value_n,
     M,
     N,
     B,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -73,22 +73,30 @@ def sink_by_cat_kernel(
     """One program: BLOCK_M rows, all of n."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(M, BLOCK_M)
-    offs_m = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    start_m = (pid % blocks) * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     rest = pid // blocks
     h = rest % H
     rest = rest // H
     b = rest
-    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     offs_e = tl.arange(0, BLOCK_E)  # [BLOCK_E]
-    query = tl.load(
-        query_ptr
-        + b.to(tl.int64) * stride_query_b
-        + h.to(tl.int64) * stride_query_h
-        + offs_m.to(tl.int64)[:, None] * stride_query_m
-        + offs_d[None, :] * stride_query_d,
-        mask=(offs_m[:, None] < M),
-        other=0,
-    )  # [BLOCK_M, BLOCK_D]
+    if not TMA:  # boxes of tensors by plain loads
+        query_boxes = tl.make_tensor_descriptor(
+            query_boxes,
+            [B, 4, M, 64],
+            [stride_query_b, stride_query_h, stride_query_m, 1],
+            [1, 1, BLOCK_M, BLOCK_D],
+        )
+        key_boxes = tl.make_tensor_descriptor(
+            key_boxes, [B, 4, N, 64], [stride_key_b, stride_key_h, stride_key_n, 1], [1, 1, BLOCK_N, BLOCK_D]
+        )
+        value_boxes = tl.make_tensor_descriptor(
+            value_boxes,
+            [B, 4, N, 64],
+            [stride_value_b, stride_value_h, stride_value_n, 1],
+            [1, 1, BLOCK_N, BLOCK_E],
+        )
+    query = query_boxes.load([b, h, start_m, 0]).reshape([BLOCK_M, BLOCK_D])  # [BLOCK_M, BLOCK_D]
     # golden_programs.py:54  sinks = self.sinks[None, :, None, None].expand(*scores.shape[:-1], 1)
     sinks = tl.load(sinks_ptr + h.to(tl.int64) * stride_sinks_h)
 
@@ -99,13 +107,7 @@ def sink_by_cat_kernel(
     full = N // BLOCK_N * BLOCK_N
     for start in range(0, full, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        key = tl.load(
-            key_ptr
-            + b.to(tl.int64) * stride_key_b
-            + h.to(tl.int64) * stride_key_h
-            + offs_d[None, :] * stride_key_d
-            + offs_n.to(tl.int64)[:, None] * stride_key_n
-        )  # [BLOCK_N, BLOCK_D]
+        key = key_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:53  scores = query @ key.mT * query.shape[-1] ** -0.5
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(qk, 1) * 0.125)  # [BLOCK_M]
@@ -115,28 +117,14 @@ def sink_by_cat_kernel(
         alpha = tl.exp(x_2 - shift)  # [BLOCK_M]
         p = tl.exp2(qk * (0.125 * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
-        value = tl.load(
-            value_ptr
-            + b.to(tl.int64) * stride_value_b
-            + h.to(tl.int64) * stride_value_h
-            + offs_n.to(tl.int64)[:, None] * stride_value_n
-            + offs_e[None, :] * stride_value_e
-        )  # [BLOCK_N, BLOCK_E]
+        value = value_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
         m_i = m_new
 
     # What is left of the stream: positions past its end take no part.
     if full < N:
         offs_n = full + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        key = tl.load(
-            key_ptr
-            + b.to(tl.int64) * stride_key_b
-            + h.to(tl.int64) * stride_key_h
-            + offs_d[None, :] * stride_key_d
-            + offs_n.to(tl.int64)[:, None] * stride_key_n,
-            mask=(offs_n[:, None] < N),
-            other=0,
-        )  # [BLOCK_N, BLOCK_D]
+        key = key_boxes.load([b, h, full, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:53  scores = query @ key.mT * query.shape[-1] ** -0.5
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         qk_2 = tl.where(offs_n[None, :] < N, qk, NEG_INF)  # [BLOCK_M, BLOCK_N]
@@ -147,15 +135,7 @@ def sink_by_cat_kernel(
         alpha = tl.exp(x_2 - shift)  # [BLOCK_M]
         p = tl.exp2(qk_2 * (0.125 * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
-        value = tl.load(
-            value_ptr
-            + b.to(tl.int64) * stride_value_b
-            + h.to(tl.int64) * stride_value_h
-            + offs_n.to(tl.int64)[:, None] * stride_value_n
-            + offs_e[None, :] * stride_value_e,
-            mask=(offs_n[:, None] < N),
-            other=0,
-        )  # [BLOCK_N, BLOCK_E]
+        value = value_boxes.load([b, h, full, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
         m_i = m_new
 
@@ -189,6 +169,33 @@ def reference(query, key, sinks, value):
     slice_1 = weights[:, :, :, :-1]
     matmul_1 = slice_1 @ value
     return matmul_1
+
+
+@functools.cache
+def has_tma(device):
+    """Whether a GPU loads boxes of tensors by itself (Hopper and later)."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+
+
+def in_rows(t):
+    """The tensor as boxes of it are loaded: its last dimension dense, its rows at multiples of 16 bytes. A copy where
+    it lies otherwise.
+    """
+    steps = [s for s, n in zip(t.stride()[:-1], t.shape) if n > 1]
+    lies_so = t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and not any(s % 8 for s in steps)
+    return t if lies_so else t.clone(memory_format=torch.contiguous_format)
+
+
+def described(t, box):
+    """What a kernel loads boxes of a tensor by."""
+    if not has_tma(t.device):
+        return t
+    steps = [s if n > 1 else 8 for s, n in zip(t.stride()[:-1], t.shape)]
+    return TensorDescriptor(t, t.shape, [*steps, 1], box)
 
 
 def launch(query, key, sinks, value):
@@ -225,35 +232,36 @@ def launch(query, key, sinks, value):
     if N == 0:  # nothing to reduce
         return reference(query, key, sinks, value)
     out = torch.empty((B, 4, M, 64), device=query.device, dtype=torch.float16)
+    query_boxes = in_rows(query)
+    key_boxes = in_rows(key.permute(0, 1, 3, 2))
+    value_boxes = in_rows(value)
     programs = triton.cdiv(M, CONFIG["BLOCK_M"]) * (B) * (4)
     if programs:
         with torch.cuda.device_of(query):
             sink_by_cat_kernel[(programs,)](
-                query,
-                key,
                 sinks,
-                value,
+                described(query_boxes, (1, 1, CONFIG["BLOCK_M"], CONFIG["BLOCK_D"])),
+                described(key_boxes, (1, 1, CONFIG["BLOCK_N"], CONFIG["BLOCK_D"])),
+                described(value_boxes, (1, 1, CONFIG["BLOCK_N"], CONFIG["BLOCK_E"])),
                 out,
-                query.stride(0),
-                query.stride(1),
-                query.stride(2),
-                query.stride(3),
-                key.stride(0),
-                key.stride(1),
-                key.stride(2),
-                key.stride(3),
                 sinks.stride(1),
-                value.stride(0),
-                value.stride(1),
-                value.stride(2),
-                value.stride(3),
                 out.stride(0),
                 out.stride(1),
                 out.stride(2),
                 out.stride(3),
+                query_boxes.stride(0),
+                query_boxes.stride(1),
+                query_boxes.stride(2),
+                key_boxes.stride(0),
+                key_boxes.stride(1),
+                key_boxes.stride(2),
+                value_boxes.stride(0),
+                value_boxes.stride(1),
+                value_boxes.stride(2),
                 M,
                 N,
                 B,
+                TMA=has_tma(query_boxes.device),
                 **CONFIG,
             )
     return out

@@ -17,12 +17,14 @@ Fixed: D = 128, E = 64, F = 128. Known at the call: M (q_nope.shape[1]), N (k_no
 Regenerate: flashlight-rewrite golden_programs.py
 """
 
+import functools
 import hashlib
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 NEG_INF = tl.constexpr(float("-inf"))
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -33,39 +35,35 @@ CONFIG = dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=128, BLOCK_E=64, BLOCK_F=128, num
 
 @triton.jit
 def two_products_kernel(
-    q_nope_ptr,
-    k_nope_ptr,
-    q_rope_ptr,
-    k_rope_ptr,
-    value_ptr,
+    q_nope_boxes,
+    k_nope_boxes,
+    q_rope_boxes,
+    k_rope_boxes,
+    value_boxes,
     out_ptr,
-    stride_q_nope_b,
-    stride_q_nope_m,
-    stride_q_nope_h,
-    stride_q_nope_d,
-    stride_k_nope_b,
-    stride_k_nope_n,
-    stride_k_nope_h,
-    stride_k_nope_d,
-    stride_q_rope_b,
-    stride_q_rope_m,
-    stride_q_rope_h,
-    stride_q_rope_e,
-    stride_k_rope_b,
-    stride_k_rope_n,
-    stride_k_rope_e,
-    stride_value_b,
-    stride_value_n,
-    stride_value_h,
-    stride_value_f,
     stride_out_b,
     stride_out_m,
     stride_out_h,
     stride_out_f,
+    stride_q_nope_b,
+    stride_q_nope_m,
+    stride_q_nope_h,
+    stride_k_nope_b,
+    stride_k_nope_n,
+    stride_k_nope_h,
+    stride_q_rope_b,
+    stride_q_rope_m,
+    stride_q_rope_h,
+    stride_k_rope_b,
+    stride_k_rope_n,
+    stride_value_b,
+    stride_value_n,
+    stride_value_h,
     M,
     N,
     H,
     B,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -75,32 +73,43 @@ def two_products_kernel(
     """One program: BLOCK_M rows, all of n."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(M, BLOCK_M)
-    offs_m = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    start_m = (pid % blocks) * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     rest = pid // blocks
     h = rest % H
     rest = rest // H
     b = rest
-    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    offs_e = tl.arange(0, BLOCK_E)  # [BLOCK_E]
     offs_f = tl.arange(0, BLOCK_F)  # [BLOCK_F]
-    q_nope = tl.load(
-        q_nope_ptr
-        + b.to(tl.int64) * stride_q_nope_b
-        + h.to(tl.int64) * stride_q_nope_h
-        + offs_m.to(tl.int64)[:, None] * stride_q_nope_m
-        + offs_d[None, :] * stride_q_nope_d,
-        mask=(offs_m[:, None] < M),
-        other=0,
-    )  # [BLOCK_M, BLOCK_D]
-    q_rope = tl.load(
-        q_rope_ptr
-        + b.to(tl.int64) * stride_q_rope_b
-        + h.to(tl.int64) * stride_q_rope_h
-        + offs_m.to(tl.int64)[:, None] * stride_q_rope_m
-        + offs_e[None, :] * stride_q_rope_e,
-        mask=(offs_m[:, None] < M),
-        other=0,
-    )  # [BLOCK_M, BLOCK_E]
+    if not TMA:  # boxes of tensors by plain loads
+        q_nope_boxes = tl.make_tensor_descriptor(
+            q_nope_boxes,
+            [B, M, H, 128],
+            [stride_q_nope_b, stride_q_nope_m, stride_q_nope_h, 1],
+            [1, BLOCK_M, 1, BLOCK_D],
+        )
+        k_nope_boxes = tl.make_tensor_descriptor(
+            k_nope_boxes,
+            [B, N, H, 128],
+            [stride_k_nope_b, stride_k_nope_n, stride_k_nope_h, 1],
+            [1, BLOCK_N, 1, BLOCK_D],
+        )
+        q_rope_boxes = tl.make_tensor_descriptor(
+            q_rope_boxes,
+            [B, M, H, 64],
+            [stride_q_rope_b, stride_q_rope_m, stride_q_rope_h, 1],
+            [1, BLOCK_M, 1, BLOCK_E],
+        )
+        k_rope_boxes = tl.make_tensor_descriptor(
+            k_rope_boxes, [B, N, 64], [stride_k_rope_b, stride_k_rope_n, 1], [1, BLOCK_N, BLOCK_E]
+        )
+        value_boxes = tl.make_tensor_descriptor(
+            value_boxes,
+            [B, N, H, 128],
+            [stride_value_b, stride_value_n, stride_value_h, 1],
+            [1, BLOCK_N, 1, BLOCK_F],
+        )
+    q_nope = q_nope_boxes.load([b, start_m, h, 0]).reshape([BLOCK_M, BLOCK_D])  # [BLOCK_M, BLOCK_D]
+    q_rope = q_rope_boxes.load([b, start_m, h, 0]).reshape([BLOCK_M, BLOCK_E])  # [BLOCK_M, BLOCK_E]
 
     m_i = tl.full([BLOCK_M], NEG_INF, tl.float32)  # [BLOCK_M]
     l_i = tl.full([BLOCK_M], 0.0, tl.float32)  # [BLOCK_M]
@@ -109,21 +118,10 @@ def two_products_kernel(
     full = N // BLOCK_N * BLOCK_N
     for start in range(0, full, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        k_nope = tl.load(
-            k_nope_ptr
-            + b.to(tl.int64) * stride_k_nope_b
-            + h.to(tl.int64) * stride_k_nope_h
-            + offs_n.to(tl.int64)[:, None] * stride_k_nope_n
-            + offs_d[None, :] * stride_k_nope_d
-        )  # [BLOCK_N, BLOCK_D]
+        k_nope = k_nope_boxes.load([b, start, h, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:99  scores = torch.einsum("bshd,bthd->bsht", q_nope, k_nope)
         scores = tl.dot(q_nope, tl.trans(k_nope))  # [BLOCK_M, BLOCK_N]
-        k_rope = tl.load(
-            k_rope_ptr
-            + b.to(tl.int64) * stride_k_rope_b
-            + offs_n.to(tl.int64)[:, None] * stride_k_rope_n
-            + offs_e[None, :] * stride_k_rope_e
-        )  # [BLOCK_N, BLOCK_E]
+        k_rope = k_rope_boxes.load([b, start, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
         # golden_programs.py:100  scores = scores + torch.einsum("bshr,btr->bsht", q_rope, k_rope)
         qk = tl.dot(q_rope, tl.trans(k_rope))  # [BLOCK_M, BLOCK_N]
         scores = scores + qk  # [BLOCK_M, BLOCK_N]
@@ -132,38 +130,17 @@ def two_products_kernel(
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
         p = tl.exp2(scores * (0.07216878364870322 * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
-        value = tl.load(
-            value_ptr
-            + b.to(tl.int64) * stride_value_b
-            + h.to(tl.int64) * stride_value_h
-            + offs_n.to(tl.int64)[:, None] * stride_value_n
-            + offs_f[None, :] * stride_value_f
-        )  # [BLOCK_N, BLOCK_F]
+        value = value_boxes.load([b, start, h, 0]).reshape([BLOCK_N, BLOCK_F])  # [BLOCK_N, BLOCK_F]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_F]
         m_i = m_new
 
     # What is left of the stream: positions past its end take no part.
     if full < N:
         offs_n = full + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        k_nope = tl.load(
-            k_nope_ptr
-            + b.to(tl.int64) * stride_k_nope_b
-            + h.to(tl.int64) * stride_k_nope_h
-            + offs_n.to(tl.int64)[:, None] * stride_k_nope_n
-            + offs_d[None, :] * stride_k_nope_d,
-            mask=(offs_n[:, None] < N),
-            other=0,
-        )  # [BLOCK_N, BLOCK_D]
+        k_nope = k_nope_boxes.load([b, full, h, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:99  scores = torch.einsum("bshd,bthd->bsht", q_nope, k_nope)
         scores = tl.dot(q_nope, tl.trans(k_nope))  # [BLOCK_M, BLOCK_N]
-        k_rope = tl.load(
-            k_rope_ptr
-            + b.to(tl.int64) * stride_k_rope_b
-            + offs_n.to(tl.int64)[:, None] * stride_k_rope_n
-            + offs_e[None, :] * stride_k_rope_e,
-            mask=(offs_n[:, None] < N),
-            other=0,
-        )  # [BLOCK_N, BLOCK_E]
+        k_rope = k_rope_boxes.load([b, full, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
         # golden_programs.py:100  scores = scores + torch.einsum("bshr,btr->bsht", q_rope, k_rope)
         qk = tl.dot(q_rope, tl.trans(k_rope))  # [BLOCK_M, BLOCK_N]
         scores = scores + qk  # [BLOCK_M, BLOCK_N]
@@ -173,15 +150,7 @@ def two_products_kernel(
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
         p = tl.exp2(scores_2 * (0.07216878364870322 * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
-        value = tl.load(
-            value_ptr
-            + b.to(tl.int64) * stride_value_b
-            + h.to(tl.int64) * stride_value_h
-            + offs_n.to(tl.int64)[:, None] * stride_value_n
-            + offs_f[None, :] * stride_value_f,
-            mask=(offs_n[:, None] < N),
-            other=0,
-        )  # [BLOCK_N, BLOCK_F]
+        value = value_boxes.load([b, full, h, 0]).reshape([BLOCK_N, BLOCK_F])  # [BLOCK_N, BLOCK_F]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_F]
         m_i = m_new
 
@@ -210,6 +179,33 @@ def reference(q_nope, k_nope, q_rope, k_rope, value):
     weights = softmax.to(torch.float16)
     einsum_2 = torch.einsum("bsht,bthd->bshd", [weights, value])
     return einsum_2
+
+
+@functools.cache
+def has_tma(device):
+    """Whether a GPU loads boxes of tensors by itself (Hopper and later)."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+
+
+def in_rows(t):
+    """The tensor as boxes of it are loaded: its last dimension dense, its rows at multiples of 16 bytes. A copy where
+    it lies otherwise.
+    """
+    steps = [s for s, n in zip(t.stride()[:-1], t.shape) if n > 1]
+    lies_so = t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and not any(s % 8 for s in steps)
+    return t if lies_so else t.clone(memory_format=torch.contiguous_format)
+
+
+def described(t, box):
+    """What a kernel loads boxes of a tensor by."""
+    if not has_tma(t.device):
+        return t
+    steps = [s if n > 1 else 8 for s, n in zip(t.stride()[:-1], t.shape)]
+    return TensorDescriptor(t, t.shape, [*steps, 1], box)
 
 
 def launch(q_nope, k_nope, q_rope, k_rope, value):
@@ -252,43 +248,44 @@ def launch(q_nope, k_nope, q_rope, k_rope, value):
     if N == 0:  # nothing to reduce
         return reference(q_nope, k_nope, q_rope, k_rope, value)
     out = torch.empty((B, H, M, 128), device=q_nope.device, dtype=torch.float16).permute(0, 2, 1, 3)
+    q_nope_boxes = in_rows(q_nope)
+    k_nope_boxes = in_rows(k_nope)
+    q_rope_boxes = in_rows(q_rope)
+    k_rope_boxes = in_rows(k_rope)
+    value_boxes = in_rows(value)
     programs = triton.cdiv(M, CONFIG["BLOCK_M"]) * (B) * (H)
     if programs:
         with torch.cuda.device_of(q_nope):
             two_products_kernel[(programs,)](
-                q_nope,
-                k_nope,
-                q_rope,
-                k_rope,
-                value,
+                described(q_nope_boxes, (1, CONFIG["BLOCK_M"], 1, CONFIG["BLOCK_D"])),
+                described(k_nope_boxes, (1, CONFIG["BLOCK_N"], 1, CONFIG["BLOCK_D"])),
+                described(q_rope_boxes, (1, CONFIG["BLOCK_M"], 1, CONFIG["BLOCK_E"])),
+                described(k_rope_boxes, (1, CONFIG["BLOCK_N"], CONFIG["BLOCK_E"])),
+                described(value_boxes, (1, CONFIG["BLOCK_N"], 1, CONFIG["BLOCK_F"])),
                 out,
-                q_nope.stride(0),
-                q_nope.stride(1),
-                q_nope.stride(2),
-                q_nope.stride(3),
-                k_nope.stride(0),
-                k_nope.stride(1),
-                k_nope.stride(2),
-                k_nope.stride(3),
-                q_rope.stride(0),
-                q_rope.stride(1),
-                q_rope.stride(2),
-                q_rope.stride(3),
-                k_rope.stride(0),
-                k_rope.stride(1),
-                k_rope.stride(2),
-                value.stride(0),
-                value.stride(1),
-                value.stride(2),
-                value.stride(3),
                 out.stride(0),
                 out.stride(1),
                 out.stride(2),
                 out.stride(3),
+                q_nope_boxes.stride(0),
+                q_nope_boxes.stride(1),
+                q_nope_boxes.stride(2),
+                k_nope_boxes.stride(0),
+                k_nope_boxes.stride(1),
+                k_nope_boxes.stride(2),
+                q_rope_boxes.stride(0),
+                q_rope_boxes.stride(1),
+                q_rope_boxes.stride(2),
+                k_rope_boxes.stride(0),
+                k_rope_boxes.stride(1),
+                value_boxes.stride(0),
+                value_boxes.stride(1),
+                value_boxes.stride(2),
                 M,
                 N,
                 H,
                 B,
+                TMA=has_tma(q_nope_boxes.device),
                 **CONFIG,
             )
     return out
