@@ -133,8 +133,8 @@ def assert_registers_are_near(found: list[Measured]) -> None:
     assert statistics.median(errors) < 0.2
 
 
-# Of what is not predicted, the cause is not known: values per pair of rows, weighed for all heads at once.
-UNPREDICTED = {"ipa_openfold"}
+# Not predicted: positions that every thread computes for itself, of a view whose rows lie askew.
+UNPREDICTED = {"transformer_xl_shift"}
 
 
 def assert_spills_are_predicted(found: list[Measured]) -> None:

@@ -83,7 +83,16 @@ def arg_types(fn: JITFunction, request: dict) -> dict[str, str]:
     for name in fn.arg_names:
         if (name in types) == (name in values):
             raise ValueError(f"argument {name} of {request['kernel']} needs a type or a value, one of them")
-    return {name: types.get(name, "constexpr") for name in fn.arg_names}
+    return {name: sized(types.get(name, "constexpr"), values) for name in fn.arg_names}
+
+
+def sized(kind: str, values: dict[str, object]) -> str:
+    """ "tensordesc<fp16[BLOCK_M,64]>" → "tensordesc<fp16[128,64]>" """
+    head, bracket, sizes = kind.partition("[")
+    if not bracket:
+        return kind
+    shape, end = sizes.split("]")
+    return f"{head}[{','.join(str(values.get(size, size)) for size in shape.split(','))}]{end}"
 
 
 def constants(request: dict) -> dict[str, object]:

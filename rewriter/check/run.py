@@ -176,7 +176,7 @@ def compile_request(
     """The kernel specialised as `launch` would; where there was none, all is taken to be aligned."""
     values = launch.values if launch else _config(kernel.text, entry.config)
     has_tma = target in TMA
-    types = {name: _described(kind, values, has_tma) for name, kind in entry.signature.items()}
+    types = {name: _described(kind, has_tma) for name, kind in entry.signature.items()}
     values = values | {"TMA": has_tma} if "[" in "".join(entry.signature.values()) else values
     sizes = {n: v for n, v in values.items() if n in types and type(v) is int}
     ones = {name: 1 for name, value in sizes.items() if value == 1}
@@ -197,13 +197,10 @@ def compile_request(
     )
 
 
-def _described(kind: str, values: Mapping[str, Any], has_tma: bool) -> str:
-    """`*bf16[1,BLOCK_N]` → `tensordesc<bf16[1,64]>`, or `*bf16` where boxes are loaded by pointers; other types stay."""
-    pointer, box, sizes = kind.partition("[")
-    if not box or not has_tma:
-        return pointer
-    known = (str(values.get(size, size)) for size in sizes.rstrip("]").split(","))
-    return f"tensordesc<{pointer.lstrip('*')}[{','.join(known)}]>"
+def _described(kind: str, has_tma: bool) -> str:
+    """`*bf16[1,BLOCK_N]` → `tensordesc<bf16[1,BLOCK_N]>`, or `*bf16` where boxes are loaded by pointers"""
+    pointer, _, sizes = kind.partition("[")
+    return f"tensordesc<{kind.lstrip('*')}>" if sizes and has_tma else pointer
 
 
 def _config(text: str, name: str) -> dict[str, Any]:
