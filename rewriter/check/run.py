@@ -204,10 +204,10 @@ def _described(kind: str, has_tma: bool) -> str:
 
 
 def _config(text: str, name: str) -> dict[str, Any]:
-    """The literal `CONFIG = dict(...)` of an emitted file."""
+    """The first of `CONFIGS = (dict(...), ...)` of an emitted file."""
     for node in ast.parse(text).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
-            return {k.arg: ast.literal_eval(k.value) for k in node.value.keywords}
+            return {k.arg: ast.literal_eval(k.value) for k in node.value.elts[0].keywords}
     return {}
 
 

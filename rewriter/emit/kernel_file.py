@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -20,7 +20,7 @@ from rewriter.emit.writer import Writer
 from rewriter.ir import Axis, Const, Node, Output, Param, Tensor, walk
 from rewriter.ir.printer import show, show_output
 from rewriter.lift import Region
-from rewriter.plan import ChainPlan, KernelPlan, Sweep
+from rewriter.plan import ChainPlan, Config, KernelPlan, Sweep
 from rewriter.trace.sizes import renamed
 
 NAMESPACE = "flashlight"
@@ -99,8 +99,9 @@ class _KernelView:
         return {
             "name": plan.name,
             "config_name": self.config_name,
-            "config": plan.config,
-            "blocks": self._blocks(),
+            "configs": [(self._blocks(c), c) for c in (plan.config, *plan.others)],
+            "extents": self._extents(),
+            "label": repr(plan.name),
             "params": self._params(),
             "boxes": self.boxes,
             "rows": rows,
@@ -123,7 +124,7 @@ class _KernelView:
 
     @property
     def config_name(self) -> str:
-        return f"CONFIG_{self.number}" if self.number else "CONFIG"
+        return f"CONFIGS_{self.number}" if self.number else "CONFIGS"
 
     def _tile(self, axis: Axis) -> dict[str, str]:
         return {"name": self.names.axes[axis], "extent": self.text(axis.extent)}
@@ -156,8 +157,14 @@ class _KernelView:
         """Whether the loop before has computed where the stream's full tiles end."""
         return before.stream == sweep.stream and not before.has_whole_tiles
 
-    def _blocks(self) -> list[tuple[str, int]]:
-        return [(f"BLOCK_{self.names.axes[a].upper()}", size) for a, size in self.plan.sizes.items()]
+    def _blocks(self, config: Config) -> list[tuple[str, int]]:
+        sizes = replace(self.plan, config=config).sizes
+        return [(f"BLOCK_{self.names.axes[a].upper()}", size) for a, size in sizes.items()]
+
+    def _extents(self) -> list[str]:
+        """The lengths on which it depends how fast a config is."""
+        axes = (*self.plan.rows, *self.plan.grid, *self.plan.streams)
+        return list(dict.fromkeys(self.text(a.extent) for a in axes if not isinstance(a.extent, Const)))
 
     def _params(self) -> list[str]:
         params = [f"{n}_ptr" for n in self.pointers.values()] + [b.name for b in self.boxes]
@@ -165,7 +172,7 @@ class _KernelView:
         params += [*self.writer.strides, *self.sizes.values()]
         params += ["ALIGN: tl.constexpr"] if self.plan.aligns else []
         params += ["TMA: tl.constexpr"] if self.boxes else []
-        return params + [f"{name}: tl.constexpr" for name, _ in self._blocks()]
+        return params + [f"{name}: tl.constexpr" for name, _ in self._blocks(self.plan.config)]
 
     @property
     def sizes(self) -> dict[Node, str]:
@@ -182,7 +189,7 @@ class _KernelView:
         return args + ([f"TMA=has_tma({self.boxes[0].name}.device)"] if self.boxes else [])
 
     def _descriptor(self, box: Descriptor) -> str:
-        sizes = ", ".join(f'{self.config_name}["{s}"]' if s.startswith("BLOCK") else s for s in box.sizes)
+        sizes = ", ".join(f'config["{s}"]' if s.startswith("BLOCK") else s for s in box.sizes)
         return f"described({box.name}, ({sizes}))"
 
     def entry(self) -> Entry:
@@ -238,6 +245,7 @@ class _FileView:
             "streams": self._dynamic_streams(),
             "aligned": any(k["aligned"] for k in kernels),
             "has_boxes": any(k.boxes for k in self.kernels),
+            "tunes": any(k.plan.others for k in self.kernels),
             "arguments": self._arguments(),
             "sizes": [(names.sizes[p], e) for p, e in self.known_sizes.items()],
             "passed_sizes": [names.sizes.get(p, p.name) for p in self.passed_sizes],

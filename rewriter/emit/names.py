@@ -15,10 +15,10 @@ from rewriter.plan import ChainPlan
 # What every emitted file says by itself, in kernels and around them.
 _RESERVED = set(dir(builtins)) | set(
     "tl triton torch math hashlib Path pid blocks rest start full m_new M N LOG2E NEG_INF POS_INF align"
-    " programs launch described has_tma TMA TensorDescriptor functools reference LIBRARY OP".split()
+    " programs launch config configs run fastest measured milliseconds CHOSEN json os in_rows described has_tma TMA TensorDescriptor functools reference LIBRARY OP".split()
 )
 _MADE = re.compile(
-    r"(stride|offs|start|BLOCK)_|CONFIG|.*_(ptr|new|kernel|boxes)$"
+    r"(stride|offs|start|BLOCK)_|CONFIGS|.*_(ptr|new|kernel|boxes)$"
 )  # made of names of tensors, axes and state
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 REGISTERS = 255  # a thread may have
 SHARED = 166_912  # bytes a program may have on every Nvidia GPU from sm_80 on
+SHARED_MOST = 232_448  # on sm_90 and later
 SHARED_AMD = 65_536  # and on an AMD one of the gfx9 family
 
 
@@ -38,6 +39,11 @@ class Held:
     shared_amd: int
     residents: int
     asynchronous: bool
+
+    @property
+    def may_fit(self) -> bool:
+        """Whether a program fits on some GPU, and most of its tiles stay in registers."""
+        return self.shared <= SHARED_MOST and self.registers.spilled <= REGISTERS
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,8 @@ class KernelPlan:
     """One kernel. A program of it has one position of every `grid` axis and a tile of `rows`, at most two.
 
     Streams are cut into tiles, unless `rows` are two: then they go one position at a time. `features` are kept whole
-    in a tile, padded to a power of two. `outputs` are written after all sweeps.
+    in a tile, padded to a power of two. `outputs` are written after all sweeps. `others` are tiles that may be faster
+    than `config` on a GPU at hand.
     """
 
     name: str
@@ -90,6 +91,7 @@ class KernelPlan:
     loops: tuple[Loop, ...]
     config: Config
     dtype: torch.dtype
+    others: tuple[Config, ...] = ()
 
     def padded(self, axis: Axis) -> int:
         return padded(axis)

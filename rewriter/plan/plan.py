@@ -17,7 +17,7 @@ from rewriter.plan.merge import merged
 from rewriter.plan.parts import Part, chains_of, deep_groups, features_of, independent_groups, parts_of
 from rewriter.plan.roles import MAX_FEATURE, inner_reductions, lone_rows, tile_rows
 from rewriter.plan.tape import tapes_of
-from rewriter.plan.tiles import configs
+from rewriter.plan.tiles import configs, contenders
 
 
 class NotPlannable(Exception):
@@ -46,7 +46,15 @@ def plan(chain: Chain, name: str) -> ChainPlan:
     structures = [plain, *_apart(chain, name, parts), *_deep_apart(plain)]
     nominal = Nominal(chain, [a for r in plain.roles for a in r.rows])
     ranked = choose([s.options(nominal) for s in structures])
-    return ChainPlan(name, chain, ranked[0].kernels, ranked[0].results, tuple(ranked))
+    kernels = tuple(replace(k, others=_others(k, nominal)) for k in ranked[0].kernels)
+    return ChainPlan(name, chain, kernels, ranked[0].results, tuple(ranked))
+
+
+def _others(kernel: KernelPlan, nominal: Nominal) -> tuple[Config, ...]:
+    """Tiles to be measured beside a kernel's own: those that fit where it does."""
+    tapes = tapes_of(kernel)
+    costs = {c: cost_of(replace(kernel, config=c), nominal, tapes) for c in contenders(kernel)}
+    return tuple(c for c, cost in costs.items() if c != kernel.config and cost.held.may_fit)
 
 
 def _apart(chain: Chain, name: str, parts: list[Part]) -> list[Structure]:
