@@ -38,7 +38,7 @@ MATRIX_UNITS = (
 
 def compile_one(request: dict) -> dict:
     """The fields of a CompileResult. Raises what Triton, the file or the assembler raises."""
-    fn = find_kernel(request["path"], request["kernel"])
+    fn = find_kernel(request["path"], request["kernel"], request["target"])
     source = ASTSource(fn, arg_types(fn, request), constants(request), alignments(fn, request))
     kernel = triton.compile(source, target=target(request["target"]), options=request["options"])
     text = kernel.asm["ptx"] if "ptx" in kernel.asm else kernel.asm["amdgcn"]
@@ -53,9 +53,9 @@ def compile_one(request: dict) -> dict:
     }
 
 
-def find_kernel(path: str, name: str) -> JITFunction:
+def find_kernel(path: str, name: str, request_target: str) -> JITFunction:
     """The jitted function `name` of the file, out of any autotuner or heuristics around it."""
-    fn = getattr(load(path, Path(path).read_bytes()), name, None)
+    fn = getattr(load(path, Path(path).read_bytes(), request_target.startswith("sm_")), name, None)
     while fn is not None and not isinstance(fn, JITFunction):
         fn = getattr(fn, "fn", None)
     if fn is None:
@@ -64,13 +64,17 @@ def find_kernel(path: str, name: str) -> JITFunction:
 
 
 @cache
-def load(path: str, text: bytes) -> ModuleType:
-    """The file as a module named by its content: files may share a stem, and may change."""
-    name = f"kernel_{hashlib.sha256(path.encode() + text).hexdigest()[:16]}"
+def load(path: str, text: bytes, on_nvidia: bool) -> ModuleType:
+    """The file as a module named by its content: files may share a stem, and may change. What it found out about the GPU
+    here is replaced by what holds of the target.
+    """
+    name = f"kernel_{hashlib.sha256(path.encode() + text).hexdigest()[:16]}_{on_nvidia}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
+    if hasattr(module, "ON_NVIDIA"):
+        module.ON_NVIDIA = tl.constexpr(on_nvidia)
     return module
 
 

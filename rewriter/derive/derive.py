@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rewriter.derive.axes import Axes
+from rewriter.derive.bound import bounded
 from rewriter.derive.builder import Builder
 from rewriter.derive.chain import Chain, Definition
 from rewriter.derive.exponentials import is_exp
@@ -34,8 +35,10 @@ def derive(program: Program, masked_rows: str = "match") -> Chain:
     proof = prove(program, chain)
     if not proof.ok:
         chain, waits, proof = _waiting(program, outputs, proof)
+    is_bounded = bounded(chain) is not chain and prove(program, bounded(chain)).ok
     if masked_rows == "zero":
         chain = _chain(program, outputs, waits, empty_is_zero=True)
+    chain = bounded(chain) if is_bounded else chain
     return replace(chain, derivation=(*chain.derivation, str(proof)))
 
 

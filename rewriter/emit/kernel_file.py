@@ -291,6 +291,8 @@ class _FileView:
             out.append(("POS_INF", 'float("inf")'))
         if any("LOG2E" in code for code in lines):
             out.append(("LOG2E", repr(math.log2(math.e))))
+        if any("fast_tanh" in code for code in lines):
+            out.append(("ON_NVIDIA", "torch.version.hip is None and not triton.knobs.runtime.interpret"))
         grid = dict.fromkeys(a for k in self.plan.kernels for a in k.grid if isinstance(a.extent, Const))
         return out + [(self.names.axes[a].upper(), str(a.extent.value)) for a in grid]
 

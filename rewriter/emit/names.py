@@ -14,7 +14,7 @@ from rewriter.plan import ChainPlan
 
 # What every emitted file says by itself, in kernels and around them.
 _RESERVED = set(dir(builtins)) | set(
-    "tl triton torch math hashlib Path pid blocks rest start full m_new M N LOG2E NEG_INF POS_INF align"
+    "tl triton torch math hashlib Path pid blocks rest start full m_new M N LOG2E ON_NVIDIA NEG_INF POS_INF align"
     " programs launch config configs run fastest measured milliseconds CHOSEN json os in_rows described has_tma TMA TensorDescriptor functools reference LIBRARY OP".split()
 )
 _MADE = re.compile(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rewriter.derive.factors import without_cast
 from rewriter.emit.expr import (
     ATOM,
     INFIX,
@@ -26,8 +27,9 @@ from rewriter.emit.names import Names, stride_name
 from rewriter.emit.origins import Origins
 from rewriter.emit.scale import without_scale
 from rewriter.emit.scope import Line, Scope
-from rewriter.ir import Axis, Const, Index, Load, Node, Reduce, Ref, Where, walk
+from rewriter.ir import Apply, Axis, Const, Index, Load, Node, Reduce, Ref, Where, walk
 from rewriter.ir.integer import proves
+from rewriter.lift.rounding import has_fill
 from rewriter.plan import KernelPlan
 from rewriter.plan.boxes import Box, box_of, offset_in
 from rewriter.plan.kernel import LONG_BLOCK
@@ -113,7 +115,7 @@ class Values:
                 return self._reference(node)
             case Where():
                 return self._where(node, scope)
-        folded = self._scaled_once(node, scope)
+        folded = self._scaled_once(node, scope) or self._in_base_two(node, scope)
         if folded:
             return folded
         args = [self.value(a, scope) for a in node.args]
@@ -135,6 +137,24 @@ class Values:
             return None
         (text,) = widened([self.value(inner, scope)], calls=True)
         return Text(f"{text.tight(6)} * ({scale})", text.axes, 6) if text.axes else None
+
+    def _in_base_two(self, node: Node, scope: Scope) -> Text | None:
+        """exp(x * c - k) → exp2(x * (c * LOG2E) - k * LOG2E), one multiplication less, of 16-bit operands"""
+        if not (isinstance(node, Apply) and node.op == "exp" and self.is_rough(node)) or has_fill(node, 1e3):
+            return None
+        exponent, less = without_cast(node.args[0]), ""
+        match exponent:
+            case Apply(op="sub", args=(x, Const() as k)):
+                exponent, less = x, f" - {constant(k)} * LOG2E"
+        inner, scale, _ = without_scale(exponent)
+        text = self.value(inner, scope)
+        if not text.axes:
+            return None
+        if self.origins.of(inner) and not text.code.isidentifier():
+            text = self._named(inner, text, scope)  # under the user's line
+        (text,) = widened([text], calls=True)
+        factor = f"({scale} * LOG2E)" if scale else "LOG2E"
+        return Text(f"tl.exp2({text.tight(6)} * {factor}{less})", text.axes)
 
     def _reduction(self, node: Reduce, scope: Scope) -> Text:
         raise NotImplementedError
@@ -206,6 +226,8 @@ class Values:
             return "mask"
         if isinstance(node, Reduce):
             return "qk" if node in self.dots else "s"
+        if isinstance(node, Apply) and node.op == "exp":
+            return "p"
         return "x" if node.dtype.is_floating_point else "i"
 
     def shape(self, axes: tuple[Axis, ...]) -> str:

@@ -13,7 +13,8 @@ from rewriter.emit.origins import Origins
 from rewriter.emit.scale import without_scale
 from rewriter.emit.scope import Line, Scope
 from rewriter.emit.span import Span, written_span
-from rewriter.ir import TRUE, Apply, Axis, Const, Load, Node, Output, Param, Where, const
+from rewriter.emit.weights import fits_half, is_bounded
+from rewriter.ir import TRUE, Apply, Axis, Const, Node, Output, Param, Where, const
 from rewriter.lift.rounding import has_fill
 from rewriter.plan import KernelPlan, Sweep
 from rewriter.plan.products import Weighed, operand_dtype, weighed
@@ -214,7 +215,7 @@ class Writer(Inner):
             return
         if product:
             weight = self._weight(definition, list(product.weights))
-            bounded = _is_at_most_one(definition) or _are_stored(definition, product.weights)
+            bounded = fits_half(definition, product)
             self._matrix_sum(definition, state, rescale, weight, product.values, bounded, self.loop)
             return
         axes = self.tile(definition.axes)
@@ -222,8 +223,26 @@ class Writer(Inner):
             self.loop.lines.append(Line(f"{state} = {rescale} + {self._positions()}", self.shape(axes)))
             return
         (weight,) = widened([self._weight(definition, list(definition.rest))], calls=True)
+        narrow = self._narrowed(definition)
+        if narrow:
+            weight = Text(f"{weight.tight(ATOM)}.to({TRITON_DTYPES[narrow]}).to(tl.float32)", weight.axes)
         folded = self._folded("sum", weight)
         self.loop.lines.append(Line(f"{state} = {rescale} + {operand(folded, axes, 6)}", self.shape(axes)))
+
+    def _narrowed(self, definition: Definition) -> torch.dtype | None:
+        """The 16 bits in which a product of the sweep takes the same weights. Without a running maximum the largest is
+        not 1: what divides the product is the sum of its weights as they are rounded, so that one weight by itself
+        cancels.
+        """
+        if definition.shift or not self.half:
+            return None
+        for other in self.sweep.definitions:
+            product = weighed(self.plan, other)
+            if product and not product.inside and other.shift is None and product.weights == definition.rest:
+                stored = operand_dtype(self.plan, product.values)
+                wide = stored is torch.float32 or (stored is torch.float16 and not fits_half(other, product))
+                return None if wide else stored
+        return None
 
     def _counts(self, definition: Definition) -> bool:
         """Whether each position of the stream adds 1."""
@@ -259,7 +278,7 @@ class Writer(Inner):
         inner.lines.append(
             Line(f"{name} = tl.where({keep}, {code}, 0.0)" if keep else f"{name} = {code}", self.shape(axes))
         )
-        self._matrix_sum(definition, state, state, Text(name, axes), product.values, _is_bounded(product.own), inner)
+        self._matrix_sum(definition, state, state, Text(name, axes), product.values, is_bounded(product.own), inner)
         extent = self.value(product.inside.axis.extent, self.prologue).code
         self._nest(self.loop, f"for {self.names.axes[product.inside.axis]} in range(0, {extent}):", inner)
 
@@ -465,42 +484,6 @@ class Writer(Inner):
 def _times(text: Text, scale: str) -> str:
     (wide,) = widened([text], calls=bool(scale))
     return f"{wide.tight(6)} * {scale}" if scale else text.code
-
-
-def _are_stored(definition: Definition, weights: tuple[Node, ...]) -> bool:
-    """Whether the weights are a tensor as it is: of 16 bits they fit 16 bits."""
-    return definition.shift is None and len(weights) == 1 and isinstance(weights[0], Load)
-
-
-def _is_at_most_one(definition: Definition) -> bool:
-    """Whether weights are bounded: exponentials below a running maximum, or values of a bounded function."""
-    weights = [f for f in definition.rest if not any(isinstance(n, Load) for n in _factors(f))]
-    if definition.shift and definition.shift.mass:
-        return False
-    return bool(definition.shift or weights) and all(_is_bounded(f) for f in weights)
-
-
-def _factors(node: Node) -> list[Node]:
-    """What is multiplied in a value read from memory; nothing of what is computed otherwise."""
-    if isinstance(node, Apply) and node.op in ("mul", "cast"):
-        return [n for a in node.args for n in _factors(a)]
-    return [node]
-
-
-def _is_bounded(node: Node) -> bool:
-    """Whether |x| ≤ 1 is plain from the last operation."""
-    match node:
-        case Const():
-            return abs(node.value) <= 1
-        case Apply(op="sigmoid" | "tanh" | "erf" | "sin" | "cos" | "sign"):
-            return True
-        case Apply(op="cast"):
-            return node.args[0].dtype is torch.bool or _is_bounded(node.args[0])
-        case Apply(op="mul"):
-            return all(map(_is_bounded, node.args))
-        case Where():
-            return _is_bounded(node.then) and _is_bounded(node.other)
-    return False
 
 
 def _moments_first(definitions: tuple[Definition, ...]) -> list[Definition]:

@@ -151,7 +151,7 @@ def sink_by_cat_kernel(
     mask = x == float("-inf")  # [BLOCK_M]
     x_2 = (
         tl.where(mask[:, None], float("nan"), acc)
-        / (tl.where(mask, float("nan"), l_i) + tl.exp(sinks - x))[:, None]
+        / (tl.where(mask, float("nan"), l_i) + tl.exp2((sinks - x) * LOG2E))[:, None]
     )  # [BLOCK_M, BLOCK_E]
     tl.store(
         out_ptr

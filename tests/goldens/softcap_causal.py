@@ -30,6 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 NEG_INF = tl.constexpr(float("-inf"))
 LOG2E = tl.constexpr(1.4426950408889634)
+ON_NVIDIA = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
 
 # Tiles of rows and stream positions, warps and pipeline stages: what is estimated to be the fastest, and what may be.
 CONFIGS = (
@@ -43,8 +44,13 @@ CONFIGS = (
 
 @triton.jit
 def fast_tanh(x):
-    """tanh by one exponential: its absolute error of 1e-7 is far below the rounding of 16-bit inputs."""
-    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * 1.4426950408889634)))
+    """tanh as exact as 16-bit inputs are: on Nvidia GPUs one instruction, to 2⁻¹¹ of its value; else one exponential."""
+    if ON_NVIDIA:
+        return tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * 1.4426950408889634)))
 
 
 @triton.jit
