@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rewriter.ir import Axis, Const
+from rewriter.ir import Axis, Const, Load, walk
 from rewriter.plan.kernel import Config, KernelPlan, padded
 from rewriter.plan.parts import is_deep
 from rewriter.plan.roles import lone_rows
@@ -34,6 +34,7 @@ MEASURED = (
 )
 # The same of wider features, and of narrow bands.
 MEASURED_WIDE = (Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(128, 32, 8, 3))
+MEASURED_PAIRS = (Config(128, 32, 4, 3), Config(64, 32, 4, 3), *MEASURED[:4])  # that read a tensor of scores
 MEASURED_BAND = (Config(64, 32, 4, 3), Config(64, 64, 4, 3), Config(128, 64, 4, 2))
 
 
@@ -43,8 +44,14 @@ def contenders(plan: KernelPlan) -> tuple[Config, ...]:
     if not plain or plan.dtype is torch.float32 or len(plan.rows) != 1:
         return ()
     width = max(padded(f) for f in plan.features)
-    found = MEASURED_WIDE if width > 128 else MEASURED_BAND if plan.is_band else MEASURED
-    return tuple(c for c in found if _is_sound(c, plan))
+    narrow = MEASURED_BAND if plan.is_band else MEASURED_PAIRS if _reads_pairs(plan) else MEASURED
+    return tuple(c for c in (narrow if width <= 128 else MEASURED_WIDE) if _is_sound(c, plan))
+
+
+def _reads_pairs(plan: KernelPlan) -> bool:
+    """Whether numbers are read for pairs of a row and a stream position."""
+    loads = [n for n in walk(*plan.chain.roots) if isinstance(n, Load)]
+    return any(n.free & set(plan.rows) and n.free & set(plan.streams) for n in loads)
 
 
 def configs(plan: KernelPlan) -> tuple[Config, ...]:
