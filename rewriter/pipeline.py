@@ -236,7 +236,8 @@ def _derived(work: Work, regions: Iterable[Region], unfused: list[Reason]) -> li
     def step(region: Region) -> Fused:
         meaning, tensors = meaning_of(region)
         if meaning not in first:
-            first[meaning] = Fused(region, derive(region.program, work.masked_rows), tensors)
+            chain = derive(region.program, work.masked_rows, lambda c: c.beats_dense or not region.tentative)
+            first[meaning] = Fused(region, chain, tensors)
         return first[meaning].for_region(region, tensors)
 
     return _each(regions, step, lambda r: r, unfused)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 
@@ -11,8 +12,8 @@ import torch
 from rewriter.derive import Definition, NotDerivable, Shift, derive
 from rewriter.derive.factors import multiply
 from rewriter.derive.prove import Proof, prove
-from rewriter.ir import TRUE, Axis, Const, Index, Node, Output, Program, apply, const, reduce, where
-from rewriter.ir.evaluate import evaluate
+from rewriter.ir import TRUE, Axis, Const, Index, Node, Output, Program, apply, const, reduce, substitute, where
+from rewriter.ir.evaluate import Evaluator, evaluate
 from tests.strategies import INF, M, N, assert_same, chain_values, load, tensors_for
 
 m, e, n, d = Axis("m", M), Axis("e", Const(2)), Axis("n", N), Axis("d", Const(4))
@@ -119,15 +120,60 @@ def test_constants_far_beyond_the_sizes_are_met():
 
 
 def test_sizes_that_no_evaluation_bears_are_skipped_and_said():
-    long, wide = Axis("n", Const(1 << 20)), Axis("d", Const(64))
-    s = reduce(
-        "sum",
-        (wide,),
-        apply("mul", load("q", Index(m), Index(wide)), load("k", Index(long), Index(wide))),
-    )
-    wanted = program(reduce("sum", (long,), apply("exp", s)))
+    long = Axis("n", Const(1 << 24))
+    wanted = program(reduce("sum", (long,), apply("exp", load("s", Index(m), Index(long)))))
     proof = prove(wanted, derive(wanted))
     assert proof.ok and proof.cases == 0 and "not run" in str(proof)
+
+
+# Inner reductions that program and chain share
+
+
+def scores(width: int, length: int | None = None) -> Node:
+    wide, stream = Axis("d", Const(width)), n if length is None else Axis("n", Const(length))
+    qk = apply("mul", load("q", Index(m), Index(wide)), load("k", Index(stream), Index(wide)))
+    return reduce("sum", (wide,), qk)
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda f: f.__name__)
+def test_a_proof_over_wide_features_fails_for_a_chain_that_is_wrong(wrong):
+    windowed = softmax_of(where(KEPT, scores(128), INF))
+    chain = derive(windowed)
+    assert prove(windowed, chain).ok
+    assert not prove(windowed, replace(chain, definitions=tuple(map(wrong, chain.definitions)))).ok
+
+
+def test_a_proof_fails_where_wide_scores_are_not_the_same():
+    """Those of the chain are of other features, or at other positions."""
+    d, reverse = Axis("d", Const(128)), apply("sub", apply("sub", N, Const(1)), Index(n))
+    moved = apply("mul", load("q", Index(m), apply("sub", Const(127), Index(d))), load("k", Index(n), Index(d)))
+    others = reduce("sum", (d,), moved), scores(64), substitute(scores(128), {n: reverse})
+    wanted = softmax_of(scores(128))
+    assert not any(prove(wanted, derive(softmax_of(other))).ok for other in others)
+
+
+def test_features_cost_a_proof_little(monkeypatch):
+    """Elements that are computed: 2048 features instead of 128 are contracted at a few ends only."""
+    wanted = {width: softmax_of(scores(width)) for width in (128, 2048)}
+    chains = {width: derive(program) for width, program in wanted.items()}
+    counted = dict.fromkeys(wanted, 0)
+    fitting = Evaluator._fitting
+
+    def count(self, node, values):
+        counted[width] += math.prod(map(max, zip(*(v.shape for v in values))))
+        return fitting(self, node, values)
+
+    monkeypatch.setattr(Evaluator, "_fitting", count)
+    for width, chain in chains.items():
+        assert prove(wanted[width], chain).cases == 3
+    assert counted[2048] - counted[128] < 100 * (2048 - 128)
+
+
+def test_a_long_vocabulary_is_proved():
+    s = scores(2048, 1 << 15)
+    (stream,) = s.free - {m}
+    wanted = program(apply("log", reduce("sum", (stream,), apply("exp", s))))
+    assert prove(wanted, derive(wanted)).cases
 
 
 def test_rows_that_seldom_see_anything_are_proved():

@@ -5,6 +5,7 @@ Before that, reductions are split at concatenations; a rule that fits no value i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from rewriter.derive.axes import Axes
@@ -20,10 +21,11 @@ from rewriter.derive.unmerge import unmerged
 from rewriter.ir import Apply, Node, Output, Program, Where, apply, const, transform, where
 
 
-def derive(program: Program, masked_rows: str = "match") -> Chain:
+def derive(program: Program, masked_rows: str = "match", is_wanted: Callable[[Chain], bool] = lambda _: True) -> Chain:
     """The chain of a program, proved on random values.
 
-    masked_rows: "match" gives rows that see nothing but -inf what eager gives them, "zero" gives zeros.
+    masked_rows: "match" gives rows that see nothing but -inf what eager gives them, "zero" gives zeros. is_wanted: of
+    chains that are not, no proof is tried.
 
     Where the forms of fewest sweeps are not proved, each reduction waits for what it reads: exp(x - logsumexp(x)) is
     exp(x) / sum exp(x) only where no sum beside a large fill is rounded. Raises NotDerivable."""
@@ -32,6 +34,8 @@ def derive(program: Program, masked_rows: str = "match") -> Chain:
     if all(is_bilinear(o.body) for o in outputs):
         raise NotDerivable("a chain of matrix products without anything between them is left to the matrix products")
     chain, waits = _chain(program, outputs), False
+    if not is_wanted(chain):
+        raise NotDerivable("eager is better")
     proof = prove(program, chain)
     if not proof.ok:
         chain, waits, proof = _waiting(program, outputs, proof)

@@ -17,6 +17,7 @@ import torch
 from rewriter.derive.chain import Chain
 from rewriter.derive.factors import as_terms, without_cast
 from rewriter.derive.sampled import Values, is_comparison
+from rewriter.derive.shared import form_of
 from rewriter.ir import Apply, Axis, Const, Index, Load, Node, Param, Program, Reduce, Ref, index, walk
 from rewriter.ir.build import is_int
 from rewriter.ir.evaluate import Evaluator
@@ -57,8 +58,8 @@ class NoSizes(Exception):
 class Draws:
     """Draws one case after another. `seen` holds the truth values that integer comparisons have had so far."""
 
-    def __init__(self, program: Program, chain: Chain, rng: random.Random):
-        self.program, self.chain, self.rng = program, chain, rng
+    def __init__(self, program: Program, chain: Chain, rng: random.Random, shared: frozenset[Node] = frozenset()):
+        self.program, self.chain, self.rng, self.shared = program, chain, rng, shared
         roots = chain.roots
         self.extents = _extents(program, chain)
         self.params = _params(*self.extents, *roots)
@@ -117,7 +118,9 @@ class Draws:
         whole = self._read_whole()
         compared = frozenset().union(*(n.free for n in self.comparisons)) - whole
         others = [a for a in self.chain.axes if a not in whole | compared]
-        cost = max(_cost(o.body, evaluator, {}) for o in self.program.outputs)
+        bodies = [o.body for o in self.program.outputs]
+        drawn = {n: 1 for n in walk(*bodies) if isinstance(n, Reduce) and form_of(n)[0] in self.shared}
+        cost = max(_cost(body, evaluator, dict(drawn)) for body in bodies)
         cost *= 3 ** len(compared & set(self.chain.axes))
         cost *= math.prod(evaluator.extent(a.extent) for a in whole)
         few = next((k for k in (4, 3, 2) if cost * k ** len(others) <= BUDGET), 1)

@@ -17,7 +17,8 @@ from rewriter.derive.chain import Chain
 from rewriter.derive.draws import LARGEST_FILL, Draws, Kind, NoSizes
 from rewriter.derive.online import Online
 from rewriter.derive.sampled import Sampled, Values
-from rewriter.ir import Axis, Const, Output, Program, walk
+from rewriter.derive.shared import shared_forms
+from rewriter.ir import Axis, Const, Node, Output, Program, walk
 from rewriter.ir.evaluate import TooLarge
 
 TOLERANCE = 1e-9
@@ -41,7 +42,14 @@ class Proof:
 
 def prove(program: Program, chain: Chain, seed: int = 0) -> Proof:
     """Compares program and chain on a case of each kind, and on more at the scale of the program's constants."""
-    prover = _Prover(program, chain, random.Random(seed))
+    shared = shared_forms([o.body for o in program.outputs], chain.roots)
+    proof = _proved(program, chain, seed, shared)
+    return proof if proof.ok or not shared else _proved(program, chain, seed, frozenset())
+
+
+def _proved(program: Program, chain: Chain, seed: int, shared: frozenset[Node]) -> Proof:
+    """The reductions `shared` by both are taken for tensors."""
+    prover = _Prover(program, chain, random.Random(seed), shared)
     done = 0
     try:
         for kind, values in prover.cases():
@@ -62,10 +70,10 @@ def prove(program: Program, chain: Chain, seed: int = 0) -> Proof:
 class _Prover:
     """Compares; `finite` once a case has given a number."""
 
-    def __init__(self, program: Program, chain: Chain, rng: random.Random):
-        self.program, self.chain, self.rng = program, chain, rng
+    def __init__(self, program: Program, chain: Chain, rng: random.Random, shared: frozenset[Node]):
+        self.program, self.chain, self.rng, self.shared = program, chain, rng, shared
         self.rows = {d.name: d.axes for d in chain.definitions}
-        self.draws = Draws(program, chain, rng)
+        self.draws = Draws(program, chain, rng, shared)
         self.finite = False
         self.opened: dict = {}
         self.tolerance = max(TOLERANCE, 4 * torch.finfo(torch.float64).eps * _largest_constant(program))
@@ -78,7 +86,7 @@ class _Prover:
     def failure(self, kind: Kind, values: Values) -> str:
         """Why program and chain differ; empty where they agree."""
         at = self.draws.positions()
-        evaluator = Sampled(values, self.draws.sizes, dict(at), self.rows, self.opened)
+        evaluator = Sampled(values, self.draws.sizes, dict(at), self.rows, self.opened, self.shared)
         online = Online(self.chain, evaluator)
         cuts = self._cuts(evaluator)
         states = {
@@ -123,7 +131,7 @@ class _Prover:
         return moved.max().item() if moved.numel() else 0.0
 
     def _meant(self, output: Output, values: Values, at: dict[Axis, torch.Tensor]) -> torch.Tensor:
-        evaluator = Sampled(values, self.draws.sizes, at, {}, self.opened)
+        evaluator = Sampled(values, self.draws.sizes, at, {}, self.opened, self.shared)
         return evaluator.output(output).to(torch.float64)
 
     def _agree(self, want: torch.Tensor, got: torch.Tensor, kind: Kind, noise: float) -> bool:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
-from rewriter.ir import Apply, Axis, Index, Load, Node, Output, Param, Ref
+from rewriter.derive.shared import form_of
+from rewriter.ir import Apply, Axis, Index, Load, Node, Output, Param, Reduce, Ref
 from rewriter.ir.evaluate import Evaluator
 
 _ODD = 0x2545F4914F6CDD1D
@@ -33,9 +34,9 @@ class Values:
     masks: frozenset[str] = frozenset()
     truth: bool | None = None
 
-    def of(self, load: Load, index: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    def of(self, name: str, own: torch.dtype, index: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """The values of a tensor at broadcast integer positions."""
-        return _values_at(self, load.tensor.name, load.dtype, dtype, tuple(map(_Positions, index)))
+        return _values_at(self, name, own, dtype, tuple(map(_Positions, index)))
 
 
 class _Positions:
@@ -83,7 +84,8 @@ class Sampled(Evaluator):
     """An evaluator that sees only the positions `at` of an axis, and notes the truth values of integer comparisons.
 
     `state` holds values of a chain's definitions: over the axes in `rows[name]`, at the positions that `at` had when
-    the evaluator was made. Evaluators that share `opened` share the bound axes of reductions.
+    the evaluator was made. Evaluators that share `opened` share the bound axes of reductions. Reductions whose forms
+    are in `shared` are tensors, too: of values such as they have at the ends of their axes.
     """
 
     def __init__(
@@ -93,9 +95,12 @@ class Sampled(Evaluator):
         at: dict[Axis, torch.Tensor],
         rows: dict[str, tuple[Axis, ...]],
         opened: dict,
+        shared: frozenset[Node] = frozenset(),
     ):
         super().__init__({}, sizes)
         self.values, self.at, self.held_at, self.rows, self.opened = values, at, dict(at), rows, opened
+        self.shared = shared
+        self.ends: dict[Node, tuple[float, float] | None] = {}
         self.state: dict[str, torch.Tensor] = {}
         self.seen: dict[Node, set[bool]] = {}
 
@@ -112,13 +117,35 @@ class Sampled(Evaluator):
                 return self.at[node.axis].reshape([-1 if a == node.axis else 1 for a in axes])
             case Load():
                 index = self._operands(node, axes, memo) if node.index else []
-                found = self.values.of(node, index, self._held(node.dtype))
+                found = self.values.of(node.tensor.name, node.dtype, index, self._held(node.dtype))
                 return found.reshape((1,) * len(axes)) if not index else found
             case Ref():
                 return self._of_state(node, axes, memo)
+            case Reduce() if self.shared and form_of(node)[0] in self.shared:
+                return self._drawn(node, axes, memo)
             case Param() if node.dtype.is_floating_point:
                 return torch.tensor(self.sizes[node.name], dtype=self.dtype).reshape((1,) * len(axes))
         return super()._compute(node, axes, memo)
+
+    def _drawn(self, node: Reduce, axes: tuple[Axis, ...], memo: dict) -> torch.Tensor:
+        """A reduction's value, were it a tensor indexed by its free axes."""
+        form, free = form_of(node)
+        if form not in self.ends:
+            self.ends[form] = self._range(form)
+        low, high = self.ends[form]
+        values = replace(self.values, low=low, high=high, masks=frozenset())
+        positions = [self._value(Index(a), axes, memo) for a in free]
+        found = values.of(repr(form), node.dtype, positions, self.dtype)
+        return found if free else found.reshape((1,) * len(axes))
+
+    def _range(self, form: Node) -> tuple[float, float]:
+        """The least and the largest of what a reduction gives at the ends of its free axes."""
+        axes = form_of(form)[1]
+        at = {a: torch.tensor(sorted({0, self.extent(a.extent) - 1})) for a in axes}
+        found = Sampled(self.values, self.sizes, at, {}, self.opened).value(form, axes)
+        found = found[found.isfinite()]
+        low, high = (found.min().item(), found.max().item()) if found.numel() else (self.values.low, self.values.high)
+        return (low, high) if low < high else (0.5 * low, low)
 
     def _of_state(self, node: Ref, axes: tuple[Axis, ...], memo: dict) -> torch.Tensor:
         held = self.state[node.name]
