@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from rewriter.check.smaller import Call, other_sizes, short_sizes
 from rewriter.emit import KernelFile
 from rewriter.errors import Reason, RewriteError
-from rewriter.load.weight import too_large
+from rewriter.load.weight import too_large, weighed
 from rewriter.patch.forward import attribute_path
 from rewriter.patch.state import own_tensors, parts_of, ties
 from rewriter.pipeline import Fused, Rewritten, Work, completed, through
@@ -31,6 +31,8 @@ from rewriter.trace.record import ModuleCall, given_to_forward, record
 from rewriter.trace.source import modules_of
 
 TRACING = ("trace", "lift", "derive")
+QUICK_WORK = 2e10  # operations of a run that is recorded: more take this machine seconds
+RECORDED_LENGTH = 256  # of positions, where that is cut
 
 
 @dataclass(frozen=True)
@@ -309,15 +311,20 @@ def _joined(hosts: Iterable[Host]) -> dict[str, str]:
 
 
 def _affordable(module: nn.Module, call: Call) -> Call | None:
-    """A call, or a shorter one where this machine has not the memory or the time for it."""
+    """A call, or a shorter one where this machine would take long for it; None where that does not do either."""
+    if _is_on_cpu(call) and weighed(module, call).work > QUICK_WORK:
+        call = short_sizes(call, lambda short: _runs_without_data(module, short), RECORDED_LENGTH) or call
     if not _too_large(module, call):
         return call
     return short_sizes(call, lambda short: _runs_without_data(module, short) and not _too_large(module, short))
 
 
 def _too_large(module: nn.Module, call: Call) -> bool:
-    on_cpu = all(t.device.type == "cpu" for t in pytree.tree_leaves(call) if torch.is_tensor(t))
-    return on_cpu and bool(too_large(module, call))
+    return _is_on_cpu(call) and bool(too_large(module, call))
+
+
+def _is_on_cpu(call: Call) -> bool:
+    return all(t.device.type == "cpu" for t in pytree.tree_leaves(call) if torch.is_tensor(t))
 
 
 def _runs_without_data(module: nn.Module, call: Call) -> bool:

@@ -14,6 +14,7 @@ from whole_path import assert_right
 
 from rewriter import rewrite
 from rewriter.errors import RewriteError
+from rewriter.hosts import RECORDED_LENGTH
 from rewriter.trace.record import record
 
 
@@ -203,6 +204,22 @@ def test_recording_leaves_the_model_and_the_random_numbers_as_they_were():
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(x, given)
     assert all(torch.equal(before[n], t) for n, t in program.state_dict().items())
     assert [part.calls for part in program] == [0, 0] and not any("forward" in vars(m) for m in program.modules())
+
+
+def test_what_would_take_seconds_is_recorded_at_shorter_lengths(monkeypatch):
+    """A model is run to see how it calls its layers, and not to get its results."""
+    seen: list[int] = []
+    forward = Attn.forward
+
+    def noting(self, x, *args, **kwargs):
+        if type(x) is torch.Tensor:  # one with data
+            seen.append(x.shape[1])
+        return forward(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(Attn, "forward", noting)
+    result = fused(model(weights=False), (r(2, 12_000, 8),))
+    assert set(hosts(result)) == {"Attn"}
+    assert seen and max(seen) <= RECORDED_LENGTH
 
 
 def test_a_model_in_which_nothing_traces_is_refused():
