@@ -1,13 +1,12 @@
 #!/usr/bin/env python
-"""What rewritten programs are worth on this GPU, beside eager, `torch.compile` and FlexAttention, in one run.
+"""What rewritten programs are worth on this GPU, beside eager, `torch.compile`, FlexAttention and SDPA, in one run.
 
+scripts/bench.py --suite fwd|custom|decode|extra [--quick] [--only NAME] [--csv FILE] [--plot FILE]
+                                        every peer of a row in turns, TFLOP/s (decode: GB/s), each checked first
 scripts/bench.py                        every program of tests/zoo at bf16 and fp16: error, memory, times
 scripts/bench.py --only causal --dtype bf16 --no-compile
 scripts/bench.py --part 2               programs of several passes, axes and outputs
-scripts/bench.py --kernels              emitted kernels alone, TFLOP/s, swept over tiles
-scripts/bench.py --custom               what FlexAttention can't say, at published sizes, milliseconds
 scripts/bench.py --models               language models of transformers, rewritten whole, milliseconds and MiB
-scripts/bench.py --kernels --hand DIR   and beside the hand-written ones of DIR/ceiling2.py
 
 Compare within one run only. Exit codes: 0 done, 1 a program failed its check or raised, 2 no GPU or bad usage.
 """
@@ -19,7 +18,6 @@ import csv
 import functools
 import json
 import math
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -29,17 +27,16 @@ from collections import deque
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
+from bench_drive import TASK_SECONDS, Suite, Worker, in_threads, summary  # noqa: E402
+
 # Workers compile side by side: a pool of compilers in each would be too many.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-TASK_SECONDS = 150  # a task that takes longer hangs
 FIELDS = {
     "zoo": "dtype program batch q kv chains ok error eager_error mib eager_mib ms eager_ms" " compile_ms flex_ms note",
-    "custom": "program dtype kernels default_ms default_tile best_ms best_tile eager_ms compile_ms error eager_error note",
     "models": "model dtype hosts kernels seconds ok rewritten_ms eager_ms sdpa_ms flex_ms rewritten_mib eager_mib sdpa_mib"
     " flex_mib rewritten_error eager_error sdpa_error flex_error note",
-    "kernels": "variant head_dim dtype default default_tile best best_tile flex hand hand_tile error note",
 }
 
 
@@ -47,14 +44,16 @@ def options() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--kernels", action="store_true", help="emitted kernels alone, swept over tiles")
-    add("--custom", action="store_true", help="differential, Evoformer and point attention at published sizes")
+    add("--suite", choices=("fwd", "custom", "decode", "extra"), help="attention, at published sizes")
+    add("--quick", action="store_true", help="with --suite: fewer rows")
+    add("--csv", type=Path, metavar="FILE", help="with --suite: the rows")
+    add("--plot", type=Path, metavar="FILE", help="with --suite: the rows as bars, an SVG")
+    add("--cache", type=Path, default=ROOT / ".bench", metavar="DIR", help="with --suite: keeps what is rewritten")
     add("--models", action="store_true", help="language models of transformers, four layers, 4096 tokens")
-    add("--hand", metavar="DIR", help="with --kernels: a folder that holds ceiling2.py")
     add("--seconds", type=float, default=540, help="what is not begun by then is left out")
     add("--only", default="", metavar="TEXT", help="names (or zoo families) that contain it")
     add("--part", type=int, choices=(1, 2), default=1, help="of the zoo")
-    add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 and fp16; with --kernels, bf16")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 and fp16")
     add("--no-compile", action="store_true", help="no torch.compile or FlexAttention (zoo)")
     add("--out", type=Path, metavar="DIR", help="gets a .csv, a .json and what workers say")
     add("--dim", type=int, default=2048, help="features of all heads (zoo)")
@@ -62,38 +61,13 @@ def options() -> argparse.Namespace:
     add("--batch", type=int, default=4)
     add("--seq", type=int, default=2048, help="halved where eager has no room for it (part 2)")
     jobs = max(1, min(10, (os.cpu_count() or 1) - 4))
-    add("--jobs", type=int, default=jobs, help="workers that compile side by side (zoo)")
+    add("--jobs", type=int, default=jobs, help="workers that compile side by side (zoo, --suite)")
     add("--dry", action="store_true", help=argparse.SUPPRESS)  # tiny and on the CPU: a rehearsal
     return parser.parse_args()
 
 
 def number(value, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-class Worker:
-    """A process that measures tasks. One that crashes or hangs costs its task, not the run."""
-
-    def __init__(self, work, args):
-        from bench_zoo import serve
-
-        log = str(args.out / "workers.log") if args.out else os.devnull
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, work, log), daemon=True)
-        self.process.start()
-        theirs.close()  # so that its end is seen here
-
-    def ask(self, task, seconds: float) -> dict | None:
-        """The task's row; None if the worker is lost, which ends it."""
-        try:
-            self.connection.send(task)
-            if self.connection.poll(seconds):
-                return self.connection.recv()
-        except (EOFError, OSError):
-            pass
-        self.process.kill()
-        return None
 
 
 class Zoo:
@@ -120,16 +94,12 @@ class Zoo:
         self.rows, self.lock = {}, threading.Lock()
 
     def run(self) -> list[dict]:
-        threads = [threading.Thread(target=self._drive, daemon=True) for _ in range(self.args.jobs)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(self._drive, self.args.jobs)
         if self.tasks:
             print(f"time is up: {len(self.tasks)} tasks left out, from {self.tasks[0]}", flush=True)
         return list(self.rows.values())
 
-    def _drive(self):
+    def _drive(self, place: int):
         worker = None
         while time.time() < self.end:
             try:
@@ -167,7 +137,7 @@ def show_zoo(row: dict):
     print(*parts, row["note"], flush=True)
 
 
-def summary(rows: list[dict]):
+def summary_of_zoo(rows: list[dict]):
     right, wrong = (sum(row.get("ok") is ok for row in rows) for ok in (True, False))
     print(f"{len(rows)} rows: {right} ok, {wrong} failed, the others have nothing fused")
     for peer in ("eager_ms", "compile_ms", "flex_ms"):
@@ -177,48 +147,12 @@ def summary(rows: list[dict]):
             print(f"{peer} / ms: geometric mean {mean:.2f}, least {least:.2f}, {len(logs)} rows")
 
 
-def run_kernels(args) -> list[dict]:
-    from bench_kernels import VARIANTS, Task, measured
-
-    end = time.time() + args.seconds
-    cases = [(name, width) for name in VARIANTS if args.only in name for width in (128, 64)]
-    rows, worker = [], None
-    for done, (name, width) in enumerate(cases):
-        share = (end - time.time()) / (len(cases) - done)
-        if share < 5:
-            print(f"time is up: {len(cases) - done} rows left out, from {name} {width}", flush=True)
-            break
-        dtype = args.dtype or "bf16"
-        # The sweep gives way: the peers of a row take about 15 seconds.
-        task = Task(name, width, dtype, share - 15, args.hand, args.dry)
-        worker = worker or Worker(measured, args)
-        new = worker.ask(task, min(share + TASK_SECONDS, end + 20 - time.time()))
-        if new is None:
-            new, worker = {"note": "crashed, or took too long"}, None
-        rows.append({"variant": name, "head_dim": width, "dtype": dtype} | new)
-        show_kernel(rows[-1])
-        save(args, rows)
-    return rows
-
-
-def run_custom(args) -> list[dict]:
-    from bench_custom import DRY, SHAPES, Task, measured
-
-    cases = DRY if args.dry else SHAPES
-    return rows_of(args, "program", cases, measured, functools.partial(Task, dry=args.dry), show_custom)
-
-
 def run_models(args) -> list[dict]:
+    """A row per model, each in its share of the time that is left."""
     from bench_models import MODELS, Task, measured, shown
 
-    task = functools.partial(Task, dry=args.dry)
-    return rows_of(args, "model", MODELS, measured, task, lambda row: print(shown(row), flush=True))
-
-
-def rows_of(args, called: str, cases, measured, task, show) -> list[dict]:
-    """A row per case, each in its share of the time that is left."""
     end = time.time() + args.seconds
-    cases = [name for name in cases if args.only in name]
+    cases = [name for name in MODELS if args.only in name]
     rows, worker = [], None
     for done, name in enumerate(cases):
         share = (end - time.time()) / (len(cases) - done)
@@ -227,33 +161,13 @@ def rows_of(args, called: str, cases, measured, task, show) -> list[dict]:
             break
         dtype = args.dtype or "bf16"
         worker = worker or Worker(measured, args)
-        new = worker.ask(task(name, dtype, share - 25), min(share + TASK_SECONDS, end + 20 - time.time()))
+        new = worker.ask(Task(name, dtype, share - 25, args.dry), min(share + TASK_SECONDS, end + 20 - time.time()))
         if new is None:
             new, worker = {"note": "crashed, or took too long"}, None
-        rows.append({called: name, "dtype": dtype} | new)
-        show(rows[-1])
+        rows.append({"model": name, "dtype": dtype} | new)
+        print(shown(rows[-1]), flush=True)
         save(args, rows)
     return rows
-
-
-def show_custom(row: dict):
-    parts = [f"{row['program']:26} kernels {row.get('kernels', '-')}  ms"]
-    for part in ("default", "best", "eager", "compile"):
-        tile = f"({row[f'{part}_tile']})" if f"{part}_tile" in row else ""
-        parts.append(f"{part} {number(row.get(f'{part}_ms'), '.3f')} {tile}".rstrip())
-    parts += [f"error {number(row.get('error'), '.1e')} ({number(row.get('eager_error'), '.1e')})", row.get("note", "")]
-    print("  ".join(parts), flush=True)
-
-
-def show_kernel(row: dict):
-    parts = [f"{row['variant']:9} D{row['head_dim']:<4} TFLOP/s"]
-    for part in ("default", "best", "hand", "flex"):
-        tile = f"({row[f'{part}_tile']})" if f"{part}_tile" in row else ""
-        parts.append(f"{part} {number(row.get(part), '5.0f')} {tile:16}".rstrip())
-    if row.get("best"):
-        parts += [f"best/{p} {row['best'] / row[p]:.2f}" for p in ("hand", "flex") if row.get(p)]
-    parts += [f"error {number(row.get('error'), '.1e')}", row.get("note", "")]
-    print("  ".join(parts), flush=True)
 
 
 def save(args, rows: list[dict]):
@@ -263,7 +177,7 @@ def save(args, rows: list[dict]):
     import torch
     import triton
 
-    name = next((kind for kind in ("kernels", "custom", "models") if getattr(args, kind)), "zoo")
+    name = "models" if args.models else "zoo"
     gpu = "none" if args.dry else torch.cuda.get_device_name()
     told = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__}
     told |= {"arguments": sys.argv[1:], "rows": rows}
@@ -283,18 +197,19 @@ def main() -> int:
         return 2
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-    if args.kernels:
-        rows = run_kernels(args)
-        return int(any("best" not in row for row in rows))
-    if args.custom:
-        rows = run_custom(args)
-        return int(any("best" not in row for row in rows))
+    if args.suite:
+        with tempfile.TemporaryDirectory() as folder:
+            if args.suite == "extra":  # which tells how long compilers take
+                os.environ["TRITON_CACHE_DIR"] = folder
+            rows = Suite(args).run()
+        summary(rows)
+        return int(any(row["peer"] == "flashlight" and not row["ms"] for row in rows))
     if args.models:
         rows = run_models(args)
         return int(any(not row.get("ok") for row in rows))
     with tempfile.TemporaryDirectory() as folder:
         rows = Zoo(args, folder).run()
-    summary(rows)
+    summary_of_zoo(rows)
     return int(any(row.get("ok") is False for row in rows))
 
 
