@@ -284,7 +284,7 @@ def _each(items, step: Callable, region_of: Callable, unfused: list[Reason]) -> 
 
 def _planned(item: Fused, name: str, traced: TracedModule, needed: dict[Dimension, Site | None]) -> ChainPlan:
     try:
-        return plan(item.chain, name)
+        return plan(item.chain, name, traced.example)
     except NeedsFixed as sizes:
         if item.region.tentative:  # parameters have fixed the widths already: these are lengths
             raise NotPlannable(str(sizes)) from sizes

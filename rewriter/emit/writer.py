@@ -223,22 +223,22 @@ class Writer(Inner):
             self.loop.lines.append(Line(f"{state} = {rescale} + {self._positions()}", self.shape(axes)))
             return
         (weight,) = widened([self._weight(definition, list(definition.rest))], calls=True)
-        narrow = self._narrowed(definition)
-        if narrow:
-            weight = Text(f"{weight.tight(ATOM)}.to({TRITON_DTYPES[narrow]}).to(tl.float32)", weight.axes)
+        if self._narrowed(definition) is torch.float16:
+            weight = Text(f"{weight.tight(ATOM)}.to(tl.float16).to(tl.float32)", weight.axes)
         folded = self._folded("sum", weight)
         self.loop.lines.append(Line(f"{state} = {rescale} + {operand(folded, axes, 6)}", self.shape(axes)))
 
     def _narrowed(self, definition: Definition) -> torch.dtype | None:
-        """The 16 bits in which a product of the sweep takes the same weights. Without a running maximum the largest is
-        not 1: what divides the product is the sum of its weights as they are rounded, so that one weight by itself
-        cancels.
+        """The 16 bits of weights that the sweep both sums and multiplies. Without a running maximum the largest is not 1:
+        what divides the product is the sum of its weights as they are rounded, so that one weight by itself cancels.
         """
         if definition.shift or not self.half:
             return None
-        for other in self.sweep.definitions:
-            product = weighed(self.plan, other)
-            if product and not product.inside and other.shift is None and product.weights == definition.rest:
+        plain = [(d, weighed(self.plan, d)) for d in self.sweep.definitions if d.shift is None and d.op == "sum"]
+        summed = {d.rest for d, product in plain if product is None}
+        products = [(d, p) for d, p in plain if p and not p.inside and p.weights in summed]
+        for other, product in products:
+            if definition.rest == product.weights or definition is other:
                 stored = operand_dtype(self.plan, product.values)
                 wide = stored is torch.float32 or (stored is torch.float16 and not fits_half(other, product))
                 return None if wide else stored
@@ -316,11 +316,21 @@ class Writer(Inner):
 
     def _weight(self, definition: Definition, factors: list[Node]) -> Text:
         """The tile that is summed, zero where the predicate fails."""
-        if definition.shift is None:
-            return self._masked(
-                multiply(factors) or const(1, definition.body.dtype), definition, self._neutral(definition)
-            )
-        return self._shifted(definition, factors)
+        if definition.shift is not None:
+            return self._shifted(definition, factors)
+        weight = multiply(factors) or const(1, definition.body.dtype)
+        text = self._masked(weight, definition, self._neutral(definition))
+        return self._cut(weight, text) if self._narrowed(definition) is torch.bfloat16 else text
+
+    def _cut(self, weight: Node, text: Text) -> Text:
+        """Weights as a product and their sum take them both; rounded to the nearest they cost a conversion back."""
+        key = Apply("cut_to_bf16", (weight,), torch.float32)
+        if key not in self.loop.known:
+            self.helpers.add("cut_to_bf16")
+            name = self.names.unique("w")
+            self.loop.lines.append(Line(f"{name} = cut_to_bf16({text.code})", self.shape(text.axes)))
+            self.loop.known[key] = Text(name, text.axes)
+        return self.loop.known[key]
 
     def _shifted(self, definition: Definition, factors: list[Node]) -> Text:
         """p = exp(exponent − phi), with 0 for what is masked (its exponent is −inf) and for rows still all −inf."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 
 from rewriter.derive import Chain
-from rewriter.ir import Axis, Output, Param, Ref, Tensor, index, walk
+from rewriter.ir import Axis, Const, Output, Param, Ref, Tensor, index, walk
 from rewriter.plan.bounds import sweep_support
 from rewriter.plan.candidates import Option, Options, choose
 from rewriter.plan.cost import Nominal, cost_of
 from rewriter.plan.kernel import ChainPlan, Config, KernelPlan, Sweep
 from rewriter.plan.merge import merged
-from rewriter.plan.parts import Part, chains_of, deep_groups, features_of, independent_groups, parts_of
+from rewriter.plan.parts import Part, carried, chains_of, deep_groups, features_of, independent_groups, parts_of
 from rewriter.plan.roles import MAX_FEATURE, inner_reductions, lone_rows, tile_rows
 from rewriter.plan.tape import tapes_of
 from rewriter.plan.tiles import configs, contenders
@@ -32,15 +35,15 @@ class NeedsFixed(Exception):
         self.sizes = sizes
 
 
-def plan(chain: Chain, name: str) -> ChainPlan:
+def plan(chain: Chain, name: str, example: Mapping[Param, int] = MappingProxyType({})) -> ChainPlan:
     """The kernels of a chain. Raises NotPlannable, NeedsFixed.
 
-    Sizes are settled for the plain structure; what else is considered needs no other.
+    Sizes are settled for the plain structure; what else is considered needs no other. `example`: what they may be.
     """
     chain = merged(chain)
     parts = parts_of(chain)
     plain = Structure(chain, name, parts)
-    free = _to_be_fixed(chain).union(*(_sizes_kept_whole(r) for r in plain.roles))
+    free = _to_be_fixed(chain).union(_few_per_value(chain, example), *(_sizes_kept_whole(r) for r in plain.roles))
     if free:
         raise NeedsFixed(free)
     structures = [plain, *_apart(chain, name, parts), *_deep_apart(plain)]
@@ -149,6 +152,18 @@ def _to_be_fixed(chain: Chain) -> frozenset[Param]:
     """Symbols that the program took a float of (`<sqrt(s3)>`)."""
     floats = [n.name for n in walk(*chain.roots) if isinstance(n, Param) and n.dtype.is_floating_point]
     return frozenset(Param(name) for text in floats for name in re.findall(r"\b[a-z]+\d+\b", text))
+
+
+def _few_per_value(chain: Chain, example: Mapping[Param, int]) -> frozenset[Param]:
+    """Sizes of axes that only values carry, several of them, where a tile holds all: `a @ v` of v[n, p, c] computes the
+    weights again for every p that is not in the tile.
+    """
+    few: set[Param] = set()
+    for axes in carried(chain).values():
+        sizes = [a.extent.value if isinstance(a.extent, Const) else example.get(a.extent) for a in axes]
+        if len(axes) > 1 and None not in sizes and math.prod(sizes) <= MAX_FEATURE:
+            few |= {a.extent for a in axes if isinstance(a.extent, Param)}
+    return frozenset(few)
 
 
 def _kernel(name: str, chain: Chain, roles: _Roles, results: tuple[Tensor, ...]) -> KernelPlan:

@@ -104,6 +104,13 @@ class TracedModule:
         return tuple(dict.fromkeys(e for e in extents if isinstance(e, Param)))
 
     @property
+    def example(self) -> dict[Param, int]:
+        """What the symbolic sizes of the inputs are in the example, where that is kept."""
+        values = [self.placeholders[name].meta["val"] for name in self.inputs if name]
+        pairs = ((size, n) for v in values for size, n in zip(shape_of(v), v.shape) if isinstance(size, Param))
+        return {size: int(n.node.hint) for size, n in pairs if n.node.hint is not None}
+
+    @property
     def parameters(self) -> dict[str, str]:
         """The user's parameter for each placeholder that is an argument as it was passed."""
         return _parameters(self.module, self.args, self.kwargs, self.inputs)
