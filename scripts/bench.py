@@ -60,10 +60,12 @@ def options() -> argparse.Namespace:
     add("--heads", type=int, default=16, help="of 2048 features: 16 is D = 128, 32 is D = 64 (zoo)")
     add("--batch", type=int, default=4)
     add("--seq", type=int, default=2048, help="halved where eager has no room for it (part 2)")
-    jobs = max(1, min(10, (os.cpu_count() or 1) - 4))
-    add("--jobs", type=int, default=jobs, help="workers that compile side by side (zoo, --suite)")
+    add("--jobs", type=int, help="workers that compile side by side (zoo, --suite)")
     add("--dry", action="store_true", help=argparse.SUPPRESS)  # tiny and on the CPU: a rehearsal
-    return parser.parse_args()
+    args = parser.parse_args()
+    most, spare = (14, 2) if args.suite else (10, 4)
+    args.jobs = args.jobs or max(1, min(most, (os.cpu_count() or 1) - spare))
+    return args
 
 
 def number(value, form: str) -> str:

@@ -316,7 +316,7 @@ def _timed(made: Ready, dry: bool) -> dict[str, float]:
 def _ms(run: Callable, dry: bool) -> float:
     if dry:
         return _host_ms(run, dry)
-    return triton.testing.do_bench(run, warmup=10, rep=40, return_mode="median")
+    return triton.testing.do_bench(run, warmup=10, rep=30, return_mode="median")
 
 
 def _host_ms(run: Callable, dry: bool) -> float:
