@@ -33,7 +33,6 @@ MISSES: dict[tuple[str, str], dict[str, int]] = {
     ("document_d64", "attention_kernel"): {MASKED: 1},
     ("diff_d64", "differential_kernel"): {SPILLED: 128},
     ("evoformer_d128", "evoformer_kernel"): {SPILLED: 1236},
-    ("ipa_d16", "points_kernel"): {SPILLED: 32},
 }
 
 
