@@ -255,7 +255,7 @@ def test_the_emitted_tests_pass_together_from_any_folder(workplace):
 def test_the_emitted_test_fails_for_a_wrong_kernel(workplace):
     assert main(["softcap.py", "-q"]) == 0
     kernel = workplace / "softcap_flashlight" / "kernels" / "model.py"
-    kernel.write_text(kernel.read_text().replace("m_i = m_new", "m_i = m_new + 0.001"))
+    kernel.write_text(kernel.read_text().replace("tl.sum(p, 1)", "1.01 * tl.sum(p, 1)"))
     done = run_pytest(workplace / "softcap_flashlight")
     assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout
 
