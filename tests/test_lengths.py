@@ -279,6 +279,30 @@ def test_landmarks(program):
         assert_right(result, program, qkv(*sizes))
 
 
+def halves_of_heads(q, k, v):
+    (q0, q1), (k0, k1) = q.chunk(2, 1), k.chunk(2, 1)
+    return attend(q0, k0, v) - 0.2 * attend(q1, k1, v)
+
+
+def thirds_of_heads(q, k, v):
+    parts = zip(q.chunk(3, 1), k.chunk(3, 1))
+    return sum(attend(a, b, v) for a, b in parts)
+
+
+@pytest.mark.parametrize(("program", "parts"), [(halves_of_heads, 2), (thirds_of_heads, 3)])
+def test_chunks_that_must_be_as_long(program, parts):
+    """No load needs a mask: the number of heads is a multiple of theirs."""
+
+    def inputs(b, heads, n):
+        return r(b, parts * heads, n, 16), r(b, parts * heads, n, 16), r(b, heads, n, 16)
+
+    result = rewrite(program, inputs(2, 2, 20))
+    kernels = [text for name, text in result.sources.items() if name.startswith("kernels/") and "_kernel" in text]
+    assert kernels and not any("(h <" in text or "(h >" in text for text in kernels)
+    for sizes in ((1, 1, 5), (3, 3, 37), (2, 4, 1)):
+        assert_right(result, program, inputs(*sizes))
+
+
 def test_a_length_that_is_divided_by_its_eighth():
     """Below eight it has none: a proof draws longer ones."""
 

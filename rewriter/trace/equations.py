@@ -2,6 +2,7 @@
 
 Min(128, s) → s, [Min(128, s) = s]     a buffer's slice, as long as asked or as the buffer, added to a tensor of s
 4 * (s // 4) → s, [s % 4 = 0]          a tensor of s viewed as groups of 4
+(s + 1) // 2 → s // 2, [s % 2 = 0]     two chunks of s, added
 t → s                                  x[.., t] contracted with y[.., s]: the inputs' own guards compare them
 ceil(float(-2 * s) / -1.0) → 2 * s     arange(s, -s, -1.0)
 trunc(0.5 * float(s)) → s // 2         interpolate(x, scale_factor=0.5)
@@ -90,13 +91,15 @@ def _equations(environment) -> tuple[_Equation, ...]:
     """What follows from equalities that torch asked for and could not solve for a symbol."""
     asked = [whole(environment.replace(g.expr)) for g in environment.guards if isinstance(g.expr, sympy.Eq)]
     equalities = [e for e in asked if isinstance(e, sympy.Eq) and e.free_symbols]
-    exact = [e for equality in equalities for e in _exact_divisions(equality)]
+    exact = [e for equality in equalities for e in _exact_divisions(equality)] + _equal_parts(equalities)
     fractions = {e.old: e.new for e in exact}
+    parts = _as_long(equalities, fractions)
     ratios = [(e.lhs / e.rhs).xreplace(fractions) for e in equalities if e.rhs != 0]
     ratios = [*ratios, *fractions.values()]
     same = _renaming([pair for r in ratios for pair in _pairs(r, _places(environment), hints_of(environment))])
     exact = [replace(e, conditions=(_leaves_nothing(e.new.xreplace(same)),)) for e in exact]
-    return (*_choices(equalities), *exact, *(_Equation(old, new) for old, new in same.items()))
+    parts = [_Equation(old, new.xreplace(same)) for old, new in parts.items() if old not in same]
+    return (*_choices(equalities), *exact, *(_Equation(old, new) for old, new in same.items()), *parts)
 
 
 def _exact_divisions(equality: sympy.Eq) -> list[_Equation]:
@@ -108,6 +111,39 @@ def _exact_divisions(equality: sympy.Eq) -> list[_Equation]:
         if ratio in (above / (below * division), below * division / above):
             out.append(_Equation(division, above / below))
     return out
+
+
+def _equal_parts(equalities: list[sympy.Eq]) -> list[_Equation]:
+    """(s + 1) // 2 = s - (s + 1) // 2  →  (s + 1) // 2 = s / 2        the chunks of a size, all as long"""
+    out = []
+    for alike in _classes(equalities):
+        for division in (e for e in alike if isinstance(e, FloorDiv)):
+            above, parts = division.args
+            size = above - parts + 1
+            if parts.is_Integer and size - (parts - 1) * division in alike:
+                out.append(_Equation(division, size / parts))
+    return out
+
+
+def _as_long(equalities: list[sympy.Eq], fractions: dict[sympy.Expr, sympy.Expr]) -> dict[sympy.Symbol, sympy.Expr]:
+    """t = (s + 1) // 2 = s / 2  →  t is s / 2: the inputs' own guards compare them"""
+    return {
+        symbol: fractions[division]
+        for alike in _classes(equalities)
+        for division in fractions.keys() & alike
+        for symbol in alike
+        if symbol.is_Symbol and symbol not in fractions[division].free_symbols
+    }
+
+
+def _classes(equalities: list[sympy.Eq]) -> list[set[sympy.Expr]]:
+    """Sets of what is equal."""
+    classes: list[set[sympy.Expr]] = []
+    for equality in equalities:
+        joined = {equality.lhs, equality.rhs}
+        apart = [c for c in classes if not c & joined]
+        classes = [*apart, joined.union(*(c for c in classes if c & joined))]
+    return classes
 
 
 def _leaves_nothing(fraction: sympy.Expr) -> sympy.Eq:
