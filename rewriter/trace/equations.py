@@ -91,9 +91,10 @@ def _equations(environment) -> tuple[_Equation, ...]:
     """What follows from equalities that torch asked for and could not solve for a symbol."""
     asked = [whole(environment.replace(g.expr)) for g in environment.guards if isinstance(g.expr, sympy.Eq)]
     equalities = [e for e in asked if isinstance(e, sympy.Eq) and e.free_symbols]
-    exact = [e for equality in equalities for e in _exact_divisions(equality)] + _equal_parts(equalities)
+    chunks = _equal_parts(equalities)
+    exact = [e for equality in equalities for e in _exact_divisions(equality)] + chunks
     fractions = {e.old: e.new for e in exact}
-    parts = _as_long(equalities, fractions)
+    parts = _as_long(equalities, {e.old: e.new for e in chunks})
     ratios = [(e.lhs / e.rhs).xreplace(fractions) for e in equalities if e.rhs != 0]
     ratios = [*ratios, *fractions.values()]
     same = _renaming([pair for r in ratios for pair in _pairs(r, _places(environment), hints_of(environment))])
