@@ -187,7 +187,7 @@ LOOPS = {
     prefix: ("range(0, cut, BLOCK_N)", "tl.range(cut, last, BLOCK_N, num_stages=1)"),
     padded: ("range(0, cut, BLOCK_N)", "tl.range(cut, last, BLOCK_N, num_stages=1)"),
     blocks: ("range(whole, cut, BLOCK_N)", "range(first, last - (cut - whole), BLOCK_N)"),
-    documents: ("range(0, tl.minimum(last, full), BLOCK_N)",),
+    documents: ("range(1, tl.load(whole_at) + 1)", "range(1, tl.load(cut_at) + 1)"),
 }
 MORE = {
     prefix: lambda count, length: torch.randint(0, length + 1, (count,)),

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from rewriter.emit.expr import NotEmittable
-from rewriter.emit.names import Names
+from rewriter.emit.maps import MapView
+from rewriter.emit.names import Names, size_text
 from rewriter.emit.origins import Origins
 from rewriter.emit.reference import reference_of
 from rewriter.emit.render import render
@@ -38,11 +39,15 @@ class Argument:
 
 @dataclass(frozen=True)
 class Entry:
-    """A kernel of a file: its function's name, and its parameters' Triton types, for compiling it without a GPU."""
+    """A kernel of a file: its function's name, and its parameters' Triton types, for compiling it without a GPU.
+
+    `config` names what it is launched with in the file, or `values` are that.
+    """
 
     function: str
     config: str
     signature: dict[str, str]
+    values: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def emit_kernel(region: Region, plan: ChainPlan, source: Source) -> KernelFile:
     view = _FileView(plan, names, kernels, region, source)
     text = render("kernel.py.jinja", **view.values())
     inputs = tuple(t for t in names.tensors if t not in plan.results)
-    entries = tuple(k.entry() for k in kernels)
+    entries = tuple(e for k in kernels for e in k.entries())
     return KernelFile(plan.name, text, inputs, tuple(view.passed_sizes), plan, entries)
 
 
@@ -85,6 +90,8 @@ class _KernelView:
 
     def __init__(self, plan: KernelPlan, names: Names, origins: Origins, number: int):
         self.plan, self.names, self.number = plan, names, number
+        several = len(plan.maps) > 1
+        self.maps = {m: MapView(plan, m, names, origins, k + 1 if several else 0) for k, m in enumerate(plan.maps)}
         self.writer = Writer(plan, names, origins)
         self.writer.write()
         loads = dict.fromkeys(t.name for t in plan.chain.tensors)
@@ -105,6 +112,7 @@ class _KernelView:
             "params": self._params(),
             "boxes": self.boxes,
             "rows": rows,
+            "maps": [m.values() for m in self.maps.values()],
             "grows": plan.grows,
             "is_band": plan.is_band,
             "grid": [self.text(a.extent) for a in plan.grid],
@@ -118,6 +126,10 @@ class _KernelView:
             "aligns": plan.aligns,
             "launch": self._launch(),
         }
+
+    @property
+    def helpers(self) -> set[str]:
+        return self.writer.helpers.union(*(m.writer.helpers for m in self.maps.values()))
 
     def text(self, node: Node) -> str:
         return size_text(node, self.names)
@@ -147,10 +159,25 @@ class _KernelView:
             "extent": self.text(sweep.stream.extent),
             "steps": self.plan.steps,
             "span": self.writer.spans[k],
+            "map": self._map_of(sweep),
+            "low": self.writer.low[k],
             "is_new": k == 0 or not self._has_full(self.plan.sweeps[k - 1], sweep),
             "before": commented(self.writer.before[k].lines) if k else [],
             "initial": self.writer.initial(sweep),
             "segments": {name: commented(lines) for name, lines in self.writer.segments[k].items()},
+        }
+
+    def _map_of(self, sweep: Sweep) -> dict[str, str] | None:
+        """Where a program finds its lists: that of its rows, at its positions of the grid axes that the map has."""
+        if sweep.map is None:
+            return None
+        found = self.maps[sweep.map]
+        block = "blocks - 1 - pid % blocks" if self.plan.grows else "pid % blocks"
+        return {
+            "name": found.name,
+            "kernel": found.kernels[-1].function,
+            "at": found.at(block),
+            "lists": sweep.map.lists,
         }
 
     def _has_full(self, before: Sweep, sweep: Sweep) -> bool:
@@ -168,11 +195,14 @@ class _KernelView:
 
     def _params(self) -> list[str]:
         params = [f"{n}_ptr" for n in self.pointers.values()] + [b.name for b in self.boxes]
-        params += [f"{n}_ptr" for n in self.outputs.values()]
+        params += [f"{n}_ptr" for n in (*self.outputs.values(), *self._map_names())]
         params += [*self.writer.strides, *self.sizes.values()]
         params += ["ALIGN: tl.constexpr"] if self.plan.aligns else []
         params += ["TMA: tl.constexpr"] if self.boxes else []
         return params + [f"{name}: tl.constexpr" for name, _ in self._blocks(self.plan.config)]
+
+    def _map_names(self) -> list[str]:
+        return [m.name for m in self.maps.values()]
 
     @property
     def sizes(self) -> dict[Node, str]:
@@ -183,7 +213,7 @@ class _KernelView:
 
     def _launch(self) -> list[str]:
         units = {s: " // align" if s in self.writer.aligned else "" for s in self.writer.strides}
-        args = [*self.pointers.values(), *map(self._descriptor, self.boxes), *self.outputs.values()]
+        args = [*self.pointers.values(), *map(self._descriptor, self.boxes), *self.outputs.values(), *self._map_names()]
         args += [f"{text}{units[stride]}" for stride, text in self.writer.strides.items()]
         args += [*self.sizes.values(), *(["ALIGN=align"] if self.plan.aligns else [])]
         return args + ([f"TMA=has_tma({self.boxes[0].name}.device)"] if self.boxes else [])
@@ -192,11 +222,14 @@ class _KernelView:
         sizes = ", ".join(f'config["{s}"]' if s.startswith("BLOCK") else s for s in box.sizes)
         return f"described({box.name}, ({sizes}))"
 
-    def entry(self) -> Entry:
+    def entries(self) -> list[Entry]:
+        """Those of the maps, then its own."""
+        of_maps = [k for m in self.maps.values() for k in m.kernels]
         signature = kernel_signature(
             self.pointers, self.boxes, self.writer.strides, self.plan.chain.outputs, self.outputs, self.sizes
-        )
-        return Entry(f"{self.plan.name}_kernel", self.config_name, signature)
+        ) | {f"{name}_ptr": "*i32" for name in self._map_names()}
+        own = Entry(f"{self.plan.name}_kernel", self.config_name, signature)
+        return [*(Entry(k.function, "", k.signature, k.values) for k in of_maps), own]
 
 
 class _FileView:
@@ -240,7 +273,7 @@ class _FileView:
             "fixed": self._fixed(),
             "dynamic": [f"{name} ({self.known_sizes.get(p, 'passed')})" for p, name in names.sizes.items()],
             "constants": self._constants(),
-            "helpers": sorted(set().union(*(k.writer.helpers for k in self.kernels))),
+            "helpers": sorted(set().union(*(k.helpers for k in self.kernels))),
             "kernels": kernels,
             "streams": self._dynamic_streams(),
             "aligned": any(k["aligned"] for k in kernels),
@@ -293,6 +326,8 @@ class _FileView:
             out.append(("LOG2E", repr(math.log2(math.e))))
         if any("fast_tanh" in code for code in lines):
             out.append(("ON_NVIDIA", "torch.version.hip is None and not triton.knobs.runtime.interpret"))
+        if any(s.fill for k in self.plan.kernels for s in k.sweeps):
+            out.append(("UNDERFLOW", "104.0"))
         grid = dict.fromkeys(a for k in self.plan.kernels for a in k.grid if isinstance(a.extent, Const))
         return out + [(self.names.axes[a].upper(), str(a.extent.value)) for a in grid]
 
@@ -332,13 +367,6 @@ class _FileView:
 
     def _first(self) -> str:
         return next(iter(self.inputs.values()))
-
-
-def size_text(node: Node, names: Names) -> str:
-    """An extent as Python, of the sizes that have names."""
-    if node in names.sizes:
-        return names.sizes[node]
-    return renamed(show(node), {p.name: n for p, n in names.sizes.items() if isinstance(p, Param)})
 
 
 def _tuple(items: list[str]) -> str:

@@ -10,12 +10,16 @@ import re
 from rewriter.derive import Definition
 from rewriter.emit.render import helper_names
 from rewriter.ir import Axis, Const, Node, Param, Tensor, walk
+from rewriter.ir.printer import show
 from rewriter.plan import ChainPlan
+from rewriter.trace.sizes import renamed
 
 # What every emitted file says by itself, in kernels and around them.
 _RESERVED = set(dir(builtins)) | set(
     "tl triton torch math hashlib Path pid blocks rest start full m_new M N LOG2E ON_NVIDIA NEG_INF POS_INF align"
-    " programs launch config configs run fastest measured milliseconds CHOSEN json os in_rows described has_tma TMA TensorDescriptor functools reference LIBRARY OP".split()
+    " programs launch config configs run fastest measured milliseconds CHOSEN json os in_rows described has_tma TMA"
+    " TensorDescriptor functools reference LIBRARY OP UNDERFLOW"
+    " turn tile tiles some every none flag flags wholes cuts whole_at cut_at low beyond left_out left_out_at".split()
 )
 _MADE = re.compile(
     r"(stride|offs|start|BLOCK)_|CONFIGS|.*_(ptr|new|kernel|boxes)$"
@@ -138,4 +142,11 @@ def stride_name(tensor: str, k: int, letters: tuple[str, ...]) -> str:
     return f"stride_{tensor}{letters[k]}" if len(tensor) == 1 else f"stride_{tensor}_{letters[k]}"
 
 
-__all__ = ["Names", "Tensor", "stride_name"]
+def size_text(node: Node, names: Names) -> str:
+    """An extent as Python, of the sizes that have names."""
+    if node in names.sizes:
+        return names.sizes[node]
+    return renamed(show(node), {p.name: n for p, n in names.sizes.items() if isinstance(p, Param)})
+
+
+__all__ = ["Names", "Tensor", "size_text", "stride_name"]

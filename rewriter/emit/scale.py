@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from rewriter.derive.factors import without_cast
-from rewriter.emit.expr import constant
+from rewriter.emit.expr import Text, constant, widened
 from rewriter.ir import Apply, Const, Node
 
 
@@ -34,3 +34,8 @@ def _factor(node: Node) -> tuple[Node, str] | None:
 
 def _is_scale(c: Const) -> bool:
     return c.dtype.is_floating_point and 1e-30 < c.value < 1e30 and math.isfinite(c.value)
+
+
+def times(text: Text, scale: str) -> str:
+    (wide,) = widened([text], calls=bool(scale))
+    return f"{wide.tight(6)} * {scale}" if scale else text.code

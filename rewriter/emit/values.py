@@ -247,7 +247,7 @@ class Values:
         axes = self._joined([self.value(i, scope) for i in node.index])
         checks = self._unproved(node, axes, scope)
         pointer = self._pointer(f"{name}_ptr", name, node.index, axes, scope)
-        mask = " & ".join(filter(None, [self._bounds(node.free, axes, scope), *checks]))
+        mask = " & ".join(filter(None, [self.bounds(node.free, axes, scope), *checks]))
         extra = f", mask={mask}, other=0" if mask else ""
         code = f"tl.load({pointer}{extra})"
         if node.tensor.dtype is torch.bool:
@@ -359,7 +359,7 @@ class Values:
             letters.append(letter if letter not in letters else f"{letter}{k}")
         return tuple(letters)
 
-    def _bounds(self, free: frozenset[Axis], axes: tuple[Axis, ...], scope: Scope) -> str:
+    def bounds(self, free: frozenset[Axis], axes: tuple[Axis, ...], scope: Scope) -> str:
         """The mask of a load or store: which lanes are inside the tensor."""
         parts = []
         for axis in self.plan.tile_axes:

@@ -7,10 +7,11 @@ import torch
 from rewriter.derive import Definition
 from rewriter.derive.factors import multiply, without_cast
 from rewriter.emit.expr import ATOM, TRITON_DTYPES, NotEmittable, Text, operand, spread, spread_argument, widened
+from rewriter.emit.fills import written_low
 from rewriter.emit.inner import INTO, Inner, as_held, held_dtype, neutral_text
 from rewriter.emit.names import Names
 from rewriter.emit.origins import Origins
-from rewriter.emit.scale import without_scale
+from rewriter.emit.scale import times, without_scale
 from rewriter.emit.scope import Line, Scope
 from rewriter.emit.span import Span, written_span
 from rewriter.emit.weights import fits_half, is_bounded
@@ -37,6 +38,8 @@ class Writer(Inner):
         self.means: dict[Node, tuple[Text, Text]] = {}  # means and weights before a tile, by the mean
         self.segments: list[dict[str, list[Line]]] = []
         self.spans: list[Span | None] = []
+        self.low: list[str] = []  # whether what fills leave out is needed after all
+        self.definitions: tuple[Definition, ...] = ()  # as they are in a segment
         self.before: list[Scope] = []  # straight-line code before each sweep
         self.epilogue = self.prologue
 
@@ -45,10 +48,11 @@ class Writer(Inner):
         for sweep in self.plan.sweeps:
             self.sweep = sweep
             self.before.append(straight)
-            self.spans.append(written_span(self, sweep, straight) if sweep.support else None)
+            self.spans.append(written_span(self, sweep, straight) if sweep.support and not sweep.map else None)
             self.segments.append({})
             for name in self.plan.segments(sweep):
                 self._write_segment(name, straight)
+            self.low.append(written_low(self, sweep.fill) if sweep.fill else "")
             straight = Scope(straight)
         self.epilogue = straight
         for output in self.plan.outputs:
@@ -84,15 +88,16 @@ class Writer(Inner):
         known = set(straight.known)
         whole = name == "full" and self.sweep.has_whole_tiles
         start = self._tail_start if name == "tail" else "start"
-        self.loop = Scope(straight, self.sweep.stream, tail=name == "tail", is_sweep=True, whole=whole, start=start)
+        self.loop = Scope(straight, self.sweep.stream, tail=name != "full", is_sweep=True, whole=whole, start=start)
+        self.definitions = self.sweep.definitions_in(name)
         self.means = {}
-        for definition in self.sweep.definitions:
+        for definition in self.definitions:
             self._note_mean(definition)
-        for definition in _moments_first(self.sweep.definitions):
+        for definition in _moments_first(self.definitions):
             self._accumulate(definition)
         for output in self.sweep.outputs:
             self._store(output, self.loop)
-        for definition in self.sweep.definitions:
+        for definition in self.definitions:
             self._advance(definition)
         self.segments[-1][name] = self.loop.lines
         hoisted = {t.code for n, t in straight.known.items() if n not in known}
@@ -130,11 +135,13 @@ class Writer(Inner):
         if key not in self.loop.known:
             value = self.value(node, self.loop)
             seen = self.value(predicate, self.loop) if predicate is not TRUE else Text("")
-            axes = self._joined([value, seen, Text("", self._lanes)])
+            lanes = self.tile(definition.axes) if isinstance(node, Const) and self.sweep.fill else ()
+            axes = self._joined([value, seen, Text("", self._lanes), Text("", lanes)])
             keep = self._keep(definition, axes)
             name = self._name_for(node, self.loop) if not isinstance(node, Const) else self.names.unique("w")
             origin = self.origins.of(node)
             full = spread_argument(as_held(value, node), axes)
+            full = f"tl.full({self.shape(axes)}, {full}, {self._held(definition)})" if lanes else full
             code = f"{name} = tl.where({keep}, {full}, {neutral})"
             self.loop.lines.append(Line(code, self.shape(axes), origin.source if origin else ""))
             self.holders[name] = (node, self.loop)
@@ -358,7 +365,7 @@ class Writer(Inner):
         """exponent − phi, 0 for what takes no part; an exponent of −inf gives NaN, as 0 · −inf does in eager"""
         name = self.names.unique("x")
         shift = spread(Text(self._settled(definition), self._phi_axes(definition)), score.axes)
-        gap = f"{_times(score, scale)} - {shift}"
+        gap = f"{times(score, scale)} - {shift}"
         code = f"{name} = {gap}"
         if self._predicate(definition) is not TRUE or self.loop.tail:
             code = f"{name} = tl.where({self._keep(definition, score.axes)}, {gap}, 0.0)"
@@ -369,7 +376,7 @@ class Writer(Inner):
         """exp(exponent · scale − shift); in base 2 the difference is one fused multiply-add an element."""
         shift = Text(self._settled(definition), self._phi_axes(definition))
         if not self._in_base_2(definition):
-            return f"tl.exp({_times(exponent, scale)} - {spread(shift, exponent.axes)})"
+            return f"tl.exp({times(exponent, scale)} - {spread(shift, exponent.axes)})"
         scaled = spread(Text(f"({shift.code} * LOG2E)", shift.axes), exponent.axes)
         (exponent,) = widened([exponent], calls=True)
         factor = f"({scale} * LOG2E)" if scale else "LOG2E"
@@ -476,7 +483,7 @@ class Writer(Inner):
         text = self.value(output.body, scope)
         axes = self.tile(output.over)
         pointer = self._pointer(f"{name}_ptr", name, output.position, axes, scope)
-        mask = " & ".join(filter(None, [self._bounds(frozenset(output.over), axes, scope), self._once(output)]))
+        mask = " & ".join(filter(None, [self.bounds(frozenset(output.over), axes, scope), self._once(output)]))
         value = text.code if text.axes == axes else f"tl.broadcast_to({spread(text, axes)}, {self.shape(axes)})"
         if not axes:
             value = text.code
@@ -489,11 +496,6 @@ class Writer(Inner):
         """Of the programs along a grid axis that an output lacks all have its values: the first writes them."""
         others = (a for a in self.plan.grid if a not in output.over and a.extent is not Const(1))
         return " & ".join(f"({self.names.axes[a]} == 0)" for a in others)
-
-
-def _times(text: Text, scale: str) -> str:
-    (wide,) = widened([text], calls=bool(scale))
-    return f"{wide.tight(6)} * {scale}" if scale else text.code
 
 
 def _moments_first(definitions: tuple[Definition, ...]) -> list[Definition]:

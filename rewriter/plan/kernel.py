@@ -10,6 +10,8 @@ from rewriter.derive import Chain, Definition
 from rewriter.ir import Axis, Const, Node, Output, Reduce, Tensor
 from rewriter.ir.integer import from_poly, plus, to_poly
 from rewriter.plan.estimates import KernelCost
+from rewriter.plan.fills import Fill
+from rewriter.plan.maps import BlockMap
 from rewriter.sparsity import Interval, Support
 
 LONG_BLOCK = 64  # positions of a long contraction in one block
@@ -57,18 +59,29 @@ class Config:
 class Sweep:
     """One loop over a stream: what it reduces, and the outputs it writes position by position.
 
-    `support`: the part of the stream that predicates leave, where it is less than all of it.
+    `support`: the part of the stream that predicates leave, where it is less than all of it. `map` lists the tiles
+    that they leave, where bounds do not tell; `mapped` is how it does, or why there is none. Where there is a `fill`,
+    support and map are of what is not filled: the rest waits until the maxima of rows are known.
     """
 
     stream: Axis
     definitions: tuple[Definition, ...]
     outputs: tuple[Output, ...] = ()
     support: Support | None = None
+    map: BlockMap | None = None
+    mapped: str = ""
+    fill: Fill | None = None
+
+    def definitions_in(self, segment: str) -> tuple[Definition, ...]:
+        """As they are in one form of the loop's body."""
+        if self.fill is None:
+            return self.definitions
+        return {"full": self.fill.kept, "filled": self.fill.filled}.get(segment, self.definitions)
 
     @property
     def has_whole_tiles(self) -> bool:
         """Whether full tiles are those in which every predicate holds: the others are cut by it, or by the end."""
-        return self.support is not None and self.support.inner is not None
+        return self.map is not None or (self.support is not None and self.support.inner is not None)
 
 
 @dataclass(frozen=True)
@@ -108,6 +121,11 @@ class KernelPlan:
         return tuple(dict.fromkeys(s.stream for s in self.sweeps))
 
     @property
+    def maps(self) -> tuple[BlockMap, ...]:
+        """The block maps that are made before this kernel: sweeps under the same masks share one."""
+        return tuple(dict.fromkeys(s.map for s in self.sweeps if s.map))
+
+    @property
     def steps(self) -> bool:
         """Whether streams go one position at a time."""
         return len(self.rows) > 1
@@ -142,13 +160,13 @@ class KernelPlan:
 
     def segments(self, sweep: Sweep) -> tuple[str, ...]:
         """Forms of a loop's body: 'full' tiles, and a 'tail' where the stream may not fill its last tile, or predicates
-        cut tiles.
+        cut tiles; 'filled' ones in which nothing is left beside fills.
         """
         extent = sweep.stream.extent
         if self.steps:
             return ("full",)
         if sweep.has_whole_tiles or not isinstance(extent, Const):
-            return ("full", "tail")
+            return ("full", "tail", *(["filled"] if sweep.fill else []))
         full, rest = divmod(int(extent.value), self.config.block_n)
         return (("full",) if full else ()) + (("tail",) if rest else ())
 

@@ -10,17 +10,20 @@ from types import MappingProxyType
 
 import torch
 
-from rewriter.derive import Chain
+from rewriter.derive import Chain, Definition
 from rewriter.ir import Axis, Const, Output, Param, Ref, Tensor, index, walk
 from rewriter.plan.bounds import sweep_support
 from rewriter.plan.candidates import Option, Options, choose
 from rewriter.plan.cost import Nominal, cost_of
+from rewriter.plan.fills import Fill, fill_of
 from rewriter.plan.kernel import ChainPlan, Config, KernelPlan, Sweep
+from rewriter.plan.maps import BlockMap, block_map
 from rewriter.plan.merge import merged
 from rewriter.plan.parts import Part, carried, chains_of, deep_groups, features_of, independent_groups, parts_of
 from rewriter.plan.roles import MAX_FEATURE, inner_reductions, lone_rows, tile_rows
 from rewriter.plan.tape import tapes_of
 from rewriter.plan.tiles import configs, contenders
+from rewriter.sparsity import Support
 
 
 class NotPlannable(Exception):
@@ -198,9 +201,29 @@ def _sweeps(chain: Chain, roles: _Roles) -> tuple[tuple[Sweep, ...], tuple[Outpu
     for turn, stream in sorted(keys, key=lambda key: key[0]):
         definitions = tuple(d for d in chain.definitions if (d.sweep, d.stream) == (turn, stream))
         outputs = tuple(o for o, at in turns.items() if at == (turn, stream))
-        support = sweep_support(definitions, stream, roles.rows, roles.grid) if not outputs else None
-        sweeps.append(Sweep(stream, definitions, outputs, support))
+        sweeps.append(_sweep(stream, definitions, outputs, roles))
     return tuple(sweeps), tuple(o for o in chain.outputs if o not in wide)
+
+
+def _sweep(stream: Axis, definitions: tuple[Definition, ...], outputs: tuple[Output, ...], roles: _Roles) -> Sweep:
+    """What is written position by position is written everywhere: masks leave nothing of it out."""
+    if outputs:
+        return Sweep(stream, definitions, outputs)
+    fill = fill_of(definitions, stream)
+    if fill:
+        support, found, why = _left_of(fill.masked(definitions), stream, roles, fill)
+        if found or (support and support.inner):
+            return Sweep(stream, definitions, outputs, support, found, why, fill)
+    return Sweep(stream, definitions, outputs, *_left_of(definitions, stream, roles))
+
+
+def _left_of(
+    definitions: tuple[Definition, ...], stream: Axis, roles: _Roles, fill: Fill | None = None
+) -> tuple[Support | None, BlockMap | None, str]:
+    """What predicates leave of a stream: bounds, a map, and why there is one or not."""
+    support = sweep_support(definitions, stream, roles.rows, roles.grid)
+    found, why = block_map(definitions, stream, roles.rows, roles.grid, support, multiplies=bool(roles.dots))
+    return support, found and replace(found, lists_rest=fill is not None), why
 
 
 def _turn(output: Output, chain: Chain) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rewriter.ir import Axis
 from rewriter.plan.cost import LONG, SHORT
 from rewriter.plan.estimates import KernelCost
-from rewriter.plan.kernel import Candidate, ChainPlan, KernelPlan
+from rewriter.plan.kernel import Candidate, ChainPlan, KernelPlan, Sweep
 
 MOST_SHOWN = 8  # candidates, beside the best for each choice of kernels and rows
 
@@ -28,10 +28,17 @@ def show_kernel(plan: KernelPlan, letters: Letters) -> str:
     streams = tuple(s.stream for s in plan.sweeps)
     roles = {"grid": plan.grid, "rows": plan.rows, "streams": streams, "features": plan.features}
     shown = "; ".join(f"{role} {_named(axes, letters)}" for role, axes in roles.items() if axes)
+    mapped = "".join(f"; {text}" for text in dict.fromkeys(t for s in plan.sweeps for t in _left_out(s)))
     return (
         f"{plan.name}: {shown}; tiles {config.block_m} x {config.block_n}, "
-        f"{config.num_warps} warps, {config.num_stages} stages"
+        f"{config.num_warps} warps, {config.num_stages} stages{mapped}"
     )
+
+
+def _left_out(sweep: Sweep) -> list[str]:
+    """What tells which tiles of a stream are left out, and why there is no map of them."""
+    mapped = [f"a map of tiles by {sweep.mapped}" if sweep.map else sweep.mapped] if sweep.mapped else []
+    return [*mapped, *([f"fills of {sweep.fill.floor.value:g} last"] if sweep.fill else [])]
 
 
 def _named(axes: tuple[Axis, ...], letters: Letters) -> str:

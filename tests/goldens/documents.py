@@ -30,6 +30,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 NEG_INF = tl.constexpr(float("-inf"))
+LOG2E = tl.constexpr(1.4426950408889634)
+UNDERFLOW = tl.constexpr(104.0)
 
 # Tiles of rows and stream positions, warps and pipeline stages: what is estimated to be the fastest, and what may be.
 CONFIGS = (
@@ -40,6 +42,72 @@ CONFIGS = (
 
 
 @triton.jit
+def documents_map_kernel(
+    ids_ptr,
+    ids_2_ptr,
+    tile_map_ptr,
+    stride_ids_b,
+    stride_ids_m,
+    stride_ids_2_b,
+    stride_ids_2_n,
+    M,
+    B,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """One program: BLOCK_M rows, all tiles of n.
+
+    It lists the tiles that no mask cuts, then the others of which one leaves something, then the rest.
+    """
+    pid = tl.program_id(0)
+    # Positions past an end stand for the last one: they change nothing.
+    blocks = tl.cdiv(M, BLOCK_M)
+    offs_m = tl.minimum(pid % blocks * BLOCK_M + tl.arange(0, BLOCK_M), M - 1)  # [BLOCK_M]
+    rest = pid // blocks
+    b = rest
+
+    ids = tl.load(ids_ptr + b.to(tl.int64) * stride_ids_b + offs_m.to(tl.int64) * stride_ids_m)  # [BLOCK_M]
+    least_ids = tl.min(ids, 0)
+    greatest_ids = tl.max(ids, 0)
+
+    tiles = tl.cdiv(M, BLOCK_N)
+    whole_at = tile_map_ptr + pid.to(tl.int64) * (3 * (tiles + 1))
+    cut_at = whole_at + tiles + 1
+    wholes = 0
+    cuts = 0
+    left_out_at = cut_at + tiles + 1
+    left_out = 0
+    for first in range(0, tiles, TILES):
+        tile = first + tl.arange(0, TILES)  # [TILES]
+        offs_n = tl.minimum(
+            tile[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], M - 1
+        )  # [TILES, BLOCK_N]
+        ids_2 = tl.load(
+            ids_2_ptr + b.to(tl.int64) * stride_ids_2_b + offs_n.to(tl.int64) * stride_ids_2_n
+        )  # [TILES, BLOCK_N]
+        greatest_ids_2 = tl.max(ids_2, 1)  # [TILES]
+        least_ids_2 = tl.min(ids_2, 1)  # [TILES]
+
+        every = ((least_ids == greatest_ids_2) & (greatest_ids == least_ids_2)) & (
+            (tile + 1) * BLOCK_N <= M
+        )  # [TILES]
+        some = (
+            ((least_ids <= greatest_ids_2) & (least_ids_2 <= greatest_ids)) & (every == 0) & (tile < tiles)
+        )  # [TILES]
+        tl.store(whole_at + wholes + tl.cumsum(every.to(tl.int32), 0), tile, mask=every)
+        tl.store(cut_at + cuts + tl.cumsum(some.to(tl.int32), 0), tile, mask=some)
+        none = (some == 0) & (every == 0) & (tile < tiles)  # [TILES]
+        tl.store(left_out_at + left_out + tl.cumsum(none.to(tl.int32), 0), tile, mask=none)
+        left_out += tl.sum(none.to(tl.int32), 0)
+        wholes += tl.sum(every.to(tl.int32), 0)
+        cuts += tl.sum(some.to(tl.int32), 0)
+    tl.store(whole_at, wholes)
+    tl.store(cut_at, cuts)
+    tl.store(left_out_at, left_out)
+
+
+@triton.jit
 def documents_kernel(
     ids_ptr,
     ids_2_ptr,
@@ -47,6 +115,7 @@ def documents_kernel(
     key_boxes,
     value_boxes,
     out_ptr,
+    tile_map_ptr,
     stride_ids_b,
     stride_ids_m,
     stride_ids_2_b,
@@ -103,43 +172,40 @@ def documents_kernel(
             [stride_value_b * ALIGN, stride_value_h * ALIGN, stride_value_n * ALIGN, 1],
             [1, 1, BLOCK_N, BLOCK_E],
         )
+    query = query_boxes.load([b, h, start_m, 0]).reshape([BLOCK_M, BLOCK_D])  # [BLOCK_M, BLOCK_D]
     ids = tl.load(
         ids_ptr + b.to(tl.int64) * stride_ids_b * ALIGN + offs_m.to(tl.int64) * stride_ids_m * ALIGN,
         mask=(offs_m < M),
         other=0,
     )  # [BLOCK_M]
-    query = query_boxes.load([b, h, start_m, 0]).reshape([BLOCK_M, BLOCK_D])  # [BLOCK_M, BLOCK_D]
 
     m_i = tl.full([BLOCK_M], NEG_INF, tl.float32)  # [BLOCK_M]
     l_i = tl.full([BLOCK_M], 0.0, tl.float32)  # [BLOCK_M]
     acc = tl.full([BLOCK_M, BLOCK_E], 0.0, tl.float32)  # [BLOCK_M, BLOCK_E]
 
-    full = M // BLOCK_N * BLOCK_N
-    for start in range(0, full, BLOCK_N):
+    # Tiles that no mask cuts, as documents_map_kernel lists them for these rows.
+    tiles = tl.cdiv(M, BLOCK_N)
+    whole_at = tile_map_ptr + tl.cast(b * blocks + pid % blocks, tl.int64) * (3 * (tiles + 1))
+    for turn in range(1, tl.load(whole_at) + 1):
+        start = tl.load(whole_at + turn) * BLOCK_N
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        ids_2 = tl.load(
-            ids_2_ptr + b.to(tl.int64) * stride_ids_2_b * ALIGN + offs_n.to(tl.int64) * stride_ids_2_n * ALIGN
-        )  # [BLOCK_N]
-        # golden_programs.py:90  same = ids[:, None, :, None] == ids[:, None, None, :]
-        same = ids[:, None] == ids_2[None, :]  # [BLOCK_M, BLOCK_N]
         key = key_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:89  scores = query @ key.mT / math.sqrt(query.shape[-1])
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
-        scores = qk * (1.0 / 6.324555320336759)  # [BLOCK_M, BLOCK_N]
-        # golden_programs.py:91  return scores.masked_fill(~same, torch.finfo(scores.dtype).min).softmax(-1) @ value
-        x = tl.where(same, scores, -65504.0)  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(x, 1))  # [BLOCK_M]
+        m_new = tl.maximum(m_i, tl.max(qk, 1) * (1.0 / 6.324555320336759))  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp(x - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(qk * ((1.0 / 6.324555320336759) * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = value_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
         m_i = m_new
 
-    # What is left of the stream: positions past its end take no part.
-    if full < M:
-        offs_n = full + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    # The others of which masks leave something, and the end of the stream.
+    cut_at = whole_at + tiles + 1
+    for turn in range(1, tl.load(cut_at) + 1):
+        start = tl.load(cut_at + turn) * BLOCK_N
+        offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         ids_2 = tl.load(
             ids_2_ptr
             + b.to(tl.int64) * stride_ids_2_b * ALIGN
@@ -149,7 +215,7 @@ def documents_kernel(
         )  # [BLOCK_N]
         # golden_programs.py:90  same = ids[:, None, :, None] == ids[:, None, None, :]
         same = ids[:, None] == ids_2[None, :]  # [BLOCK_M, BLOCK_N]
-        key = key_boxes.load([b, h, full, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
+        key = key_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:89  scores = query @ key.mT / math.sqrt(query.shape[-1])
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         scores = qk * (1.0 / 6.324555320336759)  # [BLOCK_M, BLOCK_N]
@@ -161,7 +227,25 @@ def documents_kernel(
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
         p = tl.exp(x_2 - shift[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
-        value = value_boxes.load([b, h, full, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
+        value = value_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
+        acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
+        m_i = m_new
+
+    # What is left out weighs nothing, save in rows where all scores are as low as fills.
+    low = tl.max(((offs_m < M) & (m_i <= -65504.0 + UNDERFLOW)).to(tl.int32))
+    left_out_at = cut_at + tiles + 1
+    for turn in tl.range(1, low * tl.load(left_out_at) + 1, num_stages=1):
+        start = tl.load(left_out_at + turn) * BLOCK_N
+        offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        w = tl.where(
+            offs_n[None, :] < M, tl.full([BLOCK_M, BLOCK_N], -65504.0, tl.float32), NEG_INF
+        )  # [BLOCK_M, BLOCK_N]
+        m_new = tl.maximum(m_i, tl.max(w, 1))  # [BLOCK_M]
+        shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
+        alpha = tl.exp(m_i - shift)  # [BLOCK_M]
+        p = tl.exp(w - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
+        value = value_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
         m_i = m_new
 
@@ -327,6 +411,26 @@ def launch(ids, ids_2, query, key, value):
         return triton.cdiv(M, config["BLOCK_M"]) * (B) * (H)
 
     def run(config):
+        # For each tile of rows three lists of tiles of n, each after its length.
+        blocks = triton.cdiv(M, config["BLOCK_M"]) * B
+        tiles = triton.cdiv(M, config["BLOCK_N"])
+        tile_map = torch.empty((blocks, 3, tiles + 1), device=ids.device, dtype=torch.int32)
+        documents_map_kernel[(blocks,)](
+            ids,
+            ids_2,
+            tile_map,
+            ids.stride(0),
+            ids.stride(2),
+            ids_2.stride(0),
+            ids_2.stride(3),
+            M,
+            B,
+            BLOCK_M=config["BLOCK_M"],
+            BLOCK_N=config["BLOCK_N"],
+            TILES=4096 // config["BLOCK_N"],
+            num_warps=8,
+            num_stages=1,
+        )
         documents_kernel[(programs(config),)](
             ids,
             ids_2,
@@ -334,6 +438,7 @@ def launch(ids, ids_2, query, key, value):
             described(key_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_D"])),
             described(value_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_E"])),
             out,
+            tile_map,
             ids.stride(0) // align,
             ids.stride(2) // align,
             ids_2.stride(0) // align,
