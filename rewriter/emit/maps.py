@@ -13,7 +13,7 @@ from rewriter.emit.origins import Origins
 from rewriter.emit.scope import Scope
 from rewriter.emit.signature import POINTER
 from rewriter.emit.values import Values
-from rewriter.ir import Apply, Axis, Const, Index, Load, Node, walk
+from rewriter.ir import Apply, Axis, Index, Load, Node, walk
 from rewriter.plan import BlockMap, KernelPlan, Sweep
 from rewriter.sparsity import GREATEST, LEAST
 
