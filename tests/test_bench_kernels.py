@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_zoo_compiles import Half, rewritten
+from test_zoo_compiles import OF_MAPS, Half, rewritten
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "scripts"))
@@ -29,8 +29,7 @@ SPILLED, MASKED, SCALAR = "bytes spilled", "loops, all with mask code", "matrix 
 MISSES: dict[tuple[str, str], dict[str, int]] = {
     ("causal_d128", "attention_kernel"): {SPILLED: 128},
     ("prefix_lm_d128", "attention_kernel"): {SPILLED: 128},
-    ("document_d128", "attention_kernel"): {SPILLED: 596, MASKED: 1},
-    ("document_d64", "attention_kernel"): {MASKED: 1},
+    ("document_d128", "attention_kernel"): {SPILLED: 224},
     ("diff_d64", "differential_kernel"): {SPILLED: 128},
     ("evoformer_d128", "evoformer_kernel"): {SPILLED: 1236},
 }
@@ -51,7 +50,11 @@ def test_a_measured_kernel(row, compiler, tmp_path):
         for entry in file.entries:
             result = next(results)
             assert result.ok and result.shared_bytes <= SHARED_LIMIT["sm_90"], result
-            if missed := misses(result, loops(file.text, entry.function), row.suite == "decode"):
+            missed = misses(result, loops(file.text, entry.function), row.suite == "decode")
+            if entry.function.endswith(OF_MAPS):
+                missed.pop(SCALAR)
+                missed.pop(MASKED, None)
+            if missed:
                 found[row.program, entry.function] = missed
     assert found == {key: missed for key, missed in MISSES.items() if key[0] == row.program}
 
