@@ -15,6 +15,7 @@ from rewriter import rewrite
 from rewriter.hosts import rewrite_model
 from rewriter.ir import Const
 from rewriter.plan import KernelPlan
+from rewriter.plan.bounds import by_bounds
 from rewriter.plan.show import show_kernel
 
 
@@ -156,3 +157,11 @@ def test_plans_tell_fills():
     assert show_kernel(kernel, {}).endswith("; fills of -2500 last")
     (sweep,) = kernel.sweeps
     assert sweep.fill.floor == Const(-2500.0, torch.float32) and kernel.grows
+
+
+def test_by_bounds_alone_fills_count():
+    """As where a program has a part of the stream, and does not know of the others."""
+    (alone,) = by_bounds(kernel_of(documents)).sweeps
+    assert (alone.map, alone.fill, alone.support) == (None, None, None)
+    (alone,) = by_bounds(kernel_of(masked_too)).sweeps
+    assert alone.support.outer == alone.support.inner and alone.support.outer.lower is None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rewriter.derive import Definition
 from rewriter.ir import Axis, Node, Ref, walk
+from rewriter.plan.kernel import KernelPlan, Sweep
 from rewriter.sparsity import EVERYWHERE, Interval, Support, support_of, union
 
 
@@ -26,6 +29,20 @@ def sweep_support(
     if outer == EVERYWHERE.outer and (inner is None or inner == EVERYWHERE.inner):
         return None
     return Support(outer, inner)
+
+
+def by_bounds(plan: KernelPlan) -> KernelPlan:
+    """The kernel with loop bounds alone: no maps, and fills among what is reduced. So a program may have any part of a
+    stream: what a map lists, and whether fills are needed, is told of all of it.
+    """
+
+    def bounded(sweep: Sweep) -> Sweep:
+        if sweep.map is None and sweep.fill is None:
+            return sweep
+        support = sweep_support(sweep.definitions, sweep.stream, plan.rows, plan.grid)
+        return replace(sweep, support=support, map=None, mapped="", fill=None)
+
+    return replace(plan, sweeps=tuple(map(bounded, plan.sweeps)))
 
 
 def _ends(interval: Interval) -> list[Node]:
