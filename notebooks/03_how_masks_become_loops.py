@@ -322,4 +322,4 @@ def added(q, k, v):
 
 for function in (filled, added):
     kernel, sweep, letters = swept(function, (q, k, v))
-    print(function.__name__, "- fill:", sweep.fill and sweep.fill.floor, "- bounds:", sweep.support is not None)
+    print(function.__name__, "- fills:", sweep.fill and sweep.fill.floors, "- bounds:", sweep.support is not None)

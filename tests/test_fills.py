@@ -65,12 +65,20 @@ def low(q, k, v):
     return (q @ k.mT * 300).masked_fill(columns > rows, -1e3).softmax(-1) @ v
 
 
+def of_two(q, k, v):
+    """Two softmaxes under one mask, each with a fill of its own."""
+    rows, columns = at(q)
+    one = (q @ k.mT * 0.3).masked_fill(columns > rows - 60, -1e4).softmax(-1)
+    two = (q.flip(-1) @ k.mT * 0.3).masked_fill(columns > rows - 60, -1e9).softmax(-1)
+    return (one - 0.5 * two) @ v
+
+
 MORE = {
     twice: lambda b, n: ((torch.rand(b, n) < 0.5) & (torch.arange(b)[:, None] > 0),),  # a batch sees nothing
     documents: lambda b, n: (ids(b, n),),
     masked_too: lambda b, n: (torch.randint(1, n + 1, (b,)),),
 }
-PROGRAMS = (causal, window, nothing_first, twice, documents, masked_too, low)
+PROGRAMS = (causal, window, nothing_first, twice, documents, masked_too, low, of_two)
 
 
 def arguments(
@@ -156,7 +164,7 @@ def test_plans_tell_fills():
     kernel = kernel_of(nothing_first)
     assert show_kernel(kernel, {}).endswith("; fills of -2500 last")
     (sweep,) = kernel.sweeps
-    assert sweep.fill.floor == Const(-2500.0, torch.float32) and kernel.grows
+    assert [floor for _, floor in sweep.fill.floors] == [Const(-2500.0, torch.float32)] and kernel.grows
 
 
 def test_by_bounds_alone_fills_count():

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 def written_low(values: Values, fill: Fill) -> str:
     """1 where a row of the tile has nothing that exceeds the fill by so much that fills weigh 0, else 0."""
     parts = []
-    for name in fill.states:
+    for name, floor in fill.floors:
         rows = values.tile(values.plan.chain.definition(name).axes)
         inside = values.bounds(frozenset(rows), rows, values.prologue)
-        is_low = f"({values.names.state[name]} <= {constant(fill.floor)} + UNDERFLOW)"
+        is_low = f"({values.names.state[name]} <= {constant(floor)} + UNDERFLOW)"
         code = " & ".join(filter(None, [inside, is_low]))
         parts.append(f"tl.max(({code}).to(tl.int32))" if rows else f"tl.cast({code}, tl.int32)")
     return " | ".join(parts)

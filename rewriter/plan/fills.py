@@ -21,17 +21,16 @@ SMALL = -1e3  # fills that rows of scores are expected to exceed by far
 
 @dataclass(frozen=True)
 class Fill:
-    """What a loop may leave out: where the `predicate` does not hold, exponents are the `floor`.
+    """What a loop may leave out: where the `predicate` does not hold, exponents are numbers.
 
     kept, filled: the definitions of a sweep where the predicate holds throughout a tile, and where it holds nowhere.
-    `states` are the maxima that must exceed the floor.
+    `floors`: of each maximum, by its name, the number that it must exceed.
     """
 
     predicate: Node
-    floor: Const
+    floors: tuple[tuple[str, Const], ...]
     kept: tuple[Definition, ...]
     filled: tuple[Definition, ...]
-    states: tuple[str, ...]
 
     def masked(self, definitions: tuple[Definition, ...]) -> tuple[Definition, ...]:
         """As if what is filled were masked, for bounds and maps."""
@@ -42,14 +41,15 @@ def fill_of(definitions: tuple[Definition, ...], stream: Axis) -> Fill | None:
     """The fill that all reductions of a sweep have, where all of them are maxima of exponents or sums of their
     exponentials.
     """
-    exponents = [d.shift.exponent for d in definitions if d.shift]
-    for site in _sites(exponents[0]) if exponents else ():
-        predicate, kept, number = _split(site)
-        filled = _replaced(definitions, site, number)
-        floor = _floor(filled, stream)
-        if stream in predicate.free and floor is not None and floor.value <= SMALL:
-            states = dict.fromkeys(d.shift.state.name for d in definitions if d.shift)
-            return Fill(predicate, floor, _replaced(definitions, site, kept), filled, tuple(states))
+    exponents = tuple(dict.fromkeys(d.shift.exponent for d in definitions if d.shift))
+    for predicate in dict.fromkeys(_split(site)[0] for site in _sites(exponents[0])) if exponents else ():
+        splits = {site: _split(site) for exponent in exponents for site in _sites(exponent)}
+        splits = {site: split for site, split in splits.items() if split[0] is predicate}
+        filled = _replaced(definitions, {site: number for site, (_, _, number) in splits.items()})
+        floors = _floors(filled, stream)
+        if stream in predicate.free and floors and all(f.value <= SMALL for f in floors.values()):
+            kept = _replaced(definitions, {site: value for site, (_, value, _) in splits.items()})
+            return Fill(predicate, tuple(floors.items()), kept, filled)
     return None
 
 
@@ -76,22 +76,26 @@ def _split(site: Node) -> tuple[Node, Node, Const] | None:
     return (apply("and", p, inner[0]), *inner[1:]) if inner and inner[2] is number else (p, kept, number)
 
 
-def _replaced(definitions: tuple[Definition, ...], site: Node, by: Node) -> tuple[Definition, ...]:
-    by = cast(by, site.dtype)
-
+def _replaced(definitions: tuple[Definition, ...], by: dict[Node, Node]) -> tuple[Definition, ...]:
     def moved(node: Node) -> Node:
-        return transform(node, lambda n: by if n is site else n)
+        return transform(node, lambda n: cast(by[n], n.dtype) if n in by else n)
 
     return tuple(moved_definition(d, moved) for d in definitions)
 
 
-def _floor(filled: tuple[Definition, ...], stream: Axis) -> Const | None:
-    """What all exponents are, and all that their maxima are taken of, if one number."""
-    states = {d.shift.state.name for d in filled if d.shift}
-    found = {d.body if d.name in states and d.op == "max" else _exponent(d) for d in filled}
-    (floor,) = found if len(found) == 1 else (None,)
-    is_fixed = not any(stream in d.shift.phi.free for d in filled if d.shift)
-    return floor if isinstance(floor, Const) and is_fixed else None
+def _floors(filled: tuple[Definition, ...], stream: Axis) -> dict[str, Const]:
+    """The number that all exponents of a shift are, by the maximum they are shifted by; none where one is no number, or
+    another than what the maximum is taken of.
+    """
+    found: dict[str, Const] = {}
+    shifted = [d for d in filled if d.shift]
+    states = {d.shift.state.name for d in shifted}
+    for definition in filled:
+        name = definition.shift.state.name if definition.shift else definition.name
+        floor = definition.body if definition.name in states and definition.op == "max" else _exponent(definition)
+        if not isinstance(floor, Const) or found.setdefault(name, floor) is not floor:
+            return {}
+    return {} if any(stream in d.shift.phi.free for d in shifted) else found
 
 
 def _exponent(definition: Definition) -> Node | None:

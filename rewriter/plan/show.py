@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from rewriter.ir import Axis
 from rewriter.plan.cost import LONG, SHORT
 from rewriter.plan.estimates import KernelCost
+from rewriter.plan.fills import Fill
 from rewriter.plan.kernel import Candidate, ChainPlan, KernelPlan, Sweep
 
 MOST_SHOWN = 8  # candidates, beside the best for each choice of kernels and rows
@@ -35,10 +36,14 @@ def show_kernel(plan: KernelPlan, letters: Letters) -> str:
     )
 
 
+def _show_fill(fill: Fill) -> list[str]:
+    return [f"fills of {floor.value:g} last" for floor in dict.fromkeys(f for _, f in fill.floors)]
+
+
 def _left_out(sweep: Sweep) -> list[str]:
     """What tells which tiles of a stream are left out, and why there is no map of them."""
     mapped = [f"a map of tiles by {sweep.mapped}" if sweep.map else sweep.mapped] if sweep.mapped else []
-    return [*mapped, *([f"fills of {sweep.fill.floor.value:g} last"] if sweep.fill else [])]
+    return [*mapped, *(_show_fill(sweep.fill) if sweep.fill else [])]
 
 
 def _named(axes: tuple[Axis, ...], letters: Letters) -> str:
