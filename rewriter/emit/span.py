@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from rewriter.emit.expr import Text
 from rewriter.emit.scope import Line, Scope
-from rewriter.ir import Node
+from rewriter.ir import Load, Node, walk
 from rewriter.plan import Sweep
 
 if TYPE_CHECKING:
@@ -60,6 +62,14 @@ def written_span(values: Values, sweep: Sweep, scope: Scope) -> Span:
         )
     upper = extent if inner.upper is None else f"tl.minimum({end(inner.upper, 'min')}, {extent})"
     return Span(first, last, whole, named("cut", f"tl.maximum({upper} // {block} * {block}, {whole})"))
+
+
+def tile_start(sweep: Sweep, name: str) -> str:
+    """Where a tile starts, in 32 bits: a loop between ends that are loaded counts in as many as those have."""
+    ends = [sweep.support.outer, sweep.support.inner] if sweep.support and not sweep.map else []
+    nodes = [n for i in ends if i for n in (i.lower, i.upper) if n is not None]
+    is_wide = any(isinstance(n, Load) and n.dtype is torch.int64 for n in walk(*nodes))
+    return f"tl.cast({name}, tl.int32)" if is_wide else name
 
 
 def _folded(text: Text, fold: str) -> str:

@@ -13,7 +13,7 @@ from rewriter.emit.names import Names
 from rewriter.emit.origins import Origins
 from rewriter.emit.scale import times, without_scale
 from rewriter.emit.scope import Line, Scope
-from rewriter.emit.span import Span, written_span
+from rewriter.emit.span import Span, tile_start, written_span
 from rewriter.emit.weights import fits_half, is_bounded
 from rewriter.ir import TRUE, Apply, Axis, Const, Node, Output, Param, Where, const
 from rewriter.lift.rounding import has_fill
@@ -87,7 +87,7 @@ class Writer(Inner):
         taken, holders = set(self.names.taken), dict(self.holders)
         known = set(straight.known)
         whole = name == "full" and self.sweep.has_whole_tiles
-        start = self._tail_start if name == "tail" else "start"
+        start = tile_start(self.sweep, self._tail_start if name == "tail" else "start")
         self.loop = Scope(straight, self.sweep.stream, tail=name != "full", is_sweep=True, whole=whole, start=start)
         self.definitions = self.sweep.definitions_in(name)
         self.means = {}
