@@ -138,3 +138,14 @@ class Chain:
 
     def definition(self, name: str) -> Definition:
         return next(d for d in self.definitions if d.name == name)
+
+
+def moments_first(definitions: tuple[Definition, ...]) -> list[Definition]:
+    """A moment moves with the lower ones as they were: it is updated before them."""
+    out = list(definitions)
+    for moment in definitions:
+        lower = moment.shift and moment.shift.mass or moment.centre and moment.centre.first
+        if lower:
+            out.remove(moment)
+            out.insert(next(k for k, d in enumerate(out) if d.name == lower.name), moment)
+    return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from rewriter.derive import Definition
+from rewriter.derive.chain import moments_first
 from rewriter.derive.factors import multiply, without_cast
 from rewriter.emit.expr import ATOM, TRITON_DTYPES, NotEmittable, Text, operand, spread, spread_argument, widened
 from rewriter.emit.fills import written_low
@@ -93,7 +94,7 @@ class Writer(Inner):
         self.means = {}
         for definition in self.definitions:
             self._note_mean(definition)
-        for definition in _moments_first(self.definitions):
+        for definition in moments_first(self.definitions):
             self._accumulate(definition)
         for output in self.sweep.outputs:
             self._store(output, self.loop)
@@ -496,14 +497,3 @@ class Writer(Inner):
         """Of the programs along a grid axis that an output lacks all have its values: the first writes them."""
         others = (a for a in self.plan.grid if a not in output.over and a.extent is not Const(1))
         return " & ".join(f"({self.names.axes[a]} == 0)" for a in others)
-
-
-def _moments_first(definitions: tuple[Definition, ...]) -> list[Definition]:
-    """A moment moves with the lower ones as they were: it is updated before them."""
-    out = list(definitions)
-    for moment in definitions:
-        lower = moment.shift and moment.shift.mass or moment.centre and moment.centre.first
-        if lower:
-            out.remove(moment)
-            out.insert(next(k for k, d in enumerate(out) if d.name == lower.name), moment)
-    return out
