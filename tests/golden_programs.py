@@ -102,6 +102,18 @@ class TwoProducts(nn.Module):
         return torch.einsum("bsht,bthd->bshd", weights, value)
 
 
+class GroupedDecode(nn.Module):
+    """A step of decoding: the last few positions against a cache, of which heads share a part."""
+
+    def forward(self, query, key, value):
+        group = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        scores = query @ key.mT / math.sqrt(query.shape[-1])
+        i = torch.arange(query.shape[2], device=query.device)[:, None] + key.shape[2] - query.shape[2]
+        ahead = torch.arange(key.shape[2], device=key.device) > i
+        return scores.masked_fill(ahead, float("-inf")).softmax(-1) @ value
+
+
 @dataclass(frozen=True)
 class Golden:
     """A program and what it is called with: floats of `shapes`, then ids. `sizes` are what its kernel is run at."""
@@ -131,5 +143,8 @@ GOLDENS = {
     "two_products": Golden(
         TwoProducts,
         ((2, 20, 4, 128), (2, 30, 4, 128), (2, 20, 4, 64), (2, 30, 64), (2, 30, 4, 128)),
+    ),
+    "grouped_decode": Golden(
+        GroupedDecode, ((2, 8, 1, 64), *((2, 2, 300, 64),) * 2), sizes={"H": 8, "S14": 2, "M": 2, "N": 700}
     ),
 }

@@ -6,7 +6,7 @@ A launch specialises a kernel by its arguments: integers that are 1, multiples o
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -68,6 +68,13 @@ class _Zeros(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return (torch.zeros if func is torch.empty else func)(*args, **(kwargs or {}))
+
+
+def idle_among(kernels: Sequence[str], instead: Mapping[str, tuple[str, ...]], ran: Collection[str]) -> list[str]:
+    """Those that should have run and did not: a kernel, or all that are `instead` of it."""
+    done = {k for k, others in instead.items() if all(o in ran for o in others)}
+    spared = {o for k, others in instead.items() if k in ran for o in others}
+    return [k for k in kernels if k not in ran and k not in done | spared]
 
 
 def record(package: ModuleType, kernels: Sequence[tuple[str, str]]) -> Recorder:

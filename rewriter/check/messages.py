@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +12,13 @@ from rewriter.options import Options
 
 @dataclass(frozen=True)
 class Request:
-    """What the process is to do. `device` is "cuda" or "cpu"."""
+    """What the process is to do. `device` is "cuda" or "cpu". A kernel runs, or all that are `instead` of it."""
 
     options: Options
     kernels: tuple[tuple[str, str], ...]
     device: str
     numerics: bool = True
+    instead: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,8 @@ def _write(files: Mapping[str, str], folder: Path) -> None:
 def _numerics(folder: Path, kernels: Sequence[KernelFile], options: Options) -> Result:
     """On the GPU where there is one and the user's program runs on it, else in the interpreter."""
     names = tuple((kernel.name, entry.function) for kernel in kernels for entry in kernel.entries)
-    request = Request(options, names, "cuda" if torch.cuda.is_available() else "cpu")
+    instead = {entry.function: entry.instead for kernel in kernels for entry in kernel.entries if entry.instead}
+    request = Request(options, names, "cuda" if torch.cuda.is_available() else "cpu", instead=instead)
     notes: tuple[str, ...] = ()
     if request.device == "cuda":
         result = _asked(folder, request)

@@ -14,7 +14,7 @@ import pickle
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map_only
 
 from rewriter.api import import_package
-from rewriter.check.launches import Launch, Recorder, record
+from rewriter.check.launches import Launch, Recorder, idle_among, record
 from rewriter.check.messages import Request, Result
 from rewriter.check.numerics import compare, run_float64
 from rewriter.check.smaller import SHORT_LENGTH, SHORTER_LENGTHS, Call, other_sizes, short_sizes, shown_sizes
@@ -70,6 +70,7 @@ class _Programs:
     original: Callable[..., Any]
     rewritten: Callable[..., Any]
     kernels: tuple[tuple[str, str], ...]
+    instead: Mapping[str, tuple[str, ...]]
     recorder: Recorder
     zero_rows: bool  # `--masked-rows zero`: numbers where the original has NaN
 
@@ -116,7 +117,7 @@ class _Programs:
         fallbacks = [str(w.message) for w in caught if FALLBACK in str(w.message)]
         if fallbacks:
             raise _Failure(fallbacks[0])
-        idle = [name for _, name in self.kernels if name not in self.recorder.launches]
+        idle = idle_among([name for _, name in self.kernels], self.instead, self.recorder.launches)
         if idle:
             raise _Failure(f"kernels that never ran: {', '.join(idle)}")
         return out
@@ -158,6 +159,7 @@ def check(request: Request, package_folder: Path) -> Result:
         original,
         rewritten,
         request.kernels,
+        request.instead,
         record(package, request.kernels),
         request.options.masked_rows == "zero",
     )

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from rewriter.emit.expr import ATOM, TRITON_DTYPES, NotEmittable, Text, operand, spread_argument
+from rewriter.emit.expr import ATOM, TRITON_DTYPES, NotEmittable, Text, operand, spread, spread_argument, widened
 from rewriter.emit.scope import Line, Scope
 from rewriter.emit.values import Values
 from rewriter.ir import TRUE, Axis, Const, Index, Load, Node, Reduce, walk
@@ -22,7 +22,8 @@ INTO = {
     "sum": "{0} + {1}",
     "prod": "{0} * {1}",
 }
-
+FOLD = {"max": "tl.max({0}, {1})", "min": "tl.min({0}, {1})", "sum": "tl.sum({0}, {1})"}
+FOLD["prod"] = "tl.reduce({0}, {1}, product)"
 
 UNROLLED = 16  # turns of a loop that is written out, so that its loads do not wait for each other
 
@@ -69,7 +70,9 @@ class Inner(Values):
         return name
 
     def _loop(self, loop: Loop, scope: Scope) -> Text:
-        """⊕ over one axis, position by position."""
+        """⊕ over one axis, position by position or over a whole tile."""
+        if loop.whole:
+            return self._folded_whole(loop, scope)
         axis = self.names.axes[loop.axis]
         inner = Scope(scope, loop.axis)
         value = self._kept(loop, inner)
@@ -83,6 +86,19 @@ class Inner(Values):
         counted = "tl.static_range" if _turns(loop.node) <= UNROLLED else "range"
         self._nest(scope, f"for {axis} in {counted}(0, {extent}):", inner)
         return Text(name, value.axes)
+
+    def _folded_whole(self, loop: Loop, scope: Scope) -> Text:
+        """Lanes past the axis's end, which pad it, take no part."""
+        value = self._kept(loop, scope)
+        axes = self._joined([value, Text("", (loop.axis,))])
+        (value,) = widened([value], calls=True)
+        code = spread_argument(value, axes)
+        if self.plan.padded(loop.axis) != loop.axis.extent.value:
+            neutral = neutral_text(loop.node.op, held_dtype(loop.body))
+            inside = spread(self._position(loop.axis), axes)
+            code = f"tl.where({inside} < {loop.axis.extent.value}, {code}, {neutral})"
+        at = axes.index(loop.axis)
+        return Text(FOLD[loop.node.op].format(code, at), axes[:at] + axes[at + 1 :])
 
     def _kept(self, loop: Loop, inner: Scope) -> Text:
         value = self.value(loop.body, inner)
@@ -153,4 +169,4 @@ def neutral_text(op: str, dtype: torch.dtype) -> str:
     return str(neutral)
 
 
-__all__ = ["INTO", "MONOIDS", "Inner", "as_held", "held_dtype", "neutral_text"]
+__all__ = ["FOLD", "INTO", "MONOIDS", "Inner", "as_held", "held_dtype", "neutral_text"]

@@ -9,12 +9,14 @@ import torch
 from torch import fx
 
 from rewriter.emit.expr import NotEmittable
+from rewriter.emit.few import STANDING_IN, FewView
 from rewriter.emit.maps import MapView
 from rewriter.emit.names import Names, size_text
 from rewriter.emit.origins import Origins
 from rewriter.emit.reference import reference_of
 from rewriter.emit.render import render
 from rewriter.emit.scope import Line
+from rewriter.emit.shapes import kept, tuple_text
 from rewriter.emit.signature import kernel_signature
 from rewriter.emit.values import Descriptor
 from rewriter.emit.writer import Writer
@@ -41,13 +43,14 @@ class Argument:
 class Entry:
     """A kernel of a file: its function's name, and its parameters' Triton types, for compiling it without a GPU.
 
-    `config` names what it is launched with in the file, or `values` are that.
+    `config` names what it is launched with in the file, or `values` are that. `instead`: the functions that run in its place where rows are few.
     """
 
     function: str
     config: str
     signature: dict[str, str]
     values: dict[str, int] | None = None
+    instead: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,12 @@ class KernelFile:
 def emit_kernel(region: Region, plan: ChainPlan, source: Source) -> KernelFile:
     """The file of a chain's kernels. Raises NotEmittable where a plan does not fit Triton's tiles."""
     names = Names(plan, region.display)
-    origins = Origins(plan.chain.origins)
     several = len(plan.kernels) > 1
-    kernels = [_KernelView(k, names.for_kernel(), origins, n + 1 if several else 0) for n, k in enumerate(plan.kernels)]
+    kernels = [_KernelView(k, names, f"CONFIGS_{n + 1}" if several else "CONFIGS") for n, k in enumerate(plan.kernels)]
     view = _FileView(plan, names, kernels, region, source)
     text = render("kernel.py.jinja", **view.values())
-    inputs = tuple(t for t in names.tensors if t not in plan.results)
-    entries = tuple(e for k in kernels for e in k.entries())
+    inputs = tuple(view.inputs)
+    entries = tuple(e for k in view.written for e in k.entries())
     return KernelFile(plan.name, text, inputs, tuple(view.passed_sizes), plan, entries)
 
 
@@ -86,13 +88,16 @@ class Source:
 
 
 class _KernelView:
-    """Everything the template shows of one kernel. `number` tells it from others in its file."""
+    """Everything the template shows of one kernel, and of those that stand in for it where rows are few."""
 
-    def __init__(self, plan: KernelPlan, names: Names, origins: Origins, number: int):
-        self.plan, self.names, self.number = plan, names, number
-        several = len(plan.maps) > 1
-        self.maps = {m: MapView(plan, m, names, origins, k + 1 if several else 0) for k, m in enumerate(plan.maps)}
-        self.writer = Writer(plan, names, origins)
+    def __init__(self, plan: KernelPlan, names: Names, config_name: str):
+        self.few = plan.few and FewView(plan, names, config_name, _KernelView)
+        self.is_few = config_name.endswith(STANDING_IN)
+        self.plan, self.names, self.config_name = plan, names.for_kernel(), config_name
+        origins, several = Origins(plan.chain.origins, plan.was), len(plan.maps) > 1
+        numbers = {m: k + 1 if several else 0 for k, m in enumerate(plan.maps)}
+        self.maps = {m: MapView(plan, m, self.names, origins, k) for m, k in numbers.items()}
+        self.writer = Writer(plan, self.names, origins)
         self.writer.write()
         loads = dict.fromkeys(t.name for t in plan.chain.tensors)
         self.tensors = {t: n for t, n in names.tensors.items() if t.name in loads}
@@ -125,6 +130,8 @@ class _KernelView:
             "aligned": [text for stride, text in writer.strides.items() if stride in writer.aligned],
             "aligns": plan.aligns,
             "launch": self._launch(),
+            "programs": self.programs("config", plan.grid),
+            "few": self.few and self.few.values(),
         }
 
     @property
@@ -133,10 +140,6 @@ class _KernelView:
 
     def text(self, node: Node) -> str:
         return size_text(node, self.names)
-
-    @property
-    def config_name(self) -> str:
-        return f"CONFIGS_{self.number}" if self.number else "CONFIGS"
 
     def _tile(self, axis: Axis) -> dict[str, str]:
         return {"name": self.names.axes[axis], "extent": self.text(axis.extent)}
@@ -150,6 +153,10 @@ class _KernelView:
         sweeps = len(plan.sweeps)
         along = " and ".join(dict.fromkeys(names[s.stream] for s in plan.sweeps))
         times = "" if sweeps < 2 else f", {'twice' if sweeps == 2 else f'{sweeps} times'}"
+        if sweeps and plan.sweeps[0].part:
+            return f"One program: {what}, one part of {along}, and what it leaves."
+        if sweeps and plan.sweeps[0].short:
+            return f"One program: {what}, what all parts have left, merged as in the loop over a part."
         return f"One program: {what}" + (f", all of {along}{times}." if sweeps else ".")
 
     def _sweep(self, k: int) -> dict[str, object]:
@@ -161,6 +168,8 @@ class _KernelView:
             "span": self.writer.spans[k],
             "map": self._map_of(sweep),
             "low": self.writer.low[k],
+            "short": sweep.short,
+            "part": bool(sweep.part),
             "is_new": k == 0 or not self._has_full(self.plan.sweeps[k - 1], sweep),
             "before": commented(self.writer.before[k].lines) if k else [],
             "initial": self.writer.initial(sweep),
@@ -206,10 +215,17 @@ class _KernelView:
 
     @property
     def sizes(self) -> dict[Node, str]:
-        return self.names.sizes
+        """What is passed to it."""
+        return {n: name for n, name in self.names.sizes.items() if self.is_few or n not in self.names.own}
 
     def _extent_name(self, axis: Axis) -> str:
         return self.names.axes[axis].upper() if isinstance(axis.extent, Const) else self.text(axis.extent)
+
+    def programs(self, config: str, grid: tuple[Axis, ...]) -> str:
+        """How many run: one for each tile of rows and each position of the grid."""
+        blocks = {a: f'{config}["BLOCK_{self.names.axes[a].upper()}"]' for a in self.plan.rows}
+        tiles = [f"triton.cdiv({self.text(a.extent)}, {block})" for a, block in blocks.items()]
+        return " * ".join([*tiles, *(f"({self.text(a.extent)})" for a in grid)]) or "1"
 
     def _launch(self) -> list[str]:
         units = {s: " // align" if s in self.writer.aligned else "" for s in self.writer.strides}
@@ -228,8 +244,11 @@ class _KernelView:
         signature = kernel_signature(
             self.pointers, self.boxes, self.writer.strides, self.plan.chain.outputs, self.outputs, self.sizes
         ) | {f"{name}_ptr": "*i32" for name in self._map_names()}
-        own = Entry(f"{self.plan.name}_kernel", self.config_name, signature)
-        return [*(Entry(k.function, "", k.signature, k.values) for k in of_maps), own]
+        own = Entry(f"{self.plan.name}_kernel", self.config_name, signature, None, self._instead())
+        return [*(Entry(k.function, "", k.signature, k.values, self._instead()) for k in of_maps), own]
+
+    def _instead(self) -> tuple[str, ...]:
+        return tuple(f"{k.name}_kernel" for k in self.plan.few.kernels) if self.plan.few else ()
 
 
 class _FileView:
@@ -238,7 +257,9 @@ class _FileView:
     def __init__(self, plan: ChainPlan, names: Names, kernels: list[_KernelView], region: Region, source: Source):
         self.plan, self.names, self.kernels, self.region, self.source = plan, names, kernels, region, source
         self.chain = plan.chain
-        self.inputs = {t: n for t, n in names.tensors.items() if t not in plan.results}
+        made = {*plan.results, *(t for f in plan.few for t in (*f.states, *f.results))}
+        self.inputs = {t: n for t, n in names.tensors.items() if t not in made}
+        self.written = [w for k in kernels for w in (k, *(k.few.kernels if k.few else ()))]
         self.known_sizes, self.passed_sizes = self._size_sources()
 
     def _size_sources(self) -> tuple[dict[Node, str], list[Param]]:
@@ -247,9 +268,10 @@ class _FileView:
         for tensor, name in self.inputs.items():
             for k, extent in enumerate(tensor.given or tensor.shape):
                 shapes.setdefault(extent, f"{name}.shape[{k}]")
-        known = {n: shapes[n] for n in self.names.sizes if n in shapes}
-        passed = [n for n in self.names.sizes if n not in known and isinstance(n, Param)]
-        for node in self.names.sizes:
+        sizes = [n for n in self.names.sizes if n not in self.names.own]
+        known = {n: shapes[n] for n in sizes if n in shapes}
+        passed = [n for n in sizes if n not in known and isinstance(n, Param)]
+        for node in sizes:
             if node not in known and node not in passed:
                 parts = [p for p in walk(node) if isinstance(p, Param) and p not in known and p not in passed]
                 passed += [p for p in parts if p not in self.names.sizes]
@@ -271,18 +293,21 @@ class _FileView:
             "derivation": [*map(self._with_state, self.chain.derivation), *self._apart()],
             "sweeps": self.plan.sweeps,
             "fixed": self._fixed(),
-            "dynamic": [f"{name} ({self.known_sizes.get(p, 'passed')})" for p, name in names.sizes.items()],
+            "dynamic": [
+                f"{name} ({self.known_sizes.get(p, 'passed')})" for p, name in names.sizes.items() if p not in names.own
+            ],
             "constants": self._constants(),
-            "helpers": sorted(set().union(*(k.helpers for k in self.kernels))),
+            "helpers": sorted(set().union(*(k.helpers for k in self.written))),
             "kernels": kernels,
+            "written": [k.values() for k in self.written],
             "streams": self._dynamic_streams(),
-            "aligned": any(k["aligned"] for k in kernels),
-            "has_boxes": any(k.boxes for k in self.kernels),
-            "tunes": any(k.plan.others for k in self.kernels),
+            "aligned": any(k.writer.aligned for k in self.written),
+            "has_boxes": any(k.boxes for k in self.written),
+            "tunes": any(k.plan.others for k in self.written),
             "arguments": self._arguments(),
             "sizes": [(names.sizes[p], e) for p, e in self.known_sizes.items()],
             "passed_sizes": [names.sizes.get(p, p.name) for p in self.passed_sizes],
-            "seen": [(n, _tuple([self.text(e) for e in t.shape])) for t, n in self.inputs.items() if t.given],
+            "seen": [(n, tuple_text([self.text(e) for e in t.shape])) for t, n in self.inputs.items() if t.given],
             "results": [self._result(t) for t in self.plan.results],
             "outputs": [self._output(o, names.outputs[o.name], nodes[o.name]) for o in self.chain.outputs],
             "reference": reference_of(self.region, names, self.known_sizes),
@@ -307,7 +332,8 @@ class _FileView:
     def _apart(self) -> list[str]:
         """Why one sweep became several, in kernels of their own."""
         apart = self.plan.candidates[0].apart if self.plan.candidates else ""
-        return [f"kernels: {len(self.plan.kernels)}, since {apart} (estimated)"] if apart else []
+        lines = [f"kernels: {len(self.plan.kernels)}, since {apart} (estimated)"] if apart else []
+        return lines + (["split: few rows take parts of the stream, merged by the same T"] if self.plan.few else [])
 
     def _with_state(self, line: str) -> str:
         """Prose, with the running state called as in this file."""
@@ -318,7 +344,7 @@ class _FileView:
         return [f"{self.names.axes[a].upper()} = {a.extent.value}" for a in axes]
 
     def _constants(self) -> list[tuple[str, str]]:
-        lines = [line.code for k in self.kernels for line in k.writer.every_line()]
+        lines = [line.code for k in self.written for line in k.writer.every_line()]
         out = [("NEG_INF", 'float("-inf")')]
         if any("POS_INF" in code for code in lines):
             out.append(("POS_INF", 'float("inf")'))
@@ -326,16 +352,16 @@ class _FileView:
             out.append(("LOG2E", repr(math.log2(math.e))))
         if any("fast_tanh" in code for code in lines):
             out.append(("ON_NVIDIA", "torch.version.hip is None and not triton.knobs.runtime.interpret"))
-        if any(s.fill for k in self.plan.kernels for s in k.sweeps):
+        if any(s.fill for k in self.plan.written for s in k.sweeps):
             out.append(("UNDERFLOW", "104.0"))
-        grid = dict.fromkeys(a for k in self.plan.kernels for a in k.grid if isinstance(a.extent, Const))
+        grid = dict.fromkeys(a for k in self.plan.written for a in k.grid if isinstance(a.extent, Const))
         return out + [(self.names.axes[a].upper(), str(a.extent.value)) for a in grid]
 
     def _arguments(self) -> list[Argument]:
         return [
             Argument(
                 n,
-                _tuple([self.text(e) for e in t.given or t.shape]),
+                tuple_text([self.text(e) for e in t.given or t.shape]),
                 str(t.dtype),
                 _axes_doc(t),
             )
@@ -343,9 +369,7 @@ class _FileView:
         ]
 
     def _result(self, tensor: Tensor) -> dict[str, str]:
-        shape = _tuple([self.text(e) for e in tensor.shape])
-        made = f"torch.empty({shape}, device={self._first()}.device, dtype={tensor.dtype})"
-        return {"name": self.names.tensors[tensor], "made": made}
+        return kept(tensor, self.names, self._first())
 
     def _output(self, output: Output, name: str, node: fx.Node) -> dict[str, str]:
         """Shape and allocation; dimensions lie in memory as eager lays them out, so that a `.view` after it still
@@ -356,21 +380,15 @@ class _FileView:
         if output.shape and order != sorted(order):
             raise NotEmittable("what is written does not lie in memory as its rows do")
         order = list(range(len(extents))) if output.shape else order
-        made = (
-            f"torch.empty({_tuple([extents[d] for d in order])}, device={self._first()}.device, dtype={output.dtype})"
-        )
+        made = f"torch.empty({tuple_text([extents[d] for d in order])}, device={self._first()}.device, dtype={output.dtype})"
         if order != sorted(order):
             made += f".permute({', '.join(str(order.index(d)) for d in range(len(order)))})"
-        shape = _tuple([self.text(e) for e in output.shape] or extents)
+        shape = tuple_text([self.text(e) for e in output.shape] or extents)
         view = f".view({shape})" if output.shape else ""
         return {"name": name, "shape": shape, "dtype": str(output.dtype), "made": made, "view": view}
 
     def _first(self) -> str:
         return next(iter(self.inputs.values()))
-
-
-def _tuple(items: list[str]) -> str:
-    return f"({', '.join(items)}{',' * (len(items) == 1)})"
 
 
 def memory_order(value: torch.Tensor) -> list[int]:

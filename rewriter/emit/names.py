@@ -17,7 +17,7 @@ from rewriter.trace.sizes import renamed
 # What every emitted file says by itself, in kernels and around them.
 _RESERVED = set(dir(builtins)) | set(
     "tl triton torch math hashlib Path pid blocks rest start full m_new M N LOG2E ON_NVIDIA NEG_INF POS_INF align"
-    " programs launch config configs run fastest measured milliseconds CHOSEN json os in_rows described has_tma TMA"
+    " few wanted SPLITS programs launch config configs run fastest measured milliseconds CHOSEN json os in_rows described has_tma TMA"
     " TensorDescriptor functools reference LIBRARY OP UNDERFLOW"
     " turn tile tiles some every none flag flags wholes cuts whole_at cut_at low beyond left_out left_out_at".split()
 )
@@ -32,6 +32,7 @@ class Names:
     def __init__(self, plan: ChainPlan, display: dict[str, str]):
         self.taken: set[str] = _RESERVED | helper_names()
         self.axes = self._axes(plan)
+        self.own: dict[Node, str] = {}  # sizes of kernels for few rows alone
         self.sizes = self._sizes(plan)
         self.state = self._state(plan)
         results = {t.name for t in plan.results}
@@ -42,6 +43,13 @@ class Names:
         for result in plan.results:
             called = self.unique(_stored(plan.chain.definition(result.name), self.state))
             self.tensors[result] = self.outputs[result.name] = called
+        for few in plan.few:
+            for state, definition in zip(few.states, few.part.chain.definitions):
+                called = self.unique(_stored(definition, self.state).replace("row", "part", 1))
+                self.tensors[state] = self.outputs[state.name] = called
+            for result in few.results:
+                called = self.unique(_stored(plan.chain.definition(result.name), self.state))
+                self.tensors[result] = self.outputs[result.name] = called
 
     def for_kernel(self) -> Names:
         """The same names, with room of its own for the variables of one kernel."""
@@ -64,13 +72,16 @@ class Names:
         kernels = plan.kernels[::-1]
         by_grid = sorted(kernels, key=lambda k: -len(k.grid))
         grid = list(dict.fromkeys(a for k in by_grid for a in k.grid[::-1]))
+        few = [a for f in plan.few for a in f.part.grid[::-1] if a is not f.axis]
         for letters, axes in (
             ("mn", [a for k in kernels for a in k.rows]),
             ("nmjtuvw", [a for k in kernels for a in k.streams if not k.steps]),
-            ("hbgijkxyz" if len(grid) > 1 else "bhg", grid),
+            ("hbgijkxyz" if len(grid) > 1 else "bhg", [*grid, *few]),
             ("defc", [a for k in kernels for a in (*k.features, *k.long_axes)]),
             ("ghr", [a for k in kernels for a in k.streams]),
             ("drgux", [r.axis for k in kernels for r in k.loops]),
+            ("r", [a for f in plan.few for a in f.part.rows]),
+            (["part"], [f.axis for f in plan.few]),
         ):
             for axis in axes:
                 if axis not in out:
@@ -82,9 +93,15 @@ class Names:
     def _sizes(self, plan: ChainPlan) -> dict[Node, str]:
         """Names of the extents known only at the call, and of the sizes other expressions mention."""
         out: dict[Node, str] = {}
+        few = {a for f in plan.few for a in (*f.part.grid, *f.part.rows)}
+        few -= {a for k in plan.kernels for a in (*k.grid, *k.rows)}
         for axis in self.axes:
-            if not isinstance(axis.extent, Const):
+            if not isinstance(axis.extent, Const) and axis not in few:
                 out.setdefault(axis.extent, self.axes[axis].upper())
+        self.own |= {f.axis.extent: "SPLITS" for f in plan.few}
+        self.own |= {a.extent: self.axes[a].upper() for a in few if not isinstance(a.extent, (Const, Param))}
+        self.own = {extent: name for extent, name in self.own.items() if extent not in out}
+        out |= self.own
         for param in dict.fromkeys(n for n in walk(*_all_nodes(plan)) if isinstance(n, Param)):
             if param not in out and _is_mentioned(param, plan, out):
                 out[param] = self.unique(param.name.upper())

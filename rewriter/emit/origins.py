@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from rewriter.ir import Axis, Index, Node, Origin, substitute, walk
 
@@ -23,16 +25,17 @@ def skeleton(node: Node) -> Node:
 
 
 class Origins:
-    """Looks up where a node comes from."""
+    """Looks up where a node comes from. `was`: what a kernel has moved to other axes, as it was."""
 
-    def __init__(self, origins: dict[Node, Origin]):
+    def __init__(self, origins: dict[Node, Origin], was: Mapping[Node, Node] = MappingProxyType({})):
+        self.was = was
         self.table: dict[Node, Origin] = {}
         for node, origin in origins.items():
             if origin.line:
                 self.table.setdefault(skeleton(node), origin)
 
     def of(self, node: Node) -> Shown | None:
-        origin = self.table.get(skeleton(node))
+        origin = self.table.get(skeleton(self.was.get(node, node)))
         if origin is None:
             return None
         return Shown(f"{os.path.basename(origin.file)}:{origin.line}  {origin.text}", origin.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,14 @@ from rewriter.emit.expr import Text
 from rewriter.emit.scope import Line, Scope
 from rewriter.ir import Load, Node, walk
 from rewriter.plan import Sweep
+from rewriter.sparsity import EVERYWHERE
 
 if TYPE_CHECKING:
     from rewriter.emit.values import Values
 
 
 SAID = "What masks leave these rows of the stream, in whole tiles where they cut none."
+SAID_OF_PART = "This part of the stream, in whole tiles: none where it is too short for as many parts."
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,14 @@ def written_span(values: Values, sweep: Sweep, scope: Scope) -> Span:
     """Writes what the ends are of a tile of rows: the least of their lower ones, the greatest of their upper ones, and
     the other way round where all of the rows are meant.
     """
-    outer, inner = sweep.support.outer, sweep.support.inner
+    support = sweep.support or EVERYWHERE
+    outer, inner = support.outer, support.inner if sweep.support else None
     extent, block = values.value(sweep.stream.extent, values.prologue).code, values.block(sweep.stream)
-
-    told = len(scope.lines)
+    said = [SAID] if sweep.support else []
 
     def named(hint: str, code: str) -> str:
         name = values.names.unique(hint)
-        scope.lines.append(Line(f"{name} = {code}", "", SAID if len(scope.lines) == told else ""))
+        scope.lines.append(Line(f"{name} = {code}", "", said.pop() if said else ""))
         return name
 
     def end(node: Node, fold: str) -> str:
@@ -53,6 +56,9 @@ def written_span(values: Values, sweep: Sweep, scope: Scope) -> Span:
         first = named("first", f"tl.maximum({end(outer.lower, 'min')}, 0) // {block} * {block}")
     if outer.upper is not None:
         last = named("last", f"tl.minimum({end(outer.upper, 'max')}, {extent})")
+    if sweep.part:
+        said.append(SAID_OF_PART)
+        first, last = _of_part(values, sweep, first, last, named)
     if inner is None:
         return Span(first, last)
     whole = first
@@ -60,7 +66,8 @@ def written_span(values: Values, sweep: Sweep, scope: Scope) -> Span:
         whole = named(
             "whole", f"tl.maximum(tl.cdiv(tl.maximum({end(inner.lower, 'max')}, 0), {block}) * {block}, {first})"
         )
-    upper = extent if inner.upper is None else f"tl.minimum({end(inner.upper, 'min')}, {extent})"
+    most = last if sweep.part else extent
+    upper = most if inner.upper is None else f"tl.minimum({end(inner.upper, 'min')}, {most})"
     return Span(first, last, whole, named("cut", f"tl.maximum({upper} // {block} * {block}, {whole})"))
 
 
@@ -70,6 +77,15 @@ def tile_start(sweep: Sweep, name: str) -> str:
     nodes = [n for i in ends if i for n in (i.lower, i.upper) if n is not None]
     is_wide = any(isinstance(n, Load) and n.dtype is torch.int64 for n in walk(*nodes))
     return f"tl.cast({name}, tl.int32)" if is_wide else name
+
+
+def _of_part(values: Values, sweep: Sweep, first: str, last: str, named: Callable[[str, str], str]) -> tuple[str, str]:
+    """The ends of one of the parts, which are equally long but for the last."""
+    block, part = values.block(sweep.stream), values.names.axes[sweep.part]
+    parts = values.value(sweep.part.extent, values.prologue).code
+    length = named("length", f"tl.cdiv({last}{'' if first == '0' else f' - {first}'}, {block} * {parts}) * {block}")
+    begin = named("begin", f"{'' if first == '0' else f'{first} + '}{part} * {length}")
+    return begin, named("end", f"tl.minimum({begin} + {length}, {last})")
 
 
 def _folded(text: Text, fold: str) -> str:

@@ -69,7 +69,7 @@ class Values:
         self.dots = {d.node: d for d in plan.dots}
         self.loops = {r.node: r for r in plan.loops}
         self.needs_offsets: set[Axis] = set()
-        self.stepped = {r.axis for r in plan.loops} | (set(plan.streams) if plan.steps else set())
+        self.stepped = {r.axis for r in plan.loops if not r.whole} | (set(plan.streams) if plan.steps else set())
         self.holders: dict[str, tuple[Node, Scope]] = {}
 
     # -- values ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from rewriter.derive.chain import moments_first
 from rewriter.derive.factors import multiply, without_cast
 from rewriter.emit.expr import ATOM, TRITON_DTYPES, NotEmittable, Text, operand, spread, spread_argument, widened
 from rewriter.emit.fills import written_low
-from rewriter.emit.inner import INTO, Inner, as_held, held_dtype, neutral_text
+from rewriter.emit.inner import FOLD, INTO, Inner, as_held, held_dtype, neutral_text
 from rewriter.emit.names import Names
 from rewriter.emit.origins import Origins
 from rewriter.emit.scale import times, without_scale
@@ -20,9 +20,6 @@ from rewriter.ir import TRUE, Apply, Axis, Const, Node, Output, Param, Where, co
 from rewriter.lift.rounding import has_fill
 from rewriter.plan import KernelPlan, Sweep
 from rewriter.plan.products import Weighed, operand_dtype, weighed
-
-FOLD = {"max": "tl.max({0}, {1})", "min": "tl.min({0}, {1})", "sum": "tl.sum({0}, {1})"}
-FOLD["prod"] = "tl.reduce({0}, {1}, product)"
 
 
 class Writer(Inner):
@@ -49,7 +46,8 @@ class Writer(Inner):
         for sweep in self.plan.sweeps:
             self.sweep = sweep
             self.before.append(straight)
-            self.spans.append(written_span(self, sweep, straight) if sweep.support and not sweep.map else None)
+            bounds = (sweep.support or sweep.part) and not sweep.map
+            self.spans.append(written_span(self, sweep, straight) if bounds else None)
             self.segments.append({})
             for name in self.plan.segments(sweep):
                 self._write_segment(name, straight)
@@ -101,6 +99,8 @@ class Writer(Inner):
         for definition in self.definitions:
             self._advance(definition)
         self.segments[-1][name] = self.loop.lines
+        if self.sweep.short:
+            return  # straight-line code: its variables stay
         hoisted = {t.code for n, t in straight.known.items() if n not in known}
         self.names.taken = taken | {c for c in hoisted if c.isidentifier()}
         self.holders = holders | {k: v for k, v in self.holders.items() if v[1] is straight}

@@ -238,8 +238,9 @@ def _of_tape(plan: KernelPlan, tape: Tape, nominal: Nominal) -> tuple[Work, Work
         once, each = (once, each + work) if step.moves else (once + work, each)
     if tape.sweep is None:
         return once + each, Work(), 0
-    stream = tape.sweep.stream
-    return once, each, math.ceil(nominal.extent(stream.extent) / plan.sizes.get(stream, 1))
+    stream, part = tape.sweep.stream, tape.sweep.part
+    positions = nominal.extent(stream.extent) / (nominal.extent(part.extent) if part else 1)
+    return once, each, math.ceil(positions / plan.sizes.get(stream, 1))
 
 
 def _of_step(plan: KernelPlan, step: Step, in_shared: bool) -> Work:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -37,12 +38,13 @@ class Dot:
 
 @dataclass(frozen=True)
 class Loop:
-    """An inner reduction that is no matrix product, one position of `axis` after the other."""
+    """An inner reduction that is no matrix product, one position of `axis` after the other, or of a `whole` tile."""
 
     node: Reduce
     axis: Axis
     predicate: Node
     body: Node
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Sweep:
     `support`: the part of the stream that predicates leave, where it is less than all of it. `map` lists the tiles
     that they leave, where bounds do not tell; `mapped` is how it does, or why there is none. Where there is a `fill`,
     support and map are of what is not filled: the rest waits until the maxima of rows are known.
+    `part` is the grid axis along which each program has a part of the stream. A `short` one is no longer than a tile.
     """
 
     stream: Axis
@@ -71,6 +74,8 @@ class Sweep:
     map: BlockMap | None = None
     mapped: str = ""
     fill: Fill | None = None
+    part: Axis | None = None
+    short: bool = False
 
     def definitions_in(self, segment: str) -> tuple[Definition, ...]:
         """As they are in one form of the loop's body."""
@@ -91,6 +96,8 @@ class KernelPlan:
     Streams are cut into tiles, unless `rows` are two: then they go one position at a time. `features` are kept whole
     in a tile, padded to a power of two. `outputs` are written after all sweeps. `others` are tiles that may be faster
     than `config` on a GPU at hand.
+
+    `few` stands in for it where rows are few. `was` has the program's values by those over other axes.
     """
 
     name: str
@@ -105,6 +112,8 @@ class KernelPlan:
     config: Config
     dtype: torch.dtype
     others: tuple[Config, ...] = ()
+    few: Few | None = field(default=None, compare=False)
+    was: Mapping[Node, Node] = field(default_factory=dict, compare=False)
 
     def padded(self, axis: Axis) -> int:
         return padded(axis)
@@ -165,6 +174,8 @@ class KernelPlan:
         extent = sweep.stream.extent
         if self.steps:
             return ("full",)
+        if sweep.short:
+            return ("tail",)
         if sweep.has_whole_tiles or not isinstance(extent, Const):
             return ("full", "tail", *(["filled"] if sweep.fill else []))
         full, rest = divmod(int(extent.value), self.config.block_n)
@@ -175,6 +186,30 @@ class KernelPlan:
         """In the order of a tile's dimensions."""
         streams = () if self.steps else self.streams
         return (*self.rows, *streams, *self.features, *self.long_axes)
+
+
+@dataclass(frozen=True)
+class Few:
+    """What computes the same where rows are few.
+
+    The first of its `kernels` leaves the `states` of parts of the stream, numbered along `axis`; the second merges
+    them; a third writes what is as long as the stream, and reads their `results`. It is for fewer than `rows` rows of
+    more than `least` positions, which a part has at least. As many parts make `programs`, which run at once, or, where
+    there are more without, `waves`.
+    """
+
+    kernels: tuple[KernelPlan, ...]
+    states: tuple[Tensor, ...]
+    results: tuple[Tensor, ...]
+    axis: Axis
+    rows: int
+    least: int
+    programs: int
+    waves: int
+
+    @property
+    def part(self) -> KernelPlan:
+        return self.kernels[0]
 
 
 @dataclass(frozen=True)
@@ -219,6 +254,15 @@ class ChainPlan:
     @property
     def sweeps(self) -> int:
         return sum(len(k.sweeps) for k in self.kernels)
+
+    @property
+    def few(self) -> tuple[Few, ...]:
+        return tuple(k.few for k in self.kernels if k.few)
+
+    @property
+    def written(self) -> tuple[KernelPlan, ...]:
+        """All kernels, those for few rows after the one they stand in for."""
+        return tuple(w for k in self.kernels for w in (k, *(k.few.kernels if k.few else ())))
 
 
 def padded(axis: Axis) -> int:

@@ -275,27 +275,36 @@ def _settled(definition: Definition, own: Container[str]) -> Definition:
 
 
 def moved_definition(definition: Definition, moved: Callable[[Node], Node]) -> Definition:
-    shift = definition.shift
+    shift, centre = definition.shift, definition.centre
     if shift:
-        shift = replace(shift, phi=moved(shift.phi), exponent=moved(shift.exponent))
-    centre = definition.centre and replace(definition.centre, mean=moved(definition.centre.mean))
+        shift = replace(shift, phi=moved(shift.phi), exponent=moved(shift.exponent), mass=_moved_ref(shift.mass, moved))
+    if centre:
+        first = _moved_ref(centre.first, moved)
+        centre = replace(centre, mean=moved(centre.mean), mass=_moved_ref(centre.mass, moved), first=first)
     return replace(
         definition,
         predicate=moved(definition.predicate),
         rest=tuple(map(moved, definition.rest)),
         shift=shift,
         body=moved(definition.body),
+        extremum=_moved_ref(definition.extremum, moved),
         centre=centre,
     )
 
 
+def _moved_ref(ref: Ref | None, moved: Callable[[Node], Node]) -> Ref | None:
+    """A running value; itself where it is read from memory by then."""
+    new = ref and moved(ref)
+    return new if isinstance(new, Ref) else ref
+
+
 def _giving_results(chain: Chain, results: dict[str, Tensor]) -> Chain:
-    given = tuple(
-        Output(d.name, d.axes, replace(d.ref, final=True), results[d.name].dtype)
-        for d in chain.definitions
-        if d.name in results
-    )
+    given = tuple(result_output(d, results[d.name]) for d in chain.definitions if d.name in results)
     return replace(chain, outputs=(*given, *chain.outputs))
+
+
+def result_output(definition: Definition, result: Tensor) -> Output:
+    return Output(result.name, definition.axes, replace(definition.ref, final=True), result.dtype)
 
 
 def result_of(definition: Definition) -> Tensor:

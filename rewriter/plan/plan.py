@@ -11,16 +11,27 @@ from types import MappingProxyType
 import torch
 
 from rewriter.derive import Chain, Definition
-from rewriter.ir import Axis, Const, Output, Param, Ref, Tensor, index, walk
+from rewriter.ir import Axis, Const, Node, Output, Param, Ref, Tensor, index, walk
 from rewriter.plan.bounds import sweep_support
 from rewriter.plan.candidates import Option, Options, choose
 from rewriter.plan.cost import Nominal, cost_of
+from rewriter.plan.few import with_few
 from rewriter.plan.fills import Fill, fill_of
+from rewriter.plan.fold import grouped
 from rewriter.plan.kernel import ChainPlan, Config, KernelPlan, Sweep
 from rewriter.plan.maps import BlockMap, block_map
 from rewriter.plan.merge import merged
-from rewriter.plan.parts import Part, carried, chains_of, deep_groups, features_of, independent_groups, parts_of
-from rewriter.plan.roles import MAX_FEATURE, inner_reductions, lone_rows, tile_rows
+from rewriter.plan.parts import (
+    Part,
+    carried,
+    chains_of,
+    deep_groups,
+    features_of,
+    independent_groups,
+    is_deep,
+    parts_of,
+)
+from rewriter.plan.roles import MAX_FEATURE, can_be_whole, inner_reductions, lone_rows, tile_rows
 from rewriter.plan.tape import tapes_of
 from rewriter.plan.tiles import configs, contenders
 from rewriter.sparsity import Support
@@ -41,18 +52,21 @@ class NeedsFixed(Exception):
 def plan(chain: Chain, name: str, example: Mapping[Param, int] = MappingProxyType({})) -> ChainPlan:
     """The kernels of a chain. Raises NotPlannable, NeedsFixed.
 
-    Sizes are settled for the plain structure; what else is considered needs no other. `example`: what they may be.
+    Sizes are settled for the plain structure; what else is considered needs no other. `example`: those of the call
+    that was traced, which tell what is few.
     """
     chain = merged(chain)
     parts = parts_of(chain)
     plain = Structure(chain, name, parts)
-    free = _to_be_fixed(chain).union(_few_per_value(chain, example), *(_sizes_kept_whole(r) for r in plain.roles))
+    free = _to_be_fixed(chain).union(_few_per_value(chain, example), _sizes_of_sums(plain))
+    free = free.union(*(_sizes_kept_whole(r) for r in plain.roles))
     if free:
         raise NeedsFixed(free)
-    structures = [plain, *_apart(chain, name, parts), *_deep_apart(plain)]
+    structures = [*_grouped(plain), plain, *_apart(chain, name, parts), *_deep_apart(plain)]
     nominal = Nominal(chain, [a for r in plain.roles for a in r.rows])
     ranked = choose([s.options(nominal) for s in structures])
-    kernels = tuple(replace(k, others=_others(k, nominal)) for k in ranked[0].kernels)
+    kernels = tuple(with_few(replace(k, others=_others(k, nominal)), example) for k in ranked[0].kernels)
+    chain = next(s.chain for s in structures if s.chain.axes == kernels[0].chain.axes)
     return ChainPlan(name, chain, kernels, ranked[0].results, tuple(ranked))
 
 
@@ -83,11 +97,26 @@ def _deep_apart(plain: Structure) -> list[Structure]:
     return [Structure(plain.chain, plain.name, parts_of(plain.chain, groups))] if groups else []
 
 
-class Structure:
-    """Which kernel computes what, before tiles are chosen. `results` are what one writes for those after it."""
+def _grouped(plain: Structure) -> list[Structure]:
+    """Of groups that are streamed together the members as rows, where no others share what is streamed: products of
+    matrices, that are slow in fp32.
+    """
+    is_slow = _operand_dtype(plain.chain, ()) is torch.float32
+    found = None if is_slow or any(r.dots for r in plain.roles) else grouped(plain.chain)
+    if found is None:
+        return []
+    chain, was = found
+    structure = Structure(chain, plain.name, parts_of(chain), was)
+    return [] if any(map(_sizes_kept_whole, structure.roles)) else [structure]
 
-    def __init__(self, chain: Chain, name: str, parts: list[Part]):
-        self.chain, self.name = chain, name
+
+class Structure:
+    """Which kernel computes what, before tiles are chosen. `results` are what one writes for those after it; `was` has
+    the program's values, where they have moved to other axes.
+    """
+
+    def __init__(self, chain: Chain, name: str, parts: list[Part], was: Mapping[Node, Node] = MappingProxyType({})):
+        self.chain, self.name, self.was = chain, name, was
         self.chains, self.results = chains_of(chain, parts)
         self.features = features_of(chain)
         self.parts = parts
@@ -100,11 +129,19 @@ class Structure:
 
     def _options_of(self, k: int, nominal: Nominal) -> list[Option]:
         own = self._kernel(k, self.roles[k])
-        kernels = [own, *self._other_rows(k, own)]
+        kernels = [*self._alone(k, own), own, *self._other_rows(k, own)]
         return [option for kernel in kernels for option in _tiled(kernel, nominal)]
 
     def _kernel(self, k: int, roles: _Roles) -> KernelPlan:
-        return _kernel(self.names[k], self.chains[k], roles, self.results)
+        return replace(_kernel(self.names[k], self.chains[k], roles, self.results), was=self.was)
+
+    def _alone(self, k: int, own: KernelPlan) -> list[KernelPlan]:
+        """A program for each row, where rows share nothing that is streamed: short sums are over whole tiles."""
+        if own.dots or not own.loops or len(own.rows) != 1 or not self.roles[k].is_deep(self.chains[k]):
+            return []
+        roles = _Roles(self.chains[k], self.parts[k], self.features, ())
+        roles.keep_whole()
+        return [self._kernel(k, roles)] if roles.loops and not _sizes_kept_whole(roles) else []
 
     def _other_rows(self, k: int, own: KernelPlan) -> list[KernelPlan]:
         """The same with another grid axis as rows, where every matrix product stays one, and tiles stay as flat, or
@@ -145,10 +182,26 @@ class _Roles:
         whole = [d.axis for d in self.dots if not d.long]
         self.features = (*dict.fromkeys(whole), *(a for a in chain.axes if a in features and a in used))
 
+    def is_deep(self, chain: Chain) -> bool:
+        return any(is_deep(d, frozenset(self.rows), frozenset(self.features)) for d in chain.definitions)
+
+    def keep_whole(self) -> None:
+        """Loops that can be reductions of a whole tile become those; none where not all can."""
+        can = all(can_be_whole(r) for r in self.loops)
+        self.loops = tuple(replace(r, whole=True) for r in self.loops) if can else ()
+        self.features = (*dict.fromkeys(r.axis for r in self.loops), *self.features)
+
 
 def _sizes_kept_whole(roles: _Roles) -> frozenset[Param]:
     axes = (*roles.features, *(d.axis for d in roles.dots))
     return frozenset(n for a in axes for n in walk(a.extent) if isinstance(n, Param))
+
+
+def _sizes_of_sums(plain: Structure) -> frozenset[Param]:
+    """Of short sums beside values that each row has for itself: programs of one row keep them whole."""
+    deep = [r for r, own in zip(plain.roles, plain.chains) if not r.dots and r.is_deep(own)]
+    extents = (loop.axis.extent for r in deep for loop in r.loops if loop.node.depth == 1)
+    return frozenset(n for extent in extents for n in walk(extent) if isinstance(n, Param))
 
 
 def _to_be_fixed(chain: Chain) -> frozenset[Param]:

@@ -158,5 +158,12 @@ def as_dot(node: Reduce, tiles: tuple[Axis, ...], axis: Axis) -> Dot | None:
     return Dot(node, axis, *found, multiply(left), multiply(right), scale, _is_long(axis))
 
 
+def can_be_whole(loop: Loop) -> bool:
+    """Whether an inner reduction is one of a tile with all its positions."""
+    extent = loop.axis.extent
+    is_short = isinstance(extent, Const) and extent.value <= MAX_FEATURE
+    return is_short and loop.node.depth == 1 and len(loop.node.axes) == 1 and loop.node.op in ("sum", "max", "min")
+
+
 def _is_long(axis: Axis) -> bool:
     return isinstance(axis.extent, Const) and axis.extent.value > MAX_FEATURE

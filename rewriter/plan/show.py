@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from rewriter.ir import Axis
 from rewriter.plan.cost import LONG, SHORT
 from rewriter.plan.estimates import KernelCost
+from rewriter.plan.few import why_whole
 from rewriter.plan.fills import Fill
 from rewriter.plan.kernel import Candidate, ChainPlan, KernelPlan, Sweep
 
@@ -21,7 +22,8 @@ def show_plan(plan: ChainPlan, letters: Letters) -> str:
 
     letters: short names of axes, where they have any.
     """
-    return "\n".join([*(show_kernel(k, letters) for k in plan.kernels), *show_candidates(plan, letters)])
+    kernels = (line for k in plan.kernels for line in (show_kernel(k, letters), *_shown_few(k, letters)))
+    return "\n".join([*kernels, *show_candidates(plan, letters)])
 
 
 def show_kernel(plan: KernelPlan, letters: Letters) -> str:
@@ -44,6 +46,15 @@ def _left_out(sweep: Sweep) -> list[str]:
     """What tells which tiles of a stream are left out, and why there is no map of them."""
     mapped = [f"a map of tiles by {sweep.mapped}" if sweep.map else sweep.mapped] if sweep.mapped else []
     return [*mapped, *(_show_fill(sweep.fill) if sweep.fill else [])]
+
+
+def _shown_few(plan: KernelPlan, letters: Letters) -> list[str]:
+    """What runs where rows are few, or why the same does."""
+    if plan.few:
+        said = f"  fewer than {plan.few.rows} rows of more than {plan.few.least} positions: the stream in parts"
+        return [said, *(f"  {show_kernel(k, letters)}" for k in plan.few.kernels)]
+    why = why_whole(plan)
+    return [f"  few rows: the stream is not split ({why})"] if why and plan.sweeps else []
 
 
 def _named(axes: tuple[Axis, ...], letters: Letters) -> str:

@@ -171,6 +171,9 @@ class _Recorder:
         return self._write(dot.node, "op", dot.node.free, reads, "mul", moves=moves)
 
     def _loop(self, loop: Loop) -> Key:
+        if loop.whole:
+            reads, over = self._values(loop.predicate, loop.body), loop.node.free | {loop.axis}
+            return self._write(loop.node, "fold", loop.node.free, reads, over=over, moves=self._moves(loop.node))
         around = self.inner
         self.inner = (*around, (loop.axis, 1))
         reads = self._values(loop.predicate, loop.body)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from rewriter.ir import Axis, Const, Load, walk
@@ -10,6 +12,7 @@ from rewriter.plan.parts import is_deep
 from rewriter.plan.roles import lone_rows
 
 LONGEST_TILE = 1024  # positions of one row in a tile
+WIDE_TILE = 8192  # elements of a tile of one row that has features
 
 # Of 16-bit operands, beside what is preferred.
 HALF = (
@@ -45,7 +48,7 @@ def contenders(plan: KernelPlan) -> tuple[Config, ...]:
         return ()
     width = max(padded(f) for f in plan.features)
     narrow = MEASURED_BAND if plan.is_band else MEASURED_PAIRS if _reads_pairs(plan) else MEASURED
-    return tuple(c for c in (narrow if width <= 128 else MEASURED_WIDE) if _is_sound(c, plan))
+    return tuple(c for c in (narrow if width <= 128 else MEASURED_WIDE) if is_sound(c, plan))
 
 
 def _reads_pairs(plan: KernelPlan) -> bool:
@@ -64,10 +67,16 @@ def configs(plan: KernelPlan) -> tuple[Config, ...]:
     if has_deep_tiles(plan) or not plan.dots or plan.dtype is torch.float32 or plan.is_band:
         return (first,)
     deeper = LONG if any(d.long for d in plan.dots) else ()
-    return tuple(c for c in dict.fromkeys((first, *HALF, *deeper)) if _is_sound(c, plan))
+    return tuple(c for c in dict.fromkeys(_as_high(c, plan) for c in (first, *HALF, *deeper)) if is_sound(c, plan))
 
 
-def _is_sound(config: Config, plan: KernelPlan) -> bool:
+def _as_high(config: Config, plan: KernelPlan) -> Config:
+    """No higher than rows are many, where those are the members of a group and their number is known."""
+    is_known = plan.was and plan.rows and isinstance(plan.rows[0].extent, Const)
+    return replace(config, block_m=min(config.block_m, padded(plan.rows[0]))) if is_known else config
+
+
+def is_sound(config: Config, plan: KernelPlan) -> bool:
     """What Triton 3.6 makes right code of on an H200: three stages where no feature is padded; of two accumulators, one
     of them narrower than 64, streams of 32 (the narrow one was wrong at 64 in 4 warps, and slower).
     """
@@ -83,6 +92,8 @@ def preferred(plan: KernelPlan) -> Config:
         return Config(16, 16, 4, 1)
     if not plan.dots and plan.rows and lone_rows(plan.chain, (*plan.grid, *plan.rows)):
         return Config(64, 32, 4, 2)  # the rows of a tile lie side by side in memory
+    if any(r.whole for r in plan.loops):
+        return Config(1, max(16, WIDE_TILE // width), 4, 1)  # a program has one row
     if not plan.dots:
         return (
             Config(16, 64, 4, 2) if plan.rows else Config(1, max(map(_whole, plan.streams), default=LONGEST_TILE), 4, 1)

@@ -105,10 +105,11 @@ class TracedModule:
 
     @property
     def example(self) -> dict[Param, int]:
-        """What the symbolic sizes of the inputs are in the example, where that is kept."""
-        values = [self.placeholders[name].meta["val"] for name in self.inputs if name]
-        pairs = ((size, n) for v in values for size, n in zip(shape_of(v), v.shape) if isinstance(size, Param))
-        return {size: int(n.node.hint) for size, n in pairs if n.node.hint is not None}
+        """What the symbolic sizes of the inputs were in the call that was traced."""
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        given = [(shape_of(self.placeholders[n].meta["val"]), leaf.shape) for n, leaf in zip(self.inputs, leaves) if n]
+        sizes = [(e, size) for extents, shape in given for e, size in zip(extents, shape) if isinstance(e, Param)]
+        return dict(sorted(sizes, key=lambda s: s[1]))  # of several the largest: others are broadcast
 
     @property
     def parameters(self) -> dict[str, str]:
