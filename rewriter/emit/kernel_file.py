@@ -43,7 +43,8 @@ class Argument:
 class Entry:
     """A kernel of a file: its function's name, and its parameters' Triton types, for compiling it without a GPU.
 
-    `config` names what it is launched with in the file, or `values` are that. `instead`: the functions that run in its place where rows are few.
+    `config` names what it is launched with in the file, or `values` are that. `instead`: the functions that run in its
+    place where rows are few.
     """
 
     function: str
@@ -380,7 +381,8 @@ class _FileView:
         if output.shape and order != sorted(order):
             raise NotEmittable("what is written does not lie in memory as its rows do")
         order = list(range(len(extents))) if output.shape else order
-        made = f"torch.empty({tuple_text([extents[d] for d in order])}, device={self._first()}.device, dtype={output.dtype})"
+        laid = tuple_text([extents[d] for d in order])
+        made = f"torch.empty({laid}, device={self._first()}.device, dtype={output.dtype})"
         if order != sorted(order):
             made += f".permute({', '.join(str(order.index(d)) for d in range(len(order)))})"
         shape = tuple_text([self.text(e) for e in output.shape] or extents)

@@ -37,7 +37,7 @@ IN_FLIGHT = ((64, 4, 4), (128, 4, 3), (128, 8, 3), (32, 4, 4))
 
 
 class Example(Nominal):
-    """Sizes of the example. A stream much longer than rows are many is longer still in use: it stands for a long one."""
+    """Sizes of the example. A stream much longer than rows are many stands for a long one."""
 
     def __init__(self, chain: Chain, plan: KernelPlan, known: Mapping[Param, int]):
         super().__init__(chain, plan.rows)

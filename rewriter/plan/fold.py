@@ -73,7 +73,7 @@ class _Move:
 
 
 def grouped(chain: Chain) -> tuple[Chain, dict[Node, Node]] | None:
-    """The chain with an axis in two that is streamed in groups, and its nodes as they were; None where there is none."""
+    """The chain with an axis in two that is streamed in groups, and its nodes as they were; None without one."""
     streams = {d.stream for d in chain.definitions}
     for axis in (a for a in chain.axes if a not in streams):
         shared = _shared_along(axis, _streamed(chain, streams))
