@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from rewriter.ir import Axis, Const, Index, Load, Node, Ref, Tensor, walk
-from rewriter.ir.integer import from_poly, plus, proves, to_poly
+from rewriter.ir.integer import from_poly, plus, to_poly
 from rewriter.plan.kernel import KernelPlan, padded
 
 MOST_DIMENSIONS = 5  # of a tensor that a descriptor describes
@@ -39,7 +39,7 @@ def box_of(plan: KernelPlan, load: Load) -> Box | None:
     fixed = [load.index[k] for k, a in zip(order, axes) if a is None]
     if not moves or axes[-1] is None or not all(_is_program_s(plan, e) for e in fixed):
         return None
-    return Box(tensor, order, axes) if _is_aligned(tensor) and _is_inside(load) else None
+    return Box(tensor, order, axes) if _is_aligned(tensor) else None
 
 
 def offset_in(entry: Node, axis: Axis) -> Node:
@@ -73,7 +73,3 @@ def _is_aligned(tensor: Tensor) -> bool:
     """Whether rows of the tensor are aligned, where it is contiguous."""
     extent = tensor.shape[tensor.lanes]
     return isinstance(extent, Const) and extent.value * tensor.dtype.itemsize % ALIGNMENT == 0
-
-
-def _is_inside(load: Load) -> bool:
-    return all(proves("le", Const(0), e) and proves("lt", e, n) for e, n in zip(load.index, load.tensor.shape))
