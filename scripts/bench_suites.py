@@ -130,6 +130,7 @@ class Package:
             for k in range(max(map(len, held.values()), default=1)):
                 for (file, name), configs in held.items():
                     setattr(file, name, configs[k:] + configs[:k])
+                    file.PREPARED.clear()
                 with suppress(triton.runtime.errors.OutOfResources):
                     patiently(lambda: self.module(*inputs))
                 took = took or time.perf_counter() - start
@@ -137,6 +138,7 @@ class Package:
             del os.environ["FLASHLIGHT_TUNE"]
             for (file, name), configs in held.items():
                 setattr(file, name, configs)
+                file.PREPARED.clear()
         return took
 
     def launches(self, inputs: list[Tensor]) -> Callable:

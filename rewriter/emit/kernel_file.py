@@ -131,6 +131,8 @@ class _KernelView:
             "aligned": [text for stride, text in writer.strides.items() if stride in writer.aligned],
             "aligns": plan.aligns,
             "launch": self._launch(),
+            "tensors": [*self.pointers.values(), *(b.name for b in self.boxes), *self.outputs.values()],
+            "stride_lines": self._stride_lines(),
             "programs": self.programs("config", plan.grid),
             "few": self.few and self.few.values(),
         }
@@ -229,11 +231,17 @@ class _KernelView:
         return " * ".join([*tiles, *(f"({self.text(a.extent)})" for a in grid)]) or "1"
 
     def _launch(self) -> list[str]:
-        units = {s: " // align" if s in self.writer.aligned else "" for s in self.writer.strides}
+        units = {s: f"{s} // align" if s in self.writer.aligned else s for s in self.writer.strides}
         args = [*self.pointers.values(), *map(self._descriptor, self.boxes), *self.outputs.values(), *self._map_names()]
-        args += [f"{text}{units[stride]}" for stride, text in self.writer.strides.items()]
-        args += [*self.sizes.values(), *(["ALIGN=align"] if self.plan.aligns else [])]
-        return args + ([f"TMA=has_tma({self.boxes[0].name}.device)"] if self.boxes else [])
+        args += [*units.values(), *self.sizes.values(), *(["align"] if self.plan.aligns else [])]
+        return args + ([f"has_tma({self.boxes[0].name}.device)"] if self.boxes else [])
+
+    def _stride_lines(self) -> list[tuple[str, str]]:
+        """The strides of each tensor, by the names of the parameters that they are passed to."""
+        grouped: dict[str, dict[str, str]] = {}
+        for stride, text in self.writer.strides.items():
+            grouped.setdefault(text.partition(".")[0], {})[stride] = text
+        return [(", ".join(own), ", ".join(own.values())) for own in grouped.values()]
 
     def _descriptor(self, box: Descriptor) -> str:
         sizes = ", ".join(f'config["{s}"]' if s.startswith("BLOCK") else s for s in box.sizes)

@@ -18,12 +18,12 @@ from rewriter.trace.sizes import renamed
 _RESERVED = set(dir(builtins)) | set(
     "tl triton torch math hashlib Path pid blocks rest start full m_new M N LOG2E ON_NVIDIA NEG_INF POS_INF align"
     " few wanted SPLITS programs launch config configs run fastest measured milliseconds CHOSEN json os"
-    " in_rows described has_tma TMA"
+    " in_rows prepared PREPARED launched ready go key args of_map described has_tma TMA"
     " TensorDescriptor functools reference LIBRARY OP UNDERFLOW"
     " turn tile tiles some every none flag flags wholes cuts whole_at cut_at low beyond left_out left_out_at".split()
 )
 _MADE = re.compile(
-    r"(stride|offs|start|BLOCK)_|CONFIGS|.*_(ptr|new|kernel|boxes)$"
+    r"(stride|offs|start|BLOCK)_|CONFIGS|.*_(ptr|new|kernel|boxes|programs|run|config|few)$"
 )  # made of names of tensors, axes and state
 
 
