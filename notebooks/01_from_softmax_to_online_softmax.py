@@ -53,7 +53,7 @@ from rewriter.trace import capture
 # %% [markdown]
 # ## The program
 #
-# Causal attention whose scores are pressed into (-20, 20) by a tanh, as one would write it without a thought
+# Causal attention whose scores are pressed into (-100, 100) by a tanh, as one would write it without a thought
 # for speed. Three tensors as wide as rows × keys come into being: the scores, the mask and the weights. The
 # head dimensions differ (16 for queries and keys, 32 for values) only to keep their letters apart below.
 
@@ -62,7 +62,7 @@ from rewriter.trace import capture
 class SoftcapCausal(nn.Module):
     def forward(self, q, k, v):
         scores = torch.einsum("bmd,bnd->bmn", q, k)
-        scores = 20.0 * torch.tanh(scores / 20.0)
+        scores = 100.0 * torch.tanh(scores / 100.0)
         causal = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril()
         scores = scores.masked_fill(~causal, -math.inf)
         return torch.softmax(scores, dim=-1) @ v
@@ -125,7 +125,7 @@ def letters(program, *extra):
 
 def short(text):
     """`text` with the softcapped score of a query and a key as `s[b, m, n]`."""
-    score = r"tanh\(\(sum_d q\[b, m, d\] \* k\[b, (\w+), d\]\) / 20\) \* 20"
+    score = r"tanh\(\(sum_d q\[b, m, d\] \* k\[b, (\w+), d\]\) / 100\) \* 100"
     return re.sub(score, r"s[b, m, \1]", text)
 
 
@@ -264,7 +264,7 @@ def online(q, k, v, keys, width):
     m = torch.arange(q.shape[1])[:, None]
     for start in range(keys.start, keys.stop, width):
         n = torch.arange(start, min(start + width, keys.stop))
-        s = 20 * torch.tanh(q @ k[:, n].mT / 20)
+        s = 100 * torch.tanh(q @ k[:, n].mT / 100)
         s = torch.where(n <= m, s, -math.inf)
         new = torch.maximum(max_0, s.amax(-1))
         weight, t = torch.exp(s - settled(new)[..., None]), T(max_0, new)

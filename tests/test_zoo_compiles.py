@@ -41,7 +41,7 @@ class Half:
 
     def requests(self, target: str) -> list[CompileRequest]:
         return [
-            compile_request(self.folder, k, entry, self.launches[entry.function], target)
+            compile_request(self.folder, k, entry, self.launches.get(entry.function), target)
             for k in self.kernels
             for entry in k.entries
         ]

@@ -3,9 +3,9 @@
 Written from golden_programs.py:85-91 (sha256 068c6d76e66a).
 
 Math
-    m_i[b, h, m] = max_n where(ids[b, 0, m, 0] == ids_2[b, 0, 0, n], (sum_r0_0 query[b, h, m, d] * key[b, h, d, n]) / 6.32456, -65504)
-    l_i[b, h, m] = sum_n exp(where(ids[b, 0, m, 0] == ids_2[b, 0, 0, n], (sum_r0_0 query[b, h, m, d] * key[b, h, d, n]) / 6.32456, -65504) - m_i[b, h, m])
-    acc[b, h, m, e] = sum_n exp(where(ids[b, 0, m, 0] == ids_2[b, 0, 0, n], (sum_r0_0 query[b, h, m, d] * key[b, h, d, n]) / 6.32456, -65504) - m_i[b, h, m]) * value[b, h, n, e]
+    m_i[b, h, m] = max_n where(ids[b, 0, m, 0] == ids_2[b, 0, 0, n], (sum_r0_0 query[b, h, m, d] * key_2[b, h, d, n]) / 6.32456, -65504)
+    l_i[b, h, m] = sum_n exp(where(ids[b, 0, m, 0] == ids_2[b, 0, 0, n], (sum_r0_0 query[b, h, m, d] * key_2[b, h, d, n]) / 6.32456, -65504) - m_i[b, h, m])
+    acc[b, h, m, e] = sum_n exp(where(ids[b, 0, m, 0] == ids_2[b, 0, 0, n], (sum_r0_0 query[b, h, m, d] * key_2[b, h, d, n]) / 6.32456, -65504) - m_i[b, h, m]) * value[b, h, n, e]
     matmul_1[b, h, m, e] = acc[b, h, m, e] / l_i[b, h, m]
 
 Why one sweep is enough
@@ -112,7 +112,7 @@ def documents_kernel(
     ids_ptr,
     ids_2_ptr,
     query_boxes,
-    key_boxes,
+    key_2_boxes,
     value_boxes,
     out_ptr,
     tile_map_ptr,
@@ -127,9 +127,9 @@ def documents_kernel(
     stride_query_b,
     stride_query_h,
     stride_query_m,
-    stride_key_b,
-    stride_key_h,
-    stride_key_n,
+    stride_key_2_b,
+    stride_key_2_h,
+    stride_key_2_n,
     stride_value_b,
     stride_value_h,
     stride_value_n,
@@ -160,10 +160,10 @@ def documents_kernel(
             [stride_query_b * ALIGN, stride_query_h * ALIGN, stride_query_m * ALIGN, 1],
             [1, 1, BLOCK_M, BLOCK_D],
         )
-        key_boxes = tl.make_tensor_descriptor(
-            key_boxes,
+        key_2_boxes = tl.make_tensor_descriptor(
+            key_2_boxes,
             [B, H, M, 40],
-            [stride_key_b * ALIGN, stride_key_h * ALIGN, stride_key_n * ALIGN, 1],
+            [stride_key_2_b * ALIGN, stride_key_2_h * ALIGN, stride_key_2_n * ALIGN, 1],
             [1, 1, BLOCK_N, BLOCK_D],
         )
         value_boxes = tl.make_tensor_descriptor(
@@ -189,9 +189,9 @@ def documents_kernel(
     for turn in range(1, tl.load(whole_at) + 1):
         start = tl.load(whole_at + turn) * BLOCK_N
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        key = key_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
+        key_2 = key_2_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:89  scores = query @ key.mT / math.sqrt(query.shape[-1])
-        qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
+        qk = tl.dot(query, tl.trans(key_2))  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(qk, 1) * (1.0 / 6.324555320336759))  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
@@ -215,9 +215,9 @@ def documents_kernel(
         )  # [BLOCK_N]
         # golden_programs.py:90  same = ids[:, None, :, None] == ids[:, None, None, :]
         same = ids[:, None] == ids_2[None, :]  # [BLOCK_M, BLOCK_N]
-        key = key_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
+        key_2 = key_2_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:89  scores = query @ key.mT / math.sqrt(query.shape[-1])
-        qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
+        qk = tl.dot(query, tl.trans(key_2))  # [BLOCK_M, BLOCK_N]
         scores = qk * (1.0 / 6.324555320336759)  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:91  return scores.masked_fill(~same, torch.finfo(scores.dtype).min).softmax(-1) @ value
         x = tl.where(same, scores, -65504.0)  # [BLOCK_M, BLOCK_N]
@@ -260,12 +260,12 @@ def documents_kernel(
     )
 
 
-def reference(ids, ids_2, query, key, value):
+def reference(ids, ids_2, query, key_2, value):
     """The same chain in eager PyTorch: what runs on a CPU, and what the kernel is tested against."""
     M = ids.shape[2]
     H = query.shape[1]
     B = ids.shape[0]
-    matmul = query @ key
+    matmul = query @ key_2
     scores = matmul / 6.324555320336759
     same = ids == ids_2
     bitwise_not = same.bitwise_not()
@@ -347,19 +347,59 @@ def described(t, box):
     return TensorDescriptor(t, t.shape, [*steps, 1], box)
 
 
-def launch(ids, ids_2, query, key, value):
+def launch(ids, ids_2, query, key_2, value):
     """Runs the kernel.
 
     ids: (B, 1, M, 1), torch.int64, any strides
     ids_2: (B, 1, 1, M), torch.int64, any strides
     query: (B, H, M, 40), torch.float16, any strides
-    key: (B, H, 40, M), torch.float16, any strides
+    key_2: (B, H, 40, M), torch.float16, any strides
     value: (B, H, M, 40), torch.float16, any strides
     Returns (B, H, M, 40) torch.float16.
     Raises ValueError for other shapes or dtypes, and NotImplementedError where a gradient would be lost.
     """
-    if torch.is_grad_enabled() and any(t.requires_grad for t in [ids, ids_2, query, key, value]):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in [ids, ids_2, query, key_2, value]):
         raise NotImplementedError("the kernel has no backward: call it under torch.no_grad()")
+    key = (
+        ids.shape,
+        ids.stride(),
+        ids.dtype,
+        ids.device,
+        ids.data_ptr() % 16,
+        ids_2.shape,
+        ids_2.stride(),
+        ids_2.dtype,
+        ids_2.device,
+        ids_2.data_ptr() % 16,
+        query.shape,
+        query.stride(),
+        query.dtype,
+        query.device,
+        query.data_ptr() % 16,
+        key_2.shape,
+        key_2.stride(),
+        key_2.dtype,
+        key_2.device,
+        key_2.data_ptr() % 16,
+        value.shape,
+        value.stride(),
+        value.dtype,
+        value.device,
+        value.data_ptr() % 16,
+    )
+    with torch.cuda.device_of(ids):
+        if key not in PREPARED:
+            if len(PREPARED) == 256:
+                PREPARED.clear()
+            PREPARED[key] = prepared(ids, ids_2, query, key_2, value)
+        return PREPARED[key](ids, ids_2, query, key_2, value)
+
+
+PREPARED = {}  # what launches the kernels for arguments that lie in memory alike
+
+
+def prepared(ids, ids_2, query, key_2, value):
+    """Checks arguments, and settles everything but the tensors: sizes, strides, tiles."""
     M = ids.shape[2]
     H = query.shape[1]
     B = ids.shape[0]
@@ -373,20 +413,44 @@ def launch(ids, ids_2, query, key, value):
         raise ValueError(
             f"query: expected { (B, H, M, 40) } torch.float16, got {tuple(query.shape)} { query.dtype}"
         )
-    if tuple(key.shape) != (B, H, 40, M) or key.dtype != torch.float16:
+    if tuple(key_2.shape) != (B, H, 40, M) or key_2.dtype != torch.float16:
         raise ValueError(
-            f"key: expected { (B, H, 40, M) } torch.float16, got {tuple(key.shape)} { key.dtype}"
+            f"key_2: expected { (B, H, 40, M) } torch.float16, got {tuple(key_2.shape)} { key_2.dtype}"
         )
     if tuple(value.shape) != (B, H, M, 40) or value.dtype != torch.float16:
         raise ValueError(
             f"value: expected { (B, H, M, 40) } torch.float16, got {tuple(value.shape)} { value.dtype}"
         )
     if M == 0:  # nothing to reduce
-        return reference(ids, ids_2, query, key, value)
-    out = torch.empty((B, H, M, 40), device=ids.device, dtype=torch.float16)
+        return reference
+    ready = {}
+    out = torch.zeros((B, H, M, 40), device=ids.device, dtype=torch.float16)
     query_boxes = in_rows(query)
-    key_boxes = in_rows(key.permute(0, 1, 3, 2))
+    key_2_boxes = in_rows(key_2.permute(0, 1, 3, 2))
     value_boxes = in_rows(value)
+    stride_ids_b, stride_ids_m = ids.stride(0), ids.stride(2)
+    stride_ids_2_b, stride_ids_2_n = ids_2.stride(0), ids_2.stride(3)
+    stride_out_b, stride_out_h, stride_out_m, stride_out_e = (
+        out.stride(0),
+        out.stride(1),
+        out.stride(2),
+        out.stride(3),
+    )
+    stride_query_b, stride_query_h, stride_query_m = (
+        query_boxes.stride(0),
+        query_boxes.stride(1),
+        query_boxes.stride(2),
+    )
+    stride_key_2_b, stride_key_2_h, stride_key_2_n = (
+        key_2_boxes.stride(0),
+        key_2_boxes.stride(1),
+        key_2_boxes.stride(2),
+    )
+    stride_value_b, stride_value_h, stride_value_n = (
+        value_boxes.stride(0),
+        value_boxes.stride(1),
+        value_boxes.stride(2),
+    )
     align = math.gcd(
         8,
         ids.stride(0),
@@ -399,23 +463,30 @@ def launch(ids, ids_2, query, key, value):
         query_boxes.stride(0),
         query_boxes.stride(1),
         query_boxes.stride(2),
-        key_boxes.stride(0),
-        key_boxes.stride(1),
-        key_boxes.stride(2),
+        key_2_boxes.stride(0),
+        key_2_boxes.stride(1),
+        key_2_boxes.stride(2),
         value_boxes.stride(0),
         value_boxes.stride(1),
         value_boxes.stride(2),
     )  # rows that start at 16 bytes load 16 bytes at a time
 
-    def programs(config):
+    def documents_programs(config):
         return triton.cdiv(M, config["BLOCK_M"]) * (B) * (H)
 
-    def run(config):
+    def documents_run(config, ids, ids_2, query_boxes, key_2_boxes, value_boxes, out):
         # For each tile of rows three lists of tiles of n, each after its length.
         blocks = triton.cdiv(M, config["BLOCK_M"]) * B
         tiles = triton.cdiv(M, config["BLOCK_N"])
         tile_map = torch.empty((blocks, 3, tiles + 1), device=ids.device, dtype=torch.int32)
-        documents_map_kernel[(blocks,)](
+        of_map = dict(
+            BLOCK_M=config["BLOCK_M"],
+            BLOCK_N=config["BLOCK_N"],
+            TILES=4096 // config["BLOCK_N"],
+            num_warps=8,
+            num_stages=1,
+        )
+        args = (
             ids,
             ids_2,
             tile_map,
@@ -425,49 +496,73 @@ def launch(ids, ids_2, query, key, value):
             ids_2.stride(3),
             M,
             B,
-            BLOCK_M=config["BLOCK_M"],
-            BLOCK_N=config["BLOCK_N"],
-            TILES=4096 // config["BLOCK_N"],
-            num_warps=8,
-            num_stages=1,
         )
-        documents_kernel[(programs(config),)](
+        launched(ready, documents_map_kernel, blocks, args, of_map, config)
+        args = (
             ids,
             ids_2,
             described(query_boxes, (1, 1, config["BLOCK_M"], config["BLOCK_D"])),
-            described(key_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_D"])),
+            described(key_2_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_D"])),
             described(value_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_E"])),
             out,
             tile_map,
-            ids.stride(0) // align,
-            ids.stride(2) // align,
-            ids_2.stride(0) // align,
-            ids_2.stride(3) // align,
-            out.stride(0) // align,
-            out.stride(1) // align,
-            out.stride(2) // align,
-            out.stride(3),
-            query_boxes.stride(0) // align,
-            query_boxes.stride(1) // align,
-            query_boxes.stride(2) // align,
-            key_boxes.stride(0) // align,
-            key_boxes.stride(1) // align,
-            key_boxes.stride(2) // align,
-            value_boxes.stride(0) // align,
-            value_boxes.stride(1) // align,
-            value_boxes.stride(2) // align,
+            stride_ids_b // align,
+            stride_ids_m // align,
+            stride_ids_2_b // align,
+            stride_ids_2_n // align,
+            stride_out_b // align,
+            stride_out_h // align,
+            stride_out_m // align,
+            stride_out_e,
+            stride_query_b // align,
+            stride_query_h // align,
+            stride_query_m // align,
+            stride_key_2_b // align,
+            stride_key_2_h // align,
+            stride_key_2_n // align,
+            stride_value_b // align,
+            stride_value_h // align,
+            stride_value_n // align,
             M,
             H,
             B,
-            ALIGN=align,
-            TMA=has_tma(query_boxes.device),
-            **config,
+            align,
+            has_tma(query_boxes.device),
+        )
+        launched(ready, documents_kernel, documents_programs(config), args, config, config)
+
+    documents_config = CONFIGS[0]
+    if documents_programs(documents_config):
+        documents_config = fastest(
+            CONFIGS,
+            lambda config: documents_run(config, ids, ids_2, query_boxes, key_2_boxes, value_boxes, out),
+            documents_programs,
+            ids.device,
+            "documents",
+            M,
+            B,
+            H,
         )
 
-    if programs(CONFIGS[0]):
-        with torch.cuda.device_of(ids):
-            run(fastest(CONFIGS, run, programs, ids.device, "documents", M, B, H))
-    return out
+    def go(ids, ids_2, query, key_2, value):
+        out = torch.empty((B, H, M, 40), device=ids.device, dtype=torch.float16)
+        query_boxes = in_rows(query)
+        key_2_boxes = in_rows(key_2.permute(0, 1, 3, 2))
+        value_boxes = in_rows(value)
+        if documents_programs(documents_config):
+            documents_run(documents_config, ids, ids_2, query_boxes, key_2_boxes, value_boxes, out)
+        return out
+
+    return go
+
+
+def launched(ready, kernel, programs, args, blocks, config):
+    """Launches a kernel. Triton looks at arguments anew each time: what it compiled for alike ones is launched as it is."""
+    key = id(kernel), id(config)
+    if ready.get(key) is None:
+        ready[key] = kernel[(programs,)](*args, **blocks)
+    else:
+        ready[key][(programs, 1, 1)](*args, *(v for n, v in blocks.items() if n.isupper()))
 
 
 MISMULTIPLIED = (torch.bfloat16,)  # by Triton's interpreter
@@ -480,7 +575,7 @@ def _on_cpu(*args):
     return launch(*args) if runs else reference(*args)
 
 
-def _fake(ids, ids_2, query, key, value):
+def _fake(ids, ids_2, query, key_2, value):
     M = ids.shape[2]
     H = query.shape[1]
     B = ids.shape[0]
@@ -491,12 +586,12 @@ def _fake(ids, ids_2, query, key, value):
 OP = "documents_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
-    LIBRARY.define(OP + "(Tensor ids, Tensor ids_2, Tensor query, Tensor key, Tensor value) -> (Tensor)")
+    LIBRARY.define(OP + "(Tensor ids, Tensor ids_2, Tensor query, Tensor key_2, Tensor value) -> (Tensor)")
     LIBRARY.impl(OP, launch, "CUDA")
     LIBRARY.impl(OP, _on_cpu, "CPU")
     torch.library.register_fake("flashlight::" + OP, _fake, lib=LIBRARY)
 
 
-def documents(ids, ids_2, query, key, value):
+def documents(ids, ids_2, query, key_2, value):
     """The chain as a `torch.library` op: what the patched module calls."""
-    return getattr(torch.ops.flashlight, OP)(ids, ids_2, query, key, value)
+    return getattr(torch.ops.flashlight, OP)(ids, ids_2, query, key_2, value)
