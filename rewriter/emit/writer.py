@@ -7,6 +7,7 @@ import torch
 from rewriter.derive import Definition
 from rewriter.derive.chain import moments_first
 from rewriter.derive.factors import multiply, without_cast
+from rewriter.emit.bits import in_base_2, in_bits, maxima_in_bits
 from rewriter.emit.expr import ATOM, TRITON_DTYPES, NotEmittable, Text, operand, spread, spread_argument, widened
 from rewriter.emit.fills import written_low
 from rewriter.emit.inner import FOLD, INTO, Inner, as_held, held_dtype, neutral_text
@@ -17,7 +18,6 @@ from rewriter.emit.scope import Line, Scope
 from rewriter.emit.span import Span, tile_start, written_span
 from rewriter.emit.weights import fits_half, is_bounded
 from rewriter.ir import TRUE, Apply, Axis, Const, Node, Output, Param, Where, const
-from rewriter.lift.rounding import has_fill
 from rewriter.plan import KernelPlan, Sweep
 from rewriter.plan.products import Weighed, operand_dtype, weighed
 
@@ -32,6 +32,7 @@ class Writer(Inner):
     def __init__(self, plan: KernelPlan, names: Names, origins: Origins):
         super().__init__(plan, names, origins)
         self.loop = Scope()
+        self.in_bits = maxima_in_bits(plan, self.half)
         self.sweep: Sweep | None = None
         self.means: dict[Node, tuple[Text, Text]] = {}  # means and weights before a tile, by the mean
         self.segments: list[dict[str, list[Line]]] = []
@@ -191,6 +192,7 @@ class Writer(Inner):
         new = self._new(definition)
         (body,) = widened([body], calls=definition.op == "prod" or bool(scale))
         folded = self._folded(definition.op, body)
+        scale = in_bits(scale) if definition.name in self.in_bits else scale
         folded = Text(f"{folded.code} * {scale}", folded.axes, 6) if scale else folded
         axes = self.tile(definition.axes)
         code = INTO[definition.op].format(self._kept_state(definition), operand(folded, axes, 6))
@@ -376,16 +378,12 @@ class Writer(Inner):
     def _exp(self, definition: Definition, exponent: Text, scale: str) -> str:
         """exp(exponent · scale − shift); in base 2 the difference is one fused multiply-add an element."""
         shift = Text(self._settled(definition), self._phi_axes(definition))
-        if not self._in_base_2(definition):
+        if not in_base_2(definition, self.half):
             return f"tl.exp({times(exponent, scale)} - {spread(shift, exponent.axes)})"
-        scaled = spread(Text(f"({shift.code} * LOG2E)", shift.axes), exponent.axes)
+        if definition.shift.state.name not in self.in_bits:
+            shift = Text(f"({shift.code} * LOG2E)", shift.axes)
         (exponent,) = widened([exponent], calls=True)
-        factor = f"({scale} * LOG2E)" if scale else "LOG2E"
-        return f"tl.exp2({exponent.code} * {factor} - {scaled})"
-
-    def _in_base_2(self, definition: Definition) -> bool:
-        """16-bit programs without large fills: there the scaled shift's own rounding would show."""
-        return self.half and not has_fill(definition.shift.exponent, 1e3)
+        return f"tl.exp2({exponent.code} * {in_bits(scale)} - {spread(shift, exponent.axes)})"
 
     def _phi_axes(self, definition: Definition) -> tuple[Axis, ...]:
         return self.tile(definition.shift.phi.free)
@@ -422,7 +420,8 @@ class Writer(Inner):
             settled = self._settled(definition)
             old = self._phi_text(definition, new=False)
             name = self.names.unique("alpha")
-            self.loop.lines.append(Line(f"{name} = tl.exp({old.tight(5)} - {settled})", self.shape(old.axes)))
+            exp = "exp2" if definition.shift.state.name in self.in_bits else "exp"
+            self.loop.lines.append(Line(f"{name} = tl.{exp}({old.tight(5)} - {settled})", self.shape(old.axes)))
             self.loop.known[key] = Text(name, old.axes)
         alpha = spread(self.loop.known[key], self.tile(definition.axes))
         if definition.centre:

@@ -1,0 +1,41 @@
+"""Maxima in bits: what only shifts exponents is held times log2(e), so that exp2 takes it as it is."""
+
+from __future__ import annotations
+
+from rewriter.derive import Definition
+from rewriter.ir import Ref, walk
+from rewriter.lift.rounding import has_fill
+from rewriter.plan import KernelPlan
+
+
+def in_base_2(definition: Definition, half: bool) -> bool:
+    """16-bit programs without large fills: there the scaled shift's own rounding would show."""
+    return half and not has_fill(definition.shift.exponent, 1e3)
+
+
+def maxima_in_bits(plan: KernelPlan, half: bool) -> frozenset[str]:
+    """Of a kernel the maxima that nothing reads but shifts by them, all of those in base 2."""
+    return frozenset(d.name for d in plan.chain.definitions if d.op == "max" and _only_shifts(d, plan, half))
+
+
+def in_bits(scale: str) -> str:
+    """A constant factor, "" for none, times log2(e)"""
+    return f"({scale} * LOG2E)" if scale else "LOG2E"
+
+
+def _only_shifts(maximum: Definition, plan: KernelPlan, half: bool) -> bool:
+    shifted = [d for d in plan.chain.definitions if d.shift and d.shift.state.name == maximum.name]
+    plain = (isinstance(d.shift.phi, Ref) and not d.shift.mass and not d.centre for d in shifted)
+    others = [n for d in plan.chain.definitions for n in (d.predicate, *d.rest, *_exponent(d), *_extremum(d))]
+    others += [d.body for d in plan.chain.definitions if not d.shift]
+    read = {n.name for n in walk(*others, *(o.body for o in plan.chain.outputs)) if isinstance(n, Ref)}
+    is_sweep_s = {d.sweep for d in shifted} == {maximum.sweep}
+    return is_sweep_s and all(plain) and all(in_base_2(d, half) for d in shifted) and maximum.name not in read
+
+
+def _exponent(definition: Definition) -> tuple:
+    return (definition.shift.exponent,) if definition.shift else ()
+
+
+def _extremum(definition: Definition) -> tuple:
+    return (definition.extremum,) if definition.extremum else ()
