@@ -271,14 +271,16 @@ def test_axes_that_only_values_have_are_one():
 
 
 def points_of_any_number(q, k, v, points):
-    """How many points there are only the call knows: each has a program, and what has no points is written by one."""
+    """More points than a tile holds, only the call knows how many: each has a program, and what has none is written by
+    one.
+    """
     w = torch.softmax(q @ k.mT, -1)
     return w @ v, torch.einsum("bmn,bnpc->bmpc", w, points)
 
 
 def test_outputs_are_written_once():
     def inputs(m: int, n: int):
-        return *qkv(m, n), r(2, n, 5, 3)
+        return *qkv(m, n), r(2, n, 90, 3)
 
     result = fused(points_of_any_number, inputs(7, 9))
     (kernel,) = (text for name, text in result.sources.items() if name.startswith("kernels/points"))

@@ -58,7 +58,7 @@ def plan(chain: Chain, name: str, example: Mapping[Param, int] = MappingProxyTyp
     chain = merged(chain)
     parts = parts_of(chain)
     plain = Structure(chain, name, parts)
-    free = _to_be_fixed(chain).union(_few_per_value(chain, example), _sizes_of_sums(plain))
+    free = _to_be_fixed(chain).union(_few_per_value(plain, example), _sizes_of_sums(plain))
     free = free.union(*(_sizes_kept_whole(r) for r in plain.roles))
     if free:
         raise NeedsFixed(free)
@@ -210,14 +210,15 @@ def _to_be_fixed(chain: Chain) -> frozenset[Param]:
     return frozenset(Param(name) for text in floats for name in re.findall(r"\b[a-z]+\d+\b", text))
 
 
-def _few_per_value(chain: Chain, example: Mapping[Param, int]) -> frozenset[Param]:
+def _few_per_value(plain: Structure, example: Mapping[Param, int]) -> frozenset[Param]:
     """Sizes of axes that only values carry, several of them, where a tile holds all: `a @ v` of v[n, p, c] computes the
     weights again for every p that is not in the tile.
     """
     few: set[Param] = set()
-    for axes in carried(chain).values():
+    rows = {a for r in plain.roles for a in r.rows}
+    for axes in carried(plain.chain).values():
         sizes = [a.extent.value if isinstance(a.extent, Const) else example.get(a.extent) for a in axes]
-        if len(axes) > 1 and None not in sizes and math.prod(sizes) <= MAX_FEATURE:
+        if len(axes) > 1 and not rows & set(axes) and None not in sizes and math.prod(sizes) <= MAX_FEATURE:
             few |= {a.extent for a in axes if isinstance(a.extent, Param)}
     return frozenset(few)
 
