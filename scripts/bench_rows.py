@@ -195,7 +195,7 @@ def attention(
 ) -> Row:
     kv = heads // group
     shapes = tuple((b, h, n, dim) for b, h, n in ((batch, heads, queries or length), *2 * [(batch, kv, length)]))
-    few = max(1, 4 // group)
+    few = max(2, 4 // group)  # of one head the program would be another: it may be shared
     short = tuple((3, h, n, dim) for h, n in ((few * group, queries or SHORT), *2 * [(few, SHORT)]))
     sizes = batch, heads, kv, length, dim
     if queries:
