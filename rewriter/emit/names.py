@@ -18,7 +18,7 @@ from rewriter.trace.sizes import renamed
 _RESERVED = set(dir(builtins)) | set(
     "tl triton torch math hashlib Path pid blocks rest start full m_new M N LOG2E ON_NVIDIA NEG_INF POS_INF align"
     " few wanted SPLITS programs launch config configs run fastest measured milliseconds CHOSEN json os"
-    " in_rows prepared PREPARED launched ready go key args of_map described has_tma TMA"
+    " in_rows prepared PREPARED launched ready go alike args of_map described has_tma TMA"
     " TensorDescriptor functools reference LIBRARY OP UNDERFLOW"
     " turn tile tiles some every none flag flags wholes cuts whole_at cut_at low beyond left_out left_out_at".split()
 )

@@ -3,9 +3,9 @@
 Written from golden_programs.py:59-82 (sha256 c3bc02493c0a).
 
 Math
-    m_i[b, h, m] = max_n float32(round16(sum_r0_0 query[b, h, m, d] * key_2[b, h, d, n] + weight[int64(0 < n - m) * 16 + where(abs(n - m) < 8, abs(n - m), min(int64(log(float32(abs(n - m)) / 8) / 2.77259 * 8) + 8, 15)), h]))
-    l_i[b, h, m] = sum_n exp(float32(round16(sum_r0_0 query[b, h, m, d] * key_2[b, h, d, n] + weight[int64(0 < n - m) * 16 + where(abs(n - m) < 8, abs(n - m), min(int64(log(float32(abs(n - m)) / 8) / 2.77259 * 8) + 8, 15)), h])) - m_i[b, h, m])
-    acc[b, h, m, e] = sum_n exp(float32(round16(sum_r0_0 query[b, h, m, d] * key_2[b, h, d, n] + weight[int64(0 < n - m) * 16 + where(abs(n - m) < 8, abs(n - m), min(int64(log(float32(abs(n - m)) / 8) / 2.77259 * 8) + 8, 15)), h])) - m_i[b, h, m]) * value[b, h, n, e]
+    m_i[b, h, m] = max_n float32(round16(sum_r0_0 query[b, h, m, d] * key[b, h, d, n] + weight[int64(0 < n - m) * 16 + where(abs(n - m) < 8, abs(n - m), min(int64(log(float32(abs(n - m)) / 8) / 2.77259 * 8) + 8, 15)), h]))
+    l_i[b, h, m] = sum_n exp(float32(round16(sum_r0_0 query[b, h, m, d] * key[b, h, d, n] + weight[int64(0 < n - m) * 16 + where(abs(n - m) < 8, abs(n - m), min(int64(log(float32(abs(n - m)) / 8) / 2.77259 * 8) + 8, 15)), h])) - m_i[b, h, m])
+    acc[b, h, m, e] = sum_n exp(float32(round16(sum_r0_0 query[b, h, m, d] * key[b, h, d, n] + weight[int64(0 < n - m) * 16 + where(abs(n - m) < 8, abs(n - m), min(int64(log(float32(abs(n - m)) / 8) / 2.77259 * 8) + 8, 15)), h])) - m_i[b, h, m]) * value[b, h, n, e]
     matmul_1[b, h, m, e] = acc[b, h, m, e] / l_i[b, h, m]
 
 Why one sweep is enough
@@ -13,7 +13,7 @@ Why one sweep is enough
     hoist: factors that do not depend on the stream are taken out of the sum
     proved on 5 random cases, stream in blocks and in halves
 
-Fixed: H = 4, D = 64, E = 64. Known at the call: M (query.shape[2]), N (key_2.shape[3]), B (query.shape[0]).
+Fixed: H = 4, D = 64, E = 64. Known at the call: M (query.shape[2]), N (key.shape[3]), B (query.shape[0]).
 Regenerate: flashlight-rewrite golden_programs.py
 """
 
@@ -47,7 +47,7 @@ CONFIGS = (
 def bucketed_bias_kernel(
     weight_ptr,
     query_boxes,
-    key_2_boxes,
+    key_boxes,
     value_boxes,
     out_ptr,
     stride_weight_n,
@@ -59,9 +59,9 @@ def bucketed_bias_kernel(
     stride_query_b,
     stride_query_h,
     stride_query_m,
-    stride_key_2_b,
-    stride_key_2_h,
-    stride_key_2_n,
+    stride_key_b,
+    stride_key_h,
+    stride_key_n,
     stride_value_b,
     stride_value_h,
     stride_value_n,
@@ -91,11 +91,8 @@ def bucketed_bias_kernel(
             [stride_query_b, stride_query_h, stride_query_m, 1],
             [1, 1, BLOCK_M, BLOCK_D],
         )
-        key_2_boxes = tl.make_tensor_descriptor(
-            key_2_boxes,
-            [B, 4, N, 64],
-            [stride_key_2_b, stride_key_2_h, stride_key_2_n, 1],
-            [1, 1, BLOCK_N, BLOCK_D],
+        key_boxes = tl.make_tensor_descriptor(
+            key_boxes, [B, 4, N, 64], [stride_key_b, stride_key_h, stride_key_n, 1], [1, 1, BLOCK_N, BLOCK_D]
         )
         value_boxes = tl.make_tensor_descriptor(
             value_boxes,
@@ -112,9 +109,9 @@ def bucketed_bias_kernel(
     full = N // BLOCK_N * BLOCK_N
     for start in range(0, full, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        key_2 = key_2_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
+        key = key_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:80  scores = torch.matmul(query, key.transpose(3, 2)) + bias
-        qk = tl.dot(query, tl.trans(key_2))  # [BLOCK_M, BLOCK_N]
+        qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:79  bias = self.table(self._bucket(columns - rows)).permute(2, 0, 1)
         i = offs_n[None, :] - offs_m[:, None]  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:69  side = (distance > 0).long() * half
@@ -147,9 +144,9 @@ def bucketed_bias_kernel(
     # What is left of the stream: positions past its end take no part.
     if full < N:
         offs_n = full + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        key_2 = key_2_boxes.load([b, h, full, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
+        key = key_boxes.load([b, h, full, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:80  scores = torch.matmul(query, key.transpose(3, 2)) + bias
-        qk = tl.dot(query, tl.trans(key_2))  # [BLOCK_M, BLOCK_N]
+        qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:79  bias = self.table(self._bucket(columns - rows)).permute(2, 0, 1)
         i = offs_n[None, :] - offs_m[:, None]  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:69  side = (distance > 0).long() * half
@@ -190,10 +187,10 @@ def bucketed_bias_kernel(
     )
 
 
-def reference(query, key_2, weight, value):
+def reference(query, key, weight, value):
     """The same chain in eager PyTorch: what runs on a CPU, and what the kernel is tested against."""
     M = query.shape[2]
-    N = key_2.shape[3]
+    N = key.shape[3]
     B = query.shape[0]
     arange = torch.arange(M, device=query.device)
     rows = arange.unsqueeze(1)
@@ -217,7 +214,7 @@ def reference(query, key_2, weight, value):
     add_1 = side + where
     bias = torch.embedding(weight, add_1)
     bias_2 = bias.permute(2, 0, 1)
-    matmul = query @ key_2
+    matmul = query @ key
     scores = matmul + bias_2
     to_3 = scores.to(torch.float32)
     softmax = to_3.softmax(-1)
@@ -298,29 +295,29 @@ def described(t, box):
     return TensorDescriptor(t, t.shape, [*steps, 1], box)
 
 
-def launch(query, key_2, weight, value):
+def launch(query, key, weight, value):
     """Runs the kernel.
 
     query: (B, 4, M, 64), torch.float16, any strides
-    key_2: (B, 4, 64, N), torch.float16, any strides
+    key: (B, 4, 64, N), torch.float16, any strides
     weight: (32, 4), torch.float16, any strides
     value: (B, 4, N, 64), torch.float16, any strides
     Returns (B, 4, M, 64) torch.float16.
     Raises ValueError for other shapes or dtypes, and NotImplementedError where a gradient would be lost.
     """
-    if torch.is_grad_enabled() and any(t.requires_grad for t in [query, key_2, weight, value]):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in [query, key, weight, value]):
         raise NotImplementedError("the kernel has no backward: call it under torch.no_grad()")
-    key = (
+    alike = (
         query.shape,
         query.stride(),
         query.dtype,
         query.device,
         query.data_ptr() % 16,
-        key_2.shape,
-        key_2.stride(),
-        key_2.dtype,
-        key_2.device,
-        key_2.data_ptr() % 16,
+        key.shape,
+        key.stride(),
+        key.dtype,
+        key.device,
+        key.data_ptr() % 16,
         weight.shape,
         weight.stride(),
         weight.dtype,
@@ -333,28 +330,28 @@ def launch(query, key_2, weight, value):
         value.data_ptr() % 16,
     )
     with torch.cuda.device_of(query):
-        if key not in PREPARED:
+        if alike not in PREPARED:
             if len(PREPARED) == 256:
                 PREPARED.clear()
-            PREPARED[key] = prepared(query, key_2, weight, value)
-        return PREPARED[key](query, key_2, weight, value)
+            PREPARED[alike] = prepared(query, key, weight, value)
+        return PREPARED[alike](query, key, weight, value)
 
 
 PREPARED = {}  # what launches the kernels for arguments that lie in memory alike
 
 
-def prepared(query, key_2, weight, value):
+def prepared(query, key, weight, value):
     """Checks arguments, and settles everything but the tensors: sizes, strides, tiles."""
     M = query.shape[2]
-    N = key_2.shape[3]
+    N = key.shape[3]
     B = query.shape[0]
     if tuple(query.shape) != (B, 4, M, 64) or query.dtype != torch.float16:
         raise ValueError(
             f"query: expected { (B, 4, M, 64) } torch.float16, got {tuple(query.shape)} { query.dtype}"
         )
-    if tuple(key_2.shape) != (B, 4, 64, N) or key_2.dtype != torch.float16:
+    if tuple(key.shape) != (B, 4, 64, N) or key.dtype != torch.float16:
         raise ValueError(
-            f"key_2: expected { (B, 4, 64, N) } torch.float16, got {tuple(key_2.shape)} { key_2.dtype}"
+            f"key: expected { (B, 4, 64, N) } torch.float16, got {tuple(key.shape)} { key.dtype}"
         )
     if tuple(weight.shape) != (32, 4) or weight.dtype != torch.float16:
         raise ValueError(
@@ -369,7 +366,7 @@ def prepared(query, key_2, weight, value):
     ready = {}
     out = torch.zeros((B, 4, M, 64), device=query.device, dtype=torch.float16)
     query_boxes = in_rows(query)
-    key_2_boxes = in_rows(key_2.permute(0, 1, 3, 2))
+    key_boxes = in_rows(key.permute(0, 1, 3, 2))
     value_boxes = in_rows(value)
     stride_weight_n, stride_weight_h = weight.stride(0), weight.stride(1)
     stride_out_b, stride_out_h, stride_out_m, stride_out_e = (
@@ -383,11 +380,7 @@ def prepared(query, key_2, weight, value):
         query_boxes.stride(1),
         query_boxes.stride(2),
     )
-    stride_key_2_b, stride_key_2_h, stride_key_2_n = (
-        key_2_boxes.stride(0),
-        key_2_boxes.stride(1),
-        key_2_boxes.stride(2),
-    )
+    stride_key_b, stride_key_h, stride_key_n = key_boxes.stride(0), key_boxes.stride(1), key_boxes.stride(2)
     stride_value_b, stride_value_h, stride_value_n = (
         value_boxes.stride(0),
         value_boxes.stride(1),
@@ -397,11 +390,11 @@ def prepared(query, key_2, weight, value):
     def bucketed_bias_programs(config):
         return triton.cdiv(M, config["BLOCK_M"]) * (B) * (4)
 
-    def bucketed_bias_run(config, weight, query_boxes, key_2_boxes, value_boxes, out):
+    def bucketed_bias_run(config, weight, query_boxes, key_boxes, value_boxes, out):
         args = (
             weight,
             described(query_boxes, (1, 1, config["BLOCK_M"], config["BLOCK_D"])),
-            described(key_2_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_D"])),
+            described(key_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_D"])),
             described(value_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_E"])),
             out,
             stride_weight_n,
@@ -413,9 +406,9 @@ def prepared(query, key_2, weight, value):
             stride_query_b,
             stride_query_h,
             stride_query_m,
-            stride_key_2_b,
-            stride_key_2_h,
-            stride_key_2_n,
+            stride_key_b,
+            stride_key_h,
+            stride_key_n,
             stride_value_b,
             stride_value_h,
             stride_value_n,
@@ -430,7 +423,7 @@ def prepared(query, key_2, weight, value):
     if bucketed_bias_programs(bucketed_bias_config):
         bucketed_bias_config = fastest(
             CONFIGS,
-            lambda config: bucketed_bias_run(config, weight, query_boxes, key_2_boxes, value_boxes, out),
+            lambda config: bucketed_bias_run(config, weight, query_boxes, key_boxes, value_boxes, out),
             bucketed_bias_programs,
             weight.device,
             "bucketed_bias",
@@ -439,13 +432,13 @@ def prepared(query, key_2, weight, value):
             N,
         )
 
-    def go(query, key_2, weight, value):
+    def go(query, key, weight, value):
         out = torch.empty((B, 4, M, 64), device=query.device, dtype=torch.float16)
         query_boxes = in_rows(query)
-        key_2_boxes = in_rows(key_2.permute(0, 1, 3, 2))
+        key_boxes = in_rows(key.permute(0, 1, 3, 2))
         value_boxes = in_rows(value)
         if bucketed_bias_programs(bucketed_bias_config):
-            bucketed_bias_run(bucketed_bias_config, weight, query_boxes, key_2_boxes, value_boxes, out)
+            bucketed_bias_run(bucketed_bias_config, weight, query_boxes, key_boxes, value_boxes, out)
         return out
 
     return go
@@ -470,9 +463,9 @@ def _on_cpu(*args):
     return launch(*args) if runs else reference(*args)
 
 
-def _fake(query, key_2, weight, value):
+def _fake(query, key, weight, value):
     M = query.shape[2]
-    N = key_2.shape[3]
+    N = key.shape[3]
     B = query.shape[0]
     return torch.empty((B, 4, M, 64), device=query.device, dtype=torch.float16)
 
@@ -481,12 +474,12 @@ def _fake(query, key_2, weight, value):
 OP = "bucketed_bias_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
-    LIBRARY.define(OP + "(Tensor query, Tensor key_2, Tensor weight, Tensor value) -> (Tensor)")
+    LIBRARY.define(OP + "(Tensor query, Tensor key, Tensor weight, Tensor value) -> (Tensor)")
     LIBRARY.impl(OP, launch, "CUDA")
     LIBRARY.impl(OP, _on_cpu, "CPU")
     torch.library.register_fake("flashlight::" + OP, _fake, lib=LIBRARY)
 
 
-def bucketed_bias(query, key_2, weight, value):
+def bucketed_bias(query, key, weight, value):
     """The chain as a `torch.library` op: what the patched module calls."""
-    return getattr(torch.ops.flashlight, OP)(query, key_2, weight, value)
+    return getattr(torch.ops.flashlight, OP)(query, key, weight, value)

@@ -3,9 +3,9 @@
 Written from golden_programs.py:85-91 (sha256 068c6d76e66a).
 
 Math
-    m_i[b, h, m] = max_n where(ids[b, 0, m, 0] == ids_2[b, 0, 0, n], (sum_r0_0 query[b, h, m, d] * key_2[b, h, d, n]) / 6.32456, -65504)
-    l_i[b, h, m] = sum_n exp(where(ids[b, 0, m, 0] == ids_2[b, 0, 0, n], (sum_r0_0 query[b, h, m, d] * key_2[b, h, d, n]) / 6.32456, -65504) - m_i[b, h, m])
-    acc[b, h, m, e] = sum_n exp(where(ids[b, 0, m, 0] == ids_2[b, 0, 0, n], (sum_r0_0 query[b, h, m, d] * key_2[b, h, d, n]) / 6.32456, -65504) - m_i[b, h, m]) * value[b, h, n, e]
+    m_i[b, h, m] = max_n where(ids[b, 0, m, 0] == ids_2[b, 0, 0, n], (sum_r0_0 query[b, h, m, d] * key[b, h, d, n]) / 6.32456, -65504)
+    l_i[b, h, m] = sum_n exp(where(ids[b, 0, m, 0] == ids_2[b, 0, 0, n], (sum_r0_0 query[b, h, m, d] * key[b, h, d, n]) / 6.32456, -65504) - m_i[b, h, m])
+    acc[b, h, m, e] = sum_n exp(where(ids[b, 0, m, 0] == ids_2[b, 0, 0, n], (sum_r0_0 query[b, h, m, d] * key[b, h, d, n]) / 6.32456, -65504) - m_i[b, h, m]) * value[b, h, n, e]
     matmul_1[b, h, m, e] = acc[b, h, m, e] / l_i[b, h, m]
 
 Why one sweep is enough
@@ -112,7 +112,7 @@ def documents_kernel(
     ids_ptr,
     ids_2_ptr,
     query_boxes,
-    key_2_boxes,
+    key_boxes,
     value_boxes,
     out_ptr,
     tile_map_ptr,
@@ -127,9 +127,9 @@ def documents_kernel(
     stride_query_b,
     stride_query_h,
     stride_query_m,
-    stride_key_2_b,
-    stride_key_2_h,
-    stride_key_2_n,
+    stride_key_b,
+    stride_key_h,
+    stride_key_n,
     stride_value_b,
     stride_value_h,
     stride_value_n,
@@ -160,10 +160,10 @@ def documents_kernel(
             [stride_query_b * ALIGN, stride_query_h * ALIGN, stride_query_m * ALIGN, 1],
             [1, 1, BLOCK_M, BLOCK_D],
         )
-        key_2_boxes = tl.make_tensor_descriptor(
-            key_2_boxes,
+        key_boxes = tl.make_tensor_descriptor(
+            key_boxes,
             [B, H, M, 40],
-            [stride_key_2_b * ALIGN, stride_key_2_h * ALIGN, stride_key_2_n * ALIGN, 1],
+            [stride_key_b * ALIGN, stride_key_h * ALIGN, stride_key_n * ALIGN, 1],
             [1, 1, BLOCK_N, BLOCK_D],
         )
         value_boxes = tl.make_tensor_descriptor(
@@ -189,9 +189,9 @@ def documents_kernel(
     for turn in range(1, tl.load(whole_at) + 1):
         start = tl.load(whole_at + turn) * BLOCK_N
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        key_2 = key_2_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
+        key = key_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:89  scores = query @ key.mT / math.sqrt(query.shape[-1])
-        qk = tl.dot(query, tl.trans(key_2))  # [BLOCK_M, BLOCK_N]
+        qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(qk, 1) * (1.0 / 6.324555320336759))  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
         alpha = tl.exp(m_i - shift)  # [BLOCK_M]
@@ -215,9 +215,9 @@ def documents_kernel(
         )  # [BLOCK_N]
         # golden_programs.py:90  same = ids[:, None, :, None] == ids[:, None, None, :]
         same = ids[:, None] == ids_2[None, :]  # [BLOCK_M, BLOCK_N]
-        key_2 = key_2_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
+        key = key_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:89  scores = query @ key.mT / math.sqrt(query.shape[-1])
-        qk = tl.dot(query, tl.trans(key_2))  # [BLOCK_M, BLOCK_N]
+        qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         scores = qk * (1.0 / 6.324555320336759)  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:91  return scores.masked_fill(~same, torch.finfo(scores.dtype).min).softmax(-1) @ value
         x = tl.where(same, scores, -65504.0)  # [BLOCK_M, BLOCK_N]
@@ -260,12 +260,12 @@ def documents_kernel(
     )
 
 
-def reference(ids, ids_2, query, key_2, value):
+def reference(ids, ids_2, query, key, value):
     """The same chain in eager PyTorch: what runs on a CPU, and what the kernel is tested against."""
     M = ids.shape[2]
     H = query.shape[1]
     B = ids.shape[0]
-    matmul = query @ key_2
+    matmul = query @ key
     scores = matmul / 6.324555320336759
     same = ids == ids_2
     bitwise_not = same.bitwise_not()
@@ -347,20 +347,20 @@ def described(t, box):
     return TensorDescriptor(t, t.shape, [*steps, 1], box)
 
 
-def launch(ids, ids_2, query, key_2, value):
+def launch(ids, ids_2, query, key, value):
     """Runs the kernel.
 
     ids: (B, 1, M, 1), torch.int64, any strides
     ids_2: (B, 1, 1, M), torch.int64, any strides
     query: (B, H, M, 40), torch.float16, any strides
-    key_2: (B, H, 40, M), torch.float16, any strides
+    key: (B, H, 40, M), torch.float16, any strides
     value: (B, H, M, 40), torch.float16, any strides
     Returns (B, H, M, 40) torch.float16.
     Raises ValueError for other shapes or dtypes, and NotImplementedError where a gradient would be lost.
     """
-    if torch.is_grad_enabled() and any(t.requires_grad for t in [ids, ids_2, query, key_2, value]):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in [ids, ids_2, query, key, value]):
         raise NotImplementedError("the kernel has no backward: call it under torch.no_grad()")
-    key = (
+    alike = (
         ids.shape,
         ids.stride(),
         ids.dtype,
@@ -376,11 +376,11 @@ def launch(ids, ids_2, query, key_2, value):
         query.dtype,
         query.device,
         query.data_ptr() % 16,
-        key_2.shape,
-        key_2.stride(),
-        key_2.dtype,
-        key_2.device,
-        key_2.data_ptr() % 16,
+        key.shape,
+        key.stride(),
+        key.dtype,
+        key.device,
+        key.data_ptr() % 16,
         value.shape,
         value.stride(),
         value.dtype,
@@ -388,17 +388,17 @@ def launch(ids, ids_2, query, key_2, value):
         value.data_ptr() % 16,
     )
     with torch.cuda.device_of(ids):
-        if key not in PREPARED:
+        if alike not in PREPARED:
             if len(PREPARED) == 256:
                 PREPARED.clear()
-            PREPARED[key] = prepared(ids, ids_2, query, key_2, value)
-        return PREPARED[key](ids, ids_2, query, key_2, value)
+            PREPARED[alike] = prepared(ids, ids_2, query, key, value)
+        return PREPARED[alike](ids, ids_2, query, key, value)
 
 
 PREPARED = {}  # what launches the kernels for arguments that lie in memory alike
 
 
-def prepared(ids, ids_2, query, key_2, value):
+def prepared(ids, ids_2, query, key, value):
     """Checks arguments, and settles everything but the tensors: sizes, strides, tiles."""
     M = ids.shape[2]
     H = query.shape[1]
@@ -413,9 +413,9 @@ def prepared(ids, ids_2, query, key_2, value):
         raise ValueError(
             f"query: expected { (B, H, M, 40) } torch.float16, got {tuple(query.shape)} { query.dtype}"
         )
-    if tuple(key_2.shape) != (B, H, 40, M) or key_2.dtype != torch.float16:
+    if tuple(key.shape) != (B, H, 40, M) or key.dtype != torch.float16:
         raise ValueError(
-            f"key_2: expected { (B, H, 40, M) } torch.float16, got {tuple(key_2.shape)} { key_2.dtype}"
+            f"key: expected { (B, H, 40, M) } torch.float16, got {tuple(key.shape)} { key.dtype}"
         )
     if tuple(value.shape) != (B, H, M, 40) or value.dtype != torch.float16:
         raise ValueError(
@@ -426,7 +426,7 @@ def prepared(ids, ids_2, query, key_2, value):
     ready = {}
     out = torch.zeros((B, H, M, 40), device=ids.device, dtype=torch.float16)
     query_boxes = in_rows(query)
-    key_2_boxes = in_rows(key_2.permute(0, 1, 3, 2))
+    key_boxes = in_rows(key.permute(0, 1, 3, 2))
     value_boxes = in_rows(value)
     stride_ids_b, stride_ids_m = ids.stride(0), ids.stride(2)
     stride_ids_2_b, stride_ids_2_n = ids_2.stride(0), ids_2.stride(3)
@@ -441,11 +441,7 @@ def prepared(ids, ids_2, query, key_2, value):
         query_boxes.stride(1),
         query_boxes.stride(2),
     )
-    stride_key_2_b, stride_key_2_h, stride_key_2_n = (
-        key_2_boxes.stride(0),
-        key_2_boxes.stride(1),
-        key_2_boxes.stride(2),
-    )
+    stride_key_b, stride_key_h, stride_key_n = key_boxes.stride(0), key_boxes.stride(1), key_boxes.stride(2)
     stride_value_b, stride_value_h, stride_value_n = (
         value_boxes.stride(0),
         value_boxes.stride(1),
@@ -463,9 +459,9 @@ def prepared(ids, ids_2, query, key_2, value):
         query_boxes.stride(0),
         query_boxes.stride(1),
         query_boxes.stride(2),
-        key_2_boxes.stride(0),
-        key_2_boxes.stride(1),
-        key_2_boxes.stride(2),
+        key_boxes.stride(0),
+        key_boxes.stride(1),
+        key_boxes.stride(2),
         value_boxes.stride(0),
         value_boxes.stride(1),
         value_boxes.stride(2),
@@ -474,7 +470,7 @@ def prepared(ids, ids_2, query, key_2, value):
     def documents_programs(config):
         return triton.cdiv(M, config["BLOCK_M"]) * (B) * (H)
 
-    def documents_run(config, ids, ids_2, query_boxes, key_2_boxes, value_boxes, out):
+    def documents_run(config, ids, ids_2, query_boxes, key_boxes, value_boxes, out):
         # For each tile of rows three lists of tiles of n, each after its length.
         blocks = triton.cdiv(M, config["BLOCK_M"]) * B
         tiles = triton.cdiv(M, config["BLOCK_N"])
@@ -502,7 +498,7 @@ def prepared(ids, ids_2, query, key_2, value):
             ids,
             ids_2,
             described(query_boxes, (1, 1, config["BLOCK_M"], config["BLOCK_D"])),
-            described(key_2_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_D"])),
+            described(key_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_D"])),
             described(value_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_E"])),
             out,
             tile_map,
@@ -517,9 +513,9 @@ def prepared(ids, ids_2, query, key_2, value):
             stride_query_b // align,
             stride_query_h // align,
             stride_query_m // align,
-            stride_key_2_b // align,
-            stride_key_2_h // align,
-            stride_key_2_n // align,
+            stride_key_b // align,
+            stride_key_h // align,
+            stride_key_n // align,
             stride_value_b // align,
             stride_value_h // align,
             stride_value_n // align,
@@ -535,7 +531,7 @@ def prepared(ids, ids_2, query, key_2, value):
     if documents_programs(documents_config):
         documents_config = fastest(
             CONFIGS,
-            lambda config: documents_run(config, ids, ids_2, query_boxes, key_2_boxes, value_boxes, out),
+            lambda config: documents_run(config, ids, ids_2, query_boxes, key_boxes, value_boxes, out),
             documents_programs,
             ids.device,
             "documents",
@@ -544,13 +540,13 @@ def prepared(ids, ids_2, query, key_2, value):
             H,
         )
 
-    def go(ids, ids_2, query, key_2, value):
+    def go(ids, ids_2, query, key, value):
         out = torch.empty((B, H, M, 40), device=ids.device, dtype=torch.float16)
         query_boxes = in_rows(query)
-        key_2_boxes = in_rows(key_2.permute(0, 1, 3, 2))
+        key_boxes = in_rows(key.permute(0, 1, 3, 2))
         value_boxes = in_rows(value)
         if documents_programs(documents_config):
-            documents_run(documents_config, ids, ids_2, query_boxes, key_2_boxes, value_boxes, out)
+            documents_run(documents_config, ids, ids_2, query_boxes, key_boxes, value_boxes, out)
         return out
 
     return go
@@ -575,7 +571,7 @@ def _on_cpu(*args):
     return launch(*args) if runs else reference(*args)
 
 
-def _fake(ids, ids_2, query, key_2, value):
+def _fake(ids, ids_2, query, key, value):
     M = ids.shape[2]
     H = query.shape[1]
     B = ids.shape[0]
@@ -586,12 +582,12 @@ def _fake(ids, ids_2, query, key_2, value):
 OP = "documents_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
-    LIBRARY.define(OP + "(Tensor ids, Tensor ids_2, Tensor query, Tensor key_2, Tensor value) -> (Tensor)")
+    LIBRARY.define(OP + "(Tensor ids, Tensor ids_2, Tensor query, Tensor key, Tensor value) -> (Tensor)")
     LIBRARY.impl(OP, launch, "CUDA")
     LIBRARY.impl(OP, _on_cpu, "CPU")
     torch.library.register_fake("flashlight::" + OP, _fake, lib=LIBRARY)
 
 
-def documents(ids, ids_2, query, key_2, value):
+def documents(ids, ids_2, query, key, value):
     """The chain as a `torch.library` op: what the patched module calls."""
-    return getattr(torch.ops.flashlight, OP)(ids, ids_2, query, key_2, value)
+    return getattr(torch.ops.flashlight, OP)(ids, ids_2, query, key, value)

@@ -3,9 +3,9 @@
 Written from golden_programs.py:105-114 (sha256 15f203602d93).
 
 Math
-    m_i[b, h, m] = max_{n | n <= m + N - M} (sum_r0_0 query[b, h, m, d] * key_2[b, h // (H // S14), n, d]) / 8
-    l_i[b, h, m] = sum_{n | n <= m + N - M} exp((sum_r0_0 query[b, h, m, d] * key_2[b, h // (H // S14), n, d]) / 8 - m_i[b, h, m])
-    acc[b, h, m, e] = sum_{n | n <= m + N - M} exp((sum_r0_0 query[b, h, m, d] * key_2[b, h // (H // S14), n, d]) / 8 - m_i[b, h, m]) * value[b, h // (H // S14), n, e]
+    m_i[b, h, m] = max_{n | n <= m + N - M} (sum_r0_0 query[b, h, m, d] * key[b, h // (H // S14), n, d]) / 8
+    l_i[b, h, m] = sum_{n | n <= m + N - M} exp((sum_r0_0 query[b, h, m, d] * key[b, h // (H // S14), n, d]) / 8 - m_i[b, h, m])
+    acc[b, h, m, e] = sum_{n | n <= m + N - M} exp((sum_r0_0 query[b, h, m, d] * key[b, h // (H // S14), n, d]) / 8 - m_i[b, h, m]) * value[b, h // (H // S14), n, e]
     matmul_1[b, h, m, e] = acc[b, h, m, e] / l_i[b, h, m]
 
 Why one sweep is enough
@@ -14,7 +14,7 @@ Why one sweep is enough
     proved on 3 random cases, stream in blocks and in halves
     split: few rows take parts of the stream, merged by the same T
 
-Fixed: D = 64, E = 64. Known at the call: M (query.shape[2]), N (key_2.shape[2]), H (query.shape[1]), B (query.shape[0]), S14 (key_2.shape[1]).
+Fixed: D = 64, E = 64. Known at the call: M (query.shape[2]), N (key.shape[2]), H (query.shape[1]), B (query.shape[0]), S14 (key.shape[1]).
 Regenerate: flashlight-rewrite golden_programs.py
 """
 
@@ -58,7 +58,7 @@ CONFIGS_MERGE = (dict(BLOCK_PART=64, BLOCK_E=64, num_warps=4, num_stages=1),)
 @triton.jit
 def grouped_decode_kernel(
     query_boxes,
-    key_2_boxes,
+    key_boxes,
     value_boxes,
     out_ptr,
     stride_out_b,
@@ -68,9 +68,9 @@ def grouped_decode_kernel(
     stride_query_b,
     stride_query_h,
     stride_query_m,
-    stride_key_2_b,
-    stride_key_2_h,
-    stride_key_2_n,
+    stride_key_b,
+    stride_key_h,
+    stride_key_n,
     stride_value_b,
     stride_value_h,
     stride_value_n,
@@ -103,10 +103,10 @@ def grouped_decode_kernel(
             [stride_query_b, stride_query_h, stride_query_m, 1],
             [1, 1, BLOCK_M, BLOCK_D],
         )
-        key_2_boxes = tl.make_tensor_descriptor(
-            key_2_boxes,
+        key_boxes = tl.make_tensor_descriptor(
+            key_boxes,
             [B, S14, N, 64],
-            [stride_key_2_b, stride_key_2_h, stride_key_2_n, 1],
+            [stride_key_b, stride_key_h, stride_key_n, 1],
             [1, 1, BLOCK_N, BLOCK_D],
         )
         value_boxes = tl.make_tensor_descriptor(
@@ -131,13 +131,13 @@ def grouped_decode_kernel(
     for start in range(0, cut, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         # golden_programs.py:110  key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        key_2 = key_2_boxes.load([b, i, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
+        key = key_boxes.load([b, i, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:111  scores = query @ key.mT / math.sqrt(query.shape[-1])
-        qk = tl.dot(query, tl.trans(key_2))  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(qk, 1) * (1.0 / 8.0))  # [BLOCK_M]
+        qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
+        m_new = tl.maximum(m_i, tl.max(qk, 1) * ((1.0 / 8.0) * LOG2E))  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
-        alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(qk * ((1.0 / 8.0) * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp2(m_i - shift)  # [BLOCK_M]
+        p = tl.exp2(qk * ((1.0 / 8.0) * LOG2E) - shift[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         # golden_programs.py:110  key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         value = value_boxes.load([b, i, start, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
@@ -148,15 +148,15 @@ def grouped_decode_kernel(
     for start in tl.range(cut, last, BLOCK_N, num_stages=1):
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         # golden_programs.py:110  key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        key_2 = key_2_boxes.load([b, i, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
+        key = key_boxes.load([b, i, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:111  scores = query @ key.mT / math.sqrt(query.shape[-1])
-        qk = tl.dot(query, tl.trans(key_2))  # [BLOCK_M, BLOCK_N]
+        qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         mask = offs_n[None, :] <= i_2[:, None]  # [BLOCK_M, BLOCK_N]
         qk_2 = tl.where((offs_n[None, :] < N) & mask, qk, NEG_INF)  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(qk_2, 1) * (1.0 / 8.0))  # [BLOCK_M]
+        m_new = tl.maximum(m_i, tl.max(qk_2, 1) * ((1.0 / 8.0) * LOG2E))  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
-        alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(qk_2 * ((1.0 / 8.0) * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp2(m_i - shift)  # [BLOCK_M]
+        p = tl.exp2(qk_2 * ((1.0 / 8.0) * LOG2E) - shift[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         # golden_programs.py:110  key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         value = value_boxes.load([b, i, start, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
@@ -177,7 +177,7 @@ def grouped_decode_kernel(
 @triton.jit
 def grouped_decode_part_kernel(
     query_ptr,
-    key_2_boxes,
+    key_boxes,
     value_boxes,
     part_max_ptr,
     part_sum_ptr,
@@ -199,9 +199,9 @@ def grouped_decode_part_kernel(
     stride_part_acc_g,
     stride_part_acc_r,
     stride_part_acc_e,
-    stride_key_2_b,
-    stride_key_2_g,
-    stride_key_2_n,
+    stride_key_b,
+    stride_key_g,
+    stride_key_n,
     stride_value_b,
     stride_value_g,
     stride_value_n,
@@ -233,10 +233,10 @@ def grouped_decode_part_kernel(
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     offs_e = tl.arange(0, BLOCK_E)  # [BLOCK_E]
     if not TMA:  # boxes of tensors by plain loads
-        key_2_boxes = tl.make_tensor_descriptor(
-            key_2_boxes,
+        key_boxes = tl.make_tensor_descriptor(
+            key_boxes,
             [B, S14, N, 64],
-            [stride_key_2_b, stride_key_2_g, stride_key_2_n, 1],
+            [stride_key_b, stride_key_g, stride_key_n, 1],
             [1, 1, BLOCK_N, BLOCK_D],
         )
         value_boxes = tl.make_tensor_descriptor(
@@ -276,9 +276,9 @@ def grouped_decode_part_kernel(
     for start in range(begin, cut, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         # golden_programs.py:110  key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        key_2 = key_2_boxes.load([b, g, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
+        key = key_boxes.load([b, g, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:111  scores = query @ key.mT / math.sqrt(query.shape[-1])
-        qk = tl.dot(query, tl.trans(key_2))  # [BLOCK_R, BLOCK_N]
+        qk = tl.dot(query, tl.trans(key))  # [BLOCK_R, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(qk, 1) * (1.0 / 8.0))  # [BLOCK_R]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_R]
         alpha = tl.exp(m_i - shift)  # [BLOCK_R]
@@ -293,9 +293,9 @@ def grouped_decode_part_kernel(
     for start in tl.range(cut, end, BLOCK_N, num_stages=1):
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         # golden_programs.py:110  key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        key_2 = key_2_boxes.load([b, g, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
+        key = key_boxes.load([b, g, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:111  scores = query @ key.mT / math.sqrt(query.shape[-1])
-        qk = tl.dot(query, tl.trans(key_2))  # [BLOCK_R, BLOCK_N]
+        qk = tl.dot(query, tl.trans(key))  # [BLOCK_R, BLOCK_N]
         mask = offs_n[None, :] <= i_3[:, None]  # [BLOCK_R, BLOCK_N]
         qk_2 = tl.where((offs_n[None, :] < N) & mask, qk, NEG_INF)  # [BLOCK_R, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(qk_2, 1) * (1.0 / 8.0))  # [BLOCK_R]
@@ -435,16 +435,16 @@ def grouped_decode_merge_kernel(
     )
 
 
-def reference(query, key_2, value):
+def reference(query, key, value):
     """The same chain in eager PyTorch: what runs on a CPU, and what the kernel is tested against."""
     M = query.shape[2]
-    N = key_2.shape[2]
+    N = key.shape[2]
     H = query.shape[1]
     B = query.shape[0]
-    S14 = key_2.shape[1]
-    key = torch.ops.aten.repeat_interleave.self_int(key_2, H // S14, 1)
+    S14 = key.shape[1]
+    key_2 = torch.ops.aten.repeat_interleave.self_int(key, H // S14, 1)
     value_2 = torch.ops.aten.repeat_interleave.self_int(value, H // S14, 1)
-    m_t = key.mT
+    m_t = key_2.mT
     matmul = query @ m_t
     scores = matmul / 8.0
     arange = torch.arange(M, device=query.device)
@@ -531,28 +531,28 @@ def described(t, box):
     return TensorDescriptor(t, t.shape, [*steps, 1], box)
 
 
-def launch(query, key_2, value):
+def launch(query, key, value):
     """Runs the kernel.
 
     query: (B, H, M, 64), torch.float16, any strides
-    key_2: (B, S14, N, 64), torch.float16, any strides
+    key: (B, S14, N, 64), torch.float16, any strides
     value: (B, S14, N, 64), torch.float16, any strides
     Returns (B, H, M, 64) torch.float16.
     Raises ValueError for other shapes or dtypes, and NotImplementedError where a gradient would be lost.
     """
-    if torch.is_grad_enabled() and any(t.requires_grad for t in [query, key_2, value]):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in [query, key, value]):
         raise NotImplementedError("the kernel has no backward: call it under torch.no_grad()")
-    key = (
+    alike = (
         query.shape,
         query.stride(),
         query.dtype,
         query.device,
         query.data_ptr() % 16,
-        key_2.shape,
-        key_2.stride(),
-        key_2.dtype,
-        key_2.device,
-        key_2.data_ptr() % 16,
+        key.shape,
+        key.stride(),
+        key.dtype,
+        key.device,
+        key.data_ptr() % 16,
         value.shape,
         value.stride(),
         value.dtype,
@@ -560,30 +560,30 @@ def launch(query, key_2, value):
         value.data_ptr() % 16,
     )
     with torch.cuda.device_of(query):
-        if key not in PREPARED:
+        if alike not in PREPARED:
             if len(PREPARED) == 256:
                 PREPARED.clear()
-            PREPARED[key] = prepared(query, key_2, value)
-        return PREPARED[key](query, key_2, value)
+            PREPARED[alike] = prepared(query, key, value)
+        return PREPARED[alike](query, key, value)
 
 
 PREPARED = {}  # what launches the kernels for arguments that lie in memory alike
 
 
-def prepared(query, key_2, value):
+def prepared(query, key, value):
     """Checks arguments, and settles everything but the tensors: sizes, strides, tiles."""
     M = query.shape[2]
-    N = key_2.shape[2]
+    N = key.shape[2]
     H = query.shape[1]
     B = query.shape[0]
-    S14 = key_2.shape[1]
+    S14 = key.shape[1]
     if tuple(query.shape) != (B, H, M, 64) or query.dtype != torch.float16:
         raise ValueError(
             f"query: expected { (B, H, M, 64) } torch.float16, got {tuple(query.shape)} { query.dtype}"
         )
-    if tuple(key_2.shape) != (B, S14, N, 64) or key_2.dtype != torch.float16:
+    if tuple(key.shape) != (B, S14, N, 64) or key.dtype != torch.float16:
         raise ValueError(
-            f"key_2: expected { (B, S14, N, 64) } torch.float16, got {tuple(key_2.shape)} { key_2.dtype}"
+            f"key: expected { (B, S14, N, 64) } torch.float16, got {tuple(key.shape)} { key.dtype}"
         )
     if tuple(value.shape) != (B, S14, N, 64) or value.dtype != torch.float16:
         raise ValueError(
@@ -602,7 +602,7 @@ def prepared(query, key_2, value):
         part_max = torch.zeros((SPLITS, B, S14, R), device=query.device, dtype=torch.float32)
         part_sum = torch.zeros((SPLITS, B, S14, R), device=query.device, dtype=torch.float32)
         part_acc = torch.zeros((SPLITS, B, S14, R, 64), device=query.device, dtype=torch.float32)
-        key_2_boxes = in_rows(key_2)
+        key_boxes = in_rows(key)
         value_boxes = in_rows(value)
         stride_query_b, stride_query_g, stride_query_r, stride_query_d = (
             query.stride(0),
@@ -629,10 +629,10 @@ def prepared(query, key_2, value):
             part_acc.stride(3),
             part_acc.stride(4),
         )
-        stride_key_2_b, stride_key_2_g, stride_key_2_n = (
-            key_2_boxes.stride(0),
-            key_2_boxes.stride(1),
-            key_2_boxes.stride(2),
+        stride_key_b, stride_key_g, stride_key_n = (
+            key_boxes.stride(0),
+            key_boxes.stride(1),
+            key_boxes.stride(2),
         )
         stride_value_b, stride_value_g, stride_value_n = (
             value_boxes.stride(0),
@@ -643,10 +643,10 @@ def prepared(query, key_2, value):
         def grouped_decode_part_programs(config):
             return triton.cdiv(R, config["BLOCK_R"]) * (B) * (S14) * (SPLITS)
 
-        def grouped_decode_part_run(config, query, key_2_boxes, value_boxes, part_max, part_sum, part_acc):
+        def grouped_decode_part_run(config, query, key_boxes, value_boxes, part_max, part_sum, part_acc):
             args = (
                 query,
-                described(key_2_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_D"])),
+                described(key_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_D"])),
                 described(value_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_E"])),
                 part_max,
                 part_sum,
@@ -668,9 +668,9 @@ def prepared(query, key_2, value):
                 stride_part_acc_g,
                 stride_part_acc_r,
                 stride_part_acc_e,
-                stride_key_2_b,
-                stride_key_2_g,
-                stride_key_2_n,
+                stride_key_b,
+                stride_key_g,
+                stride_key_n,
                 stride_value_b,
                 stride_value_g,
                 stride_value_n,
@@ -681,7 +681,7 @@ def prepared(query, key_2, value):
                 SPLITS,
                 R,
                 S14,
-                has_tma(key_2_boxes.device),
+                has_tma(key_boxes.device),
             )
             launched(
                 ready, grouped_decode_part_kernel, grouped_decode_part_programs(config), args, config, config
@@ -692,7 +692,7 @@ def prepared(query, key_2, value):
             grouped_decode_part_config = fastest(
                 CONFIGS_PART,
                 lambda config: grouped_decode_part_run(
-                    config, query, key_2_boxes, value_boxes, part_max, part_sum, part_acc
+                    config, query, key_boxes, value_boxes, part_max, part_sum, part_acc
                 ),
                 grouped_decode_part_programs,
                 query.device,
@@ -775,7 +775,7 @@ def prepared(query, key_2, value):
         grouped_decode_merge_config = CONFIGS_MERGE[0]
     else:
         query_boxes = in_rows(query)
-        key_2_boxes = in_rows(key_2)
+        key_boxes = in_rows(key)
         value_boxes = in_rows(value)
         stride_out_b, stride_out_h, stride_out_m, stride_out_e = (
             out.stride(0),
@@ -788,10 +788,10 @@ def prepared(query, key_2, value):
             query_boxes.stride(1),
             query_boxes.stride(2),
         )
-        stride_key_2_b, stride_key_2_h, stride_key_2_n = (
-            key_2_boxes.stride(0),
-            key_2_boxes.stride(1),
-            key_2_boxes.stride(2),
+        stride_key_b, stride_key_h, stride_key_n = (
+            key_boxes.stride(0),
+            key_boxes.stride(1),
+            key_boxes.stride(2),
         )
         stride_value_b, stride_value_h, stride_value_n = (
             value_boxes.stride(0),
@@ -802,10 +802,10 @@ def prepared(query, key_2, value):
         def grouped_decode_programs(config):
             return triton.cdiv(M, config["BLOCK_M"]) * (B) * (H)
 
-        def grouped_decode_run(config, query_boxes, key_2_boxes, value_boxes, out):
+        def grouped_decode_run(config, query_boxes, key_boxes, value_boxes, out):
             args = (
                 described(query_boxes, (1, 1, config["BLOCK_M"], config["BLOCK_D"])),
-                described(key_2_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_D"])),
+                described(key_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_D"])),
                 described(value_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_E"])),
                 out,
                 stride_out_b,
@@ -815,9 +815,9 @@ def prepared(query, key_2, value):
                 stride_query_b,
                 stride_query_h,
                 stride_query_m,
-                stride_key_2_b,
-                stride_key_2_h,
-                stride_key_2_n,
+                stride_key_b,
+                stride_key_h,
+                stride_key_n,
                 stride_value_b,
                 stride_value_h,
                 stride_value_n,
@@ -834,7 +834,7 @@ def prepared(query, key_2, value):
         if grouped_decode_programs(grouped_decode_config):
             grouped_decode_config = fastest(
                 CONFIGS,
-                lambda config: grouped_decode_run(config, query_boxes, key_2_boxes, value_boxes, out),
+                lambda config: grouped_decode_run(config, query_boxes, key_boxes, value_boxes, out),
                 grouped_decode_programs,
                 query_boxes.device,
                 "grouped_decode",
@@ -844,26 +844,26 @@ def prepared(query, key_2, value):
                 N,
             )
 
-    def go(query, key_2, value):
+    def go(query, key, value):
         out = torch.empty((B, H, M, 64), device=query.device, dtype=torch.float16)
         if grouped_decode_few:
             part_max = torch.empty((SPLITS, B, S14, R), device=query.device, dtype=torch.float32)
             part_sum = torch.empty((SPLITS, B, S14, R), device=query.device, dtype=torch.float32)
             part_acc = torch.empty((SPLITS, B, S14, R, 64), device=query.device, dtype=torch.float32)
-            key_2_boxes = in_rows(key_2)
+            key_boxes = in_rows(key)
             value_boxes = in_rows(value)
             if grouped_decode_part_programs(grouped_decode_part_config):
                 grouped_decode_part_run(
-                    grouped_decode_part_config, query, key_2_boxes, value_boxes, part_max, part_sum, part_acc
+                    grouped_decode_part_config, query, key_boxes, value_boxes, part_max, part_sum, part_acc
                 )
             if grouped_decode_merge_programs(grouped_decode_merge_config):
                 grouped_decode_merge_run(grouped_decode_merge_config, part_max, part_sum, part_acc, out)
         else:
             query_boxes = in_rows(query)
-            key_2_boxes = in_rows(key_2)
+            key_boxes = in_rows(key)
             value_boxes = in_rows(value)
             if grouped_decode_programs(grouped_decode_config):
-                grouped_decode_run(grouped_decode_config, query_boxes, key_2_boxes, value_boxes, out)
+                grouped_decode_run(grouped_decode_config, query_boxes, key_boxes, value_boxes, out)
         return out
 
     return go
@@ -888,12 +888,12 @@ def _on_cpu(*args):
     return launch(*args) if runs else reference(*args)
 
 
-def _fake(query, key_2, value):
+def _fake(query, key, value):
     M = query.shape[2]
-    N = key_2.shape[2]
+    N = key.shape[2]
     H = query.shape[1]
     B = query.shape[0]
-    S14 = key_2.shape[1]
+    S14 = key.shape[1]
     return torch.empty((B, H, M, 64), device=query.device, dtype=torch.float16)
 
 
@@ -901,12 +901,12 @@ def _fake(query, key_2, value):
 OP = "grouped_decode_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
-    LIBRARY.define(OP + "(Tensor query, Tensor key_2, Tensor value) -> (Tensor)")
+    LIBRARY.define(OP + "(Tensor query, Tensor key, Tensor value) -> (Tensor)")
     LIBRARY.impl(OP, launch, "CUDA")
     LIBRARY.impl(OP, _on_cpu, "CPU")
     torch.library.register_fake("flashlight::" + OP, _fake, lib=LIBRARY)
 
 
-def grouped_decode(query, key_2, value):
+def grouped_decode(query, key, value):
     """The chain as a `torch.library` op: what the patched module calls."""
-    return getattr(torch.ops.flashlight, OP)(query, key_2, value)
+    return getattr(torch.ops.flashlight, OP)(query, key, value)

@@ -3,9 +3,9 @@
 Written from golden_programs.py:27-42 (sha256 685f22a3da8d).
 
 Math
-    m_i[b, m, h] = max_{n | n <= m & m - n < 128} (sum_r0_0 query[b, m, h, d] * key_2[b, n, h // 4, d]) * 0.0883883
-    l_i[b, m, h] = sum_{n | n <= m & m - n < 128} exp((sum_r0_0 query[b, m, h, d] * key_2[b, n, h // 4, d]) * 0.0883883 - m_i[b, m, h])
-    acc[b, m, h, e] = sum_{n | n <= m & m - n < 128} exp((sum_r0_0 query[b, m, h, d] * key_2[b, n, h // 4, d]) * 0.0883883 - m_i[b, m, h]) * value[b, n, h // 4, e]
+    m_i[b, m, h] = max_{n | n <= m & m - n < 128} (sum_r0_0 query[b, m, h, d] * key[b, n, h // 4, d]) * 0.0883883
+    l_i[b, m, h] = sum_{n | n <= m & m - n < 128} exp((sum_r0_0 query[b, m, h, d] * key[b, n, h // 4, d]) * 0.0883883 - m_i[b, m, h])
+    acc[b, m, h, e] = sum_{n | n <= m & m - n < 128} exp((sum_r0_0 query[b, m, h, d] * key[b, n, h // 4, d]) * 0.0883883 - m_i[b, m, h]) * value[b, n, h // 4, e]
     einsum_1[b, m, h, e] = acc[b, m, h, e] / l_i[b, m, h]
 
 Why one sweep is enough
@@ -13,7 +13,7 @@ Why one sweep is enough
     hoist: factors that do not depend on the stream are taken out of the sum
     proved on 5 random cases, stream in blocks and in halves
 
-Fixed: D = 128, E = 128. Known at the call: M (query.shape[1]), N (key_2.shape[1]), H (query.shape[2]), B (query.shape[0]), S0 (key_2.shape[2]).
+Fixed: D = 128, E = 128. Known at the call: M (query.shape[1]), N (key.shape[1]), H (query.shape[2]), B (query.shape[0]), S0 (key.shape[2]).
 Regenerate: flashlight-rewrite golden_programs.py
 """
 
@@ -42,7 +42,7 @@ CONFIGS = (
 @triton.jit
 def grouped_window_kernel(
     query_boxes,
-    key_2_boxes,
+    key_boxes,
     value_boxes,
     out_ptr,
     stride_out_b,
@@ -52,9 +52,9 @@ def grouped_window_kernel(
     stride_query_b,
     stride_query_m,
     stride_query_h,
-    stride_key_2_b,
-    stride_key_2_n,
-    stride_key_2_h,
+    stride_key_b,
+    stride_key_n,
+    stride_key_h,
     stride_value_b,
     stride_value_n,
     stride_value_h,
@@ -86,10 +86,10 @@ def grouped_window_kernel(
             [stride_query_b, stride_query_m, stride_query_h, 1],
             [1, BLOCK_M, 1, BLOCK_D],
         )
-        key_2_boxes = tl.make_tensor_descriptor(
-            key_2_boxes,
+        key_boxes = tl.make_tensor_descriptor(
+            key_boxes,
             [B, N, S0, 128],
-            [stride_key_2_b, stride_key_2_n, stride_key_2_h, 1],
+            [stride_key_b, stride_key_n, stride_key_h, 1],
             [1, BLOCK_N, 1, BLOCK_D],
         )
         value_boxes = tl.make_tensor_descriptor(
@@ -114,13 +114,13 @@ def grouped_window_kernel(
     for start in range(whole, cut, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         # golden_programs.py:35  key = key.repeat_interleave(self.group, dim=2)
-        key_2 = key_2_boxes.load([b, start, i, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
+        key = key_boxes.load([b, start, i, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:37  scores = torch.einsum("bmhd,bnhd->bhmn", query, key) * query.shape[-1] ** -0.5
-        qk = tl.dot(query, tl.trans(key_2))  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(qk, 1) * 0.08838834764831845)  # [BLOCK_M]
+        qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
+        m_new = tl.maximum(m_i, tl.max(qk, 1) * (0.08838834764831845 * LOG2E))  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
-        alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(qk * (0.08838834764831845 * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp2(m_i - shift)  # [BLOCK_M]
+        p = tl.exp2(qk * (0.08838834764831845 * LOG2E) - shift[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         # golden_programs.py:36  value = value.repeat_interleave(self.group, dim=2)
         value = value_boxes.load([b, start, i, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
@@ -132,19 +132,19 @@ def grouped_window_kernel(
         start = turn + tl.where(turn < whole, 0, cut - whole)
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         # golden_programs.py:35  key = key.repeat_interleave(self.group, dim=2)
-        key_2 = key_2_boxes.load([b, start, i, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
+        key = key_boxes.load([b, start, i, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:37  scores = torch.einsum("bmhd,bnhd->bhmn", query, key) * query.shape[-1] ** -0.5
-        qk = tl.dot(query, tl.trans(key_2))  # [BLOCK_M, BLOCK_N]
+        qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:40  seen = (j <= i) & (i - j < self.window)
         seen = (offs_n[None, :] <= offs_m[:, None]) & (
             offs_m[:, None] - offs_n[None, :] < 128
         )  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:37  scores = torch.einsum("bmhd,bnhd->bhmn", query, key) * query.shape[-1] ** -0.5
         qk_2 = tl.where((offs_n[None, :] < N) & seen, qk, NEG_INF)  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(qk_2, 1) * 0.08838834764831845)  # [BLOCK_M]
+        m_new = tl.maximum(m_i, tl.max(qk_2, 1) * (0.08838834764831845 * LOG2E))  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
-        alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(qk_2 * (0.08838834764831845 * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp2(m_i - shift)  # [BLOCK_M]
+        p = tl.exp2(qk_2 * (0.08838834764831845 * LOG2E) - shift[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         # golden_programs.py:36  value = value.repeat_interleave(self.group, dim=2)
         value = value_boxes.load([b, start, i, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
@@ -162,16 +162,16 @@ def grouped_window_kernel(
     )
 
 
-def reference(query, key_2, value):
+def reference(query, key, value):
     """The same chain in eager PyTorch: what runs on a CPU, and what the kernel is tested against."""
     M = query.shape[1]
-    N = key_2.shape[1]
+    N = key.shape[1]
     H = query.shape[2]
     B = query.shape[0]
-    S0 = key_2.shape[2]
-    key = key_2.repeat_interleave(4, 2)
+    S0 = key.shape[2]
+    key_2 = key.repeat_interleave(4, 2)
     value_2 = value.repeat_interleave(4, 2)
-    einsum = torch.einsum("bmhd,bnhd->bhmn", [query, key])
+    einsum = torch.einsum("bmhd,bnhd->bhmn", [query, key_2])
     scores = einsum * 0.08838834764831845
     arange = torch.arange(M, device=query.device)
     i = arange.unsqueeze(1)
@@ -259,28 +259,28 @@ def described(t, box):
     return TensorDescriptor(t, t.shape, [*steps, 1], box)
 
 
-def launch(query, key_2, value):
+def launch(query, key, value):
     """Runs the kernel.
 
     query: (B, M, H, 128), torch.float16, any strides
-    key_2: (B, N, S0, 128), torch.float16, any strides
+    key: (B, N, S0, 128), torch.float16, any strides
     value: (B, N, S0, 128), torch.float16, any strides
     Returns (B, M, H, 128) torch.float16.
     Raises ValueError for other shapes or dtypes, and NotImplementedError where a gradient would be lost.
     """
-    if torch.is_grad_enabled() and any(t.requires_grad for t in [query, key_2, value]):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in [query, key, value]):
         raise NotImplementedError("the kernel has no backward: call it under torch.no_grad()")
-    key = (
+    alike = (
         query.shape,
         query.stride(),
         query.dtype,
         query.device,
         query.data_ptr() % 16,
-        key_2.shape,
-        key_2.stride(),
-        key_2.dtype,
-        key_2.device,
-        key_2.data_ptr() % 16,
+        key.shape,
+        key.stride(),
+        key.dtype,
+        key.device,
+        key.data_ptr() % 16,
         value.shape,
         value.stride(),
         value.dtype,
@@ -288,30 +288,30 @@ def launch(query, key_2, value):
         value.data_ptr() % 16,
     )
     with torch.cuda.device_of(query):
-        if key not in PREPARED:
+        if alike not in PREPARED:
             if len(PREPARED) == 256:
                 PREPARED.clear()
-            PREPARED[key] = prepared(query, key_2, value)
-        return PREPARED[key](query, key_2, value)
+            PREPARED[alike] = prepared(query, key, value)
+        return PREPARED[alike](query, key, value)
 
 
 PREPARED = {}  # what launches the kernels for arguments that lie in memory alike
 
 
-def prepared(query, key_2, value):
+def prepared(query, key, value):
     """Checks arguments, and settles everything but the tensors: sizes, strides, tiles."""
     M = query.shape[1]
-    N = key_2.shape[1]
+    N = key.shape[1]
     H = query.shape[2]
     B = query.shape[0]
-    S0 = key_2.shape[2]
+    S0 = key.shape[2]
     if tuple(query.shape) != (B, M, H, 128) or query.dtype != torch.float16:
         raise ValueError(
             f"query: expected { (B, M, H, 128) } torch.float16, got {tuple(query.shape)} { query.dtype}"
         )
-    if tuple(key_2.shape) != (B, N, S0, 128) or key_2.dtype != torch.float16:
+    if tuple(key.shape) != (B, N, S0, 128) or key.dtype != torch.float16:
         raise ValueError(
-            f"key_2: expected { (B, N, S0, 128) } torch.float16, got {tuple(key_2.shape)} { key_2.dtype}"
+            f"key: expected { (B, N, S0, 128) } torch.float16, got {tuple(key.shape)} { key.dtype}"
         )
     if tuple(value.shape) != (B, N, S0, 128) or value.dtype != torch.float16:
         raise ValueError(
@@ -322,7 +322,7 @@ def prepared(query, key_2, value):
     ready = {}
     out = torch.zeros((B, H, M, 128), device=query.device, dtype=torch.float16).permute(0, 2, 1, 3)
     query_boxes = in_rows(query)
-    key_2_boxes = in_rows(key_2)
+    key_boxes = in_rows(key)
     value_boxes = in_rows(value)
     stride_out_b, stride_out_m, stride_out_h, stride_out_e = (
         out.stride(0),
@@ -335,11 +335,7 @@ def prepared(query, key_2, value):
         query_boxes.stride(1),
         query_boxes.stride(2),
     )
-    stride_key_2_b, stride_key_2_n, stride_key_2_h = (
-        key_2_boxes.stride(0),
-        key_2_boxes.stride(1),
-        key_2_boxes.stride(2),
-    )
+    stride_key_b, stride_key_n, stride_key_h = key_boxes.stride(0), key_boxes.stride(1), key_boxes.stride(2)
     stride_value_b, stride_value_n, stride_value_h = (
         value_boxes.stride(0),
         value_boxes.stride(1),
@@ -349,10 +345,10 @@ def prepared(query, key_2, value):
     def grouped_window_programs(config):
         return triton.cdiv(M, config["BLOCK_M"]) * (B) * (H)
 
-    def grouped_window_run(config, query_boxes, key_2_boxes, value_boxes, out):
+    def grouped_window_run(config, query_boxes, key_boxes, value_boxes, out):
         args = (
             described(query_boxes, (1, config["BLOCK_M"], 1, config["BLOCK_D"])),
-            described(key_2_boxes, (1, config["BLOCK_N"], 1, config["BLOCK_D"])),
+            described(key_boxes, (1, config["BLOCK_N"], 1, config["BLOCK_D"])),
             described(value_boxes, (1, config["BLOCK_N"], 1, config["BLOCK_E"])),
             out,
             stride_out_b,
@@ -362,9 +358,9 @@ def prepared(query, key_2, value):
             stride_query_b,
             stride_query_m,
             stride_query_h,
-            stride_key_2_b,
-            stride_key_2_n,
-            stride_key_2_h,
+            stride_key_b,
+            stride_key_n,
+            stride_key_h,
             stride_value_b,
             stride_value_n,
             stride_value_h,
@@ -381,7 +377,7 @@ def prepared(query, key_2, value):
     if grouped_window_programs(grouped_window_config):
         grouped_window_config = fastest(
             CONFIGS,
-            lambda config: grouped_window_run(config, query_boxes, key_2_boxes, value_boxes, out),
+            lambda config: grouped_window_run(config, query_boxes, key_boxes, value_boxes, out),
             grouped_window_programs,
             query_boxes.device,
             "grouped_window",
@@ -391,13 +387,13 @@ def prepared(query, key_2, value):
             N,
         )
 
-    def go(query, key_2, value):
+    def go(query, key, value):
         out = torch.empty((B, H, M, 128), device=query.device, dtype=torch.float16).permute(0, 2, 1, 3)
         query_boxes = in_rows(query)
-        key_2_boxes = in_rows(key_2)
+        key_boxes = in_rows(key)
         value_boxes = in_rows(value)
         if grouped_window_programs(grouped_window_config):
-            grouped_window_run(grouped_window_config, query_boxes, key_2_boxes, value_boxes, out)
+            grouped_window_run(grouped_window_config, query_boxes, key_boxes, value_boxes, out)
         return out
 
     return go
@@ -422,12 +418,12 @@ def _on_cpu(*args):
     return launch(*args) if runs else reference(*args)
 
 
-def _fake(query, key_2, value):
+def _fake(query, key, value):
     M = query.shape[1]
-    N = key_2.shape[1]
+    N = key.shape[1]
     H = query.shape[2]
     B = query.shape[0]
-    S0 = key_2.shape[2]
+    S0 = key.shape[2]
     return torch.empty((B, H, M, 128), device=query.device, dtype=torch.float16).permute(0, 2, 1, 3)
 
 
@@ -435,12 +431,12 @@ def _fake(query, key_2, value):
 OP = "grouped_window_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
-    LIBRARY.define(OP + "(Tensor query, Tensor key_2, Tensor value) -> (Tensor)")
+    LIBRARY.define(OP + "(Tensor query, Tensor key, Tensor value) -> (Tensor)")
     LIBRARY.impl(OP, launch, "CUDA")
     LIBRARY.impl(OP, _on_cpu, "CPU")
     torch.library.register_fake("flashlight::" + OP, _fake, lib=LIBRARY)
 
 
-def grouped_window(query, key_2, value):
+def grouped_window(query, key, value):
     """The chain as a `torch.library` op: what the patched module calls."""
-    return getattr(torch.ops.flashlight, OP)(query, key_2, value)
+    return getattr(torch.ops.flashlight, OP)(query, key, value)

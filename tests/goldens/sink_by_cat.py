@@ -3,9 +3,9 @@
 Written from golden_programs.py:45-56 (sha256 07da00969b08).
 
 Math
-    m_i[b, h, m] = max_n (sum_r0_0 query[b, h, m, d] * key_2[b, h, d, n]) * 0.125
-    l_i[b, h, m] = sum_n exp((sum_r0_0 query[b, h, m, d] * key_2[b, h, d, n]) * 0.125 - maximum(m_i[b, h, m], sinks[0, h, 0, 0]))
-    acc[b, h, m, e] = sum_n exp((sum_r0_0 query[b, h, m, d] * key_2[b, h, d, n]) * 0.125 - maximum(m_i[b, h, m], sinks[0, h, 0, 0])) * value[b, h, n, e]
+    m_i[b, h, m] = max_n (sum_r0_0 query[b, h, m, d] * key[b, h, d, n]) * 0.125
+    l_i[b, h, m] = sum_n exp((sum_r0_0 query[b, h, m, d] * key[b, h, d, n]) * 0.125 - maximum(m_i[b, h, m], sinks[0, h, 0, 0]))
+    acc[b, h, m, e] = sum_n exp((sum_r0_0 query[b, h, m, d] * key[b, h, d, n]) * 0.125 - maximum(m_i[b, h, m], sinks[0, h, 0, 0])) * value[b, h, n, e]
     matmul_1[b, h, m, e] = where(maximum(m_i[b, h, m], sinks[0, h, 0, 0]) == -inf, nan, acc[b, h, m, e]) / (where(maximum(m_i[b, h, m], sinks[0, h, 0, 0]) == -inf, nan, l_i[b, h, m]) + exp(sinks[0, h, 0, 0] - maximum(m_i[b, h, m], sinks[0, h, 0, 0])))
 
 Why one sweep is enough
@@ -13,7 +13,7 @@ Why one sweep is enough
     hoist: factors that do not depend on the stream are taken out of the sum
     proved on 3 random cases, stream in blocks and in halves
 
-Fixed: H = 4, D = 64, E = 64. Known at the call: M (query.shape[2]), N (key_2.shape[3]), B (query.shape[0]).
+Fixed: H = 4, D = 64, E = 64. Known at the call: M (query.shape[2]), N (key.shape[3]), B (query.shape[0]).
 Regenerate: flashlight-rewrite golden_programs.py
 """
 
@@ -52,7 +52,7 @@ def maximum(x, y):
 def sink_by_cat_kernel(
     sinks_ptr,
     query_boxes,
-    key_2_boxes,
+    key_boxes,
     value_boxes,
     out_ptr,
     stride_sinks_h,
@@ -63,9 +63,9 @@ def sink_by_cat_kernel(
     stride_query_b,
     stride_query_h,
     stride_query_m,
-    stride_key_2_b,
-    stride_key_2_h,
-    stride_key_2_n,
+    stride_key_b,
+    stride_key_h,
+    stride_key_n,
     stride_value_b,
     stride_value_h,
     stride_value_n,
@@ -95,11 +95,8 @@ def sink_by_cat_kernel(
             [stride_query_b, stride_query_h, stride_query_m, 1],
             [1, 1, BLOCK_M, BLOCK_D],
         )
-        key_2_boxes = tl.make_tensor_descriptor(
-            key_2_boxes,
-            [B, 4, N, 64],
-            [stride_key_2_b, stride_key_2_h, stride_key_2_n, 1],
-            [1, 1, BLOCK_N, BLOCK_D],
+        key_boxes = tl.make_tensor_descriptor(
+            key_boxes, [B, 4, N, 64], [stride_key_b, stride_key_h, stride_key_n, 1], [1, 1, BLOCK_N, BLOCK_D]
         )
         value_boxes = tl.make_tensor_descriptor(
             value_boxes,
@@ -118,9 +115,9 @@ def sink_by_cat_kernel(
     full = N // BLOCK_N * BLOCK_N
     for start in range(0, full, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        key_2 = key_2_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
+        key = key_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:53  scores = query @ key.mT * query.shape[-1] ** -0.5
-        qk = tl.dot(query, tl.trans(key_2))  # [BLOCK_M, BLOCK_N]
+        qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(qk, 1) * 0.125)  # [BLOCK_M]
         x = maximum(m_new, sinks.to(tl.float32))  # [BLOCK_M]
         shift = tl.where(x == NEG_INF, 0.0, x)  # [BLOCK_M]
@@ -135,9 +132,9 @@ def sink_by_cat_kernel(
     # What is left of the stream: positions past its end take no part.
     if full < N:
         offs_n = full + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        key_2 = key_2_boxes.load([b, h, full, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
+        key = key_boxes.load([b, h, full, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:53  scores = query @ key.mT * query.shape[-1] ** -0.5
-        qk = tl.dot(query, tl.trans(key_2))  # [BLOCK_M, BLOCK_N]
+        qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         qk_2 = tl.where(offs_n[None, :] < N, qk, NEG_INF)  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(qk_2, 1) * 0.125)  # [BLOCK_M]
         x = maximum(m_new, sinks.to(tl.float32))  # [BLOCK_M]
@@ -167,12 +164,12 @@ def sink_by_cat_kernel(
     )
 
 
-def reference(query, key_2, sinks, value):
+def reference(query, key, sinks, value):
     """The same chain in eager PyTorch: what runs on a CPU, and what the kernel is tested against."""
     M = query.shape[2]
-    N = key_2.shape[3]
+    N = key.shape[3]
     B = query.shape[0]
-    matmul = query @ key_2
+    matmul = query @ key
     scores = matmul * 0.125
     sinks_2 = sinks.expand(B, 4, M, 1)
     cat = torch.cat([scores, sinks_2], -1)
@@ -254,29 +251,29 @@ def described(t, box):
     return TensorDescriptor(t, t.shape, [*steps, 1], box)
 
 
-def launch(query, key_2, sinks, value):
+def launch(query, key, sinks, value):
     """Runs the kernel.
 
     query: (B, 4, M, 64), torch.float16, any strides
-    key_2: (B, 4, 64, N), torch.float16, any strides
+    key: (B, 4, 64, N), torch.float16, any strides
     sinks: (1, 4, 1, 1), torch.float16, any strides
     value: (B, 4, N, 64), torch.float16, any strides
     Returns (B, 4, M, 64) torch.float16.
     Raises ValueError for other shapes or dtypes, and NotImplementedError where a gradient would be lost.
     """
-    if torch.is_grad_enabled() and any(t.requires_grad for t in [query, key_2, sinks, value]):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in [query, key, sinks, value]):
         raise NotImplementedError("the kernel has no backward: call it under torch.no_grad()")
-    key = (
+    alike = (
         query.shape,
         query.stride(),
         query.dtype,
         query.device,
         query.data_ptr() % 16,
-        key_2.shape,
-        key_2.stride(),
-        key_2.dtype,
-        key_2.device,
-        key_2.data_ptr() % 16,
+        key.shape,
+        key.stride(),
+        key.dtype,
+        key.device,
+        key.data_ptr() % 16,
         sinks.shape,
         sinks.stride(),
         sinks.dtype,
@@ -289,28 +286,28 @@ def launch(query, key_2, sinks, value):
         value.data_ptr() % 16,
     )
     with torch.cuda.device_of(query):
-        if key not in PREPARED:
+        if alike not in PREPARED:
             if len(PREPARED) == 256:
                 PREPARED.clear()
-            PREPARED[key] = prepared(query, key_2, sinks, value)
-        return PREPARED[key](query, key_2, sinks, value)
+            PREPARED[alike] = prepared(query, key, sinks, value)
+        return PREPARED[alike](query, key, sinks, value)
 
 
 PREPARED = {}  # what launches the kernels for arguments that lie in memory alike
 
 
-def prepared(query, key_2, sinks, value):
+def prepared(query, key, sinks, value):
     """Checks arguments, and settles everything but the tensors: sizes, strides, tiles."""
     M = query.shape[2]
-    N = key_2.shape[3]
+    N = key.shape[3]
     B = query.shape[0]
     if tuple(query.shape) != (B, 4, M, 64) or query.dtype != torch.float16:
         raise ValueError(
             f"query: expected { (B, 4, M, 64) } torch.float16, got {tuple(query.shape)} { query.dtype}"
         )
-    if tuple(key_2.shape) != (B, 4, 64, N) or key_2.dtype != torch.float16:
+    if tuple(key.shape) != (B, 4, 64, N) or key.dtype != torch.float16:
         raise ValueError(
-            f"key_2: expected { (B, 4, 64, N) } torch.float16, got {tuple(key_2.shape)} { key_2.dtype}"
+            f"key: expected { (B, 4, 64, N) } torch.float16, got {tuple(key.shape)} { key.dtype}"
         )
     if tuple(sinks.shape) != (1, 4, 1, 1) or sinks.dtype != torch.float16:
         raise ValueError(
@@ -325,7 +322,7 @@ def prepared(query, key_2, sinks, value):
     ready = {}
     out = torch.zeros((B, 4, M, 64), device=query.device, dtype=torch.float16)
     query_boxes = in_rows(query)
-    key_2_boxes = in_rows(key_2.permute(0, 1, 3, 2))
+    key_boxes = in_rows(key.permute(0, 1, 3, 2))
     value_boxes = in_rows(value)
     stride_sinks_h = sinks.stride(1)
     stride_out_b, stride_out_h, stride_out_m, stride_out_e = (
@@ -339,11 +336,7 @@ def prepared(query, key_2, sinks, value):
         query_boxes.stride(1),
         query_boxes.stride(2),
     )
-    stride_key_2_b, stride_key_2_h, stride_key_2_n = (
-        key_2_boxes.stride(0),
-        key_2_boxes.stride(1),
-        key_2_boxes.stride(2),
-    )
+    stride_key_b, stride_key_h, stride_key_n = key_boxes.stride(0), key_boxes.stride(1), key_boxes.stride(2)
     stride_value_b, stride_value_h, stride_value_n = (
         value_boxes.stride(0),
         value_boxes.stride(1),
@@ -353,11 +346,11 @@ def prepared(query, key_2, sinks, value):
     def sink_by_cat_programs(config):
         return triton.cdiv(M, config["BLOCK_M"]) * (B) * (4)
 
-    def sink_by_cat_run(config, sinks, query_boxes, key_2_boxes, value_boxes, out):
+    def sink_by_cat_run(config, sinks, query_boxes, key_boxes, value_boxes, out):
         args = (
             sinks,
             described(query_boxes, (1, 1, config["BLOCK_M"], config["BLOCK_D"])),
-            described(key_2_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_D"])),
+            described(key_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_D"])),
             described(value_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_E"])),
             out,
             stride_sinks_h,
@@ -368,9 +361,9 @@ def prepared(query, key_2, sinks, value):
             stride_query_b,
             stride_query_h,
             stride_query_m,
-            stride_key_2_b,
-            stride_key_2_h,
-            stride_key_2_n,
+            stride_key_b,
+            stride_key_h,
+            stride_key_n,
             stride_value_b,
             stride_value_h,
             stride_value_n,
@@ -385,7 +378,7 @@ def prepared(query, key_2, sinks, value):
     if sink_by_cat_programs(sink_by_cat_config):
         sink_by_cat_config = fastest(
             CONFIGS,
-            lambda config: sink_by_cat_run(config, sinks, query_boxes, key_2_boxes, value_boxes, out),
+            lambda config: sink_by_cat_run(config, sinks, query_boxes, key_boxes, value_boxes, out),
             sink_by_cat_programs,
             sinks.device,
             "sink_by_cat",
@@ -394,13 +387,13 @@ def prepared(query, key_2, sinks, value):
             N,
         )
 
-    def go(query, key_2, sinks, value):
+    def go(query, key, sinks, value):
         out = torch.empty((B, 4, M, 64), device=query.device, dtype=torch.float16)
         query_boxes = in_rows(query)
-        key_2_boxes = in_rows(key_2.permute(0, 1, 3, 2))
+        key_boxes = in_rows(key.permute(0, 1, 3, 2))
         value_boxes = in_rows(value)
         if sink_by_cat_programs(sink_by_cat_config):
-            sink_by_cat_run(sink_by_cat_config, sinks, query_boxes, key_2_boxes, value_boxes, out)
+            sink_by_cat_run(sink_by_cat_config, sinks, query_boxes, key_boxes, value_boxes, out)
         return out
 
     return go
@@ -425,9 +418,9 @@ def _on_cpu(*args):
     return launch(*args) if runs else reference(*args)
 
 
-def _fake(query, key_2, sinks, value):
+def _fake(query, key, sinks, value):
     M = query.shape[2]
-    N = key_2.shape[3]
+    N = key.shape[3]
     B = query.shape[0]
     return torch.empty((B, 4, M, 64), device=query.device, dtype=torch.float16)
 
@@ -436,12 +429,12 @@ def _fake(query, key_2, sinks, value):
 OP = "sink_by_cat_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
-    LIBRARY.define(OP + "(Tensor query, Tensor key_2, Tensor sinks, Tensor value) -> (Tensor)")
+    LIBRARY.define(OP + "(Tensor query, Tensor key, Tensor sinks, Tensor value) -> (Tensor)")
     LIBRARY.impl(OP, launch, "CUDA")
     LIBRARY.impl(OP, _on_cpu, "CPU")
     torch.library.register_fake("flashlight::" + OP, _fake, lib=LIBRARY)
 
 
-def sink_by_cat(query, key_2, sinks, value):
+def sink_by_cat(query, key, sinks, value):
     """The chain as a `torch.library` op: what the patched module calls."""
-    return getattr(torch.ops.flashlight, OP)(query, key_2, sinks, value)
+    return getattr(torch.ops.flashlight, OP)(query, key, sinks, value)

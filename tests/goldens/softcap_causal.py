@@ -3,9 +3,9 @@
 Written from golden_programs.py:15-24 (sha256 273718f833e3).
 
 Math
-    m_i[b, h, m] = max_{n | n < m + 1} tanh((sum_r0_0 query[b, h, m, d] * key_2[b, h, d, n]) / 8 / 30) * 30
-    l_i[b, h, m] = sum_{n | n < m + 1} exp(tanh((sum_r0_0 query[b, h, m, d] * key_2[b, h, d, n]) / 8 / 30) * 30 - m_i[b, h, m])
-    acc[b, h, m, e] = sum_{n | n < m + 1} exp(tanh((sum_r0_0 query[b, h, m, d] * key_2[b, h, d, n]) / 8 / 30) * 30 - m_i[b, h, m]) * value[b, h, n, e]
+    m_i[b, h, m] = max_{n | n < m + 1} tanh((sum_r0_0 query[b, h, m, d] * key[b, h, d, n]) / 8 / 30) * 30
+    l_i[b, h, m] = sum_{n | n < m + 1} exp(tanh((sum_r0_0 query[b, h, m, d] * key[b, h, d, n]) / 8 / 30) * 30 - m_i[b, h, m])
+    acc[b, h, m, e] = sum_{n | n < m + 1} exp(tanh((sum_r0_0 query[b, h, m, d] * key[b, h, d, n]) / 8 / 30) * 30 - m_i[b, h, m]) * value[b, h, n, e]
     matmul_1[b, h, m, e] = acc[b, h, m, e] / l_i[b, h, m]
 
 Why one sweep is enough
@@ -56,7 +56,7 @@ def fast_tanh(x):
 @triton.jit
 def softcap_causal_kernel(
     query_boxes,
-    key_2_boxes,
+    key_boxes,
     value_boxes,
     out_ptr,
     stride_out_b,
@@ -66,9 +66,9 @@ def softcap_causal_kernel(
     stride_query_b,
     stride_query_h,
     stride_query_m,
-    stride_key_2_b,
-    stride_key_2_h,
-    stride_key_2_n,
+    stride_key_b,
+    stride_key_h,
+    stride_key_n,
     stride_value_b,
     stride_value_h,
     stride_value_n,
@@ -99,11 +99,8 @@ def softcap_causal_kernel(
             [stride_query_b, stride_query_h, stride_query_m, 1],
             [1, 1, BLOCK_M, BLOCK_D],
         )
-        key_2_boxes = tl.make_tensor_descriptor(
-            key_2_boxes,
-            [B, H, M, 64],
-            [stride_key_2_b, stride_key_2_h, stride_key_2_n, 1],
-            [1, 1, BLOCK_N, BLOCK_D],
+        key_boxes = tl.make_tensor_descriptor(
+            key_boxes, [B, H, M, 64], [stride_key_b, stride_key_h, stride_key_n, 1], [1, 1, BLOCK_N, BLOCK_D]
         )
         value_boxes = tl.make_tensor_descriptor(
             value_boxes,
@@ -123,15 +120,15 @@ def softcap_causal_kernel(
     # Tiles that no mask cuts.
     for start in range(0, cut, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        key_2 = key_2_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
+        key = key_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:19  scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-        qk = tl.dot(query, tl.trans(key_2))  # [BLOCK_M, BLOCK_N]
+        qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:20  scores = 30.0 * torch.tanh(scores / 30.0)
         x = fast_tanh(qk * ((1.0 / 8.0) * (1.0 / 30.0)))  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(x, 1) * 30.0)  # [BLOCK_M]
+        m_new = tl.maximum(m_i, tl.max(x, 1) * (30.0 * LOG2E))  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
-        alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(x * (30.0 * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp2(m_i - shift)  # [BLOCK_M]
+        p = tl.exp2(x * (30.0 * LOG2E) - shift[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = value_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
@@ -140,18 +137,18 @@ def softcap_causal_kernel(
     # The others that it leaves something of, and the end of the stream: too few for a pipeline.
     for start in tl.range(cut, last, BLOCK_N, num_stages=1):
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        key_2 = key_2_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
+        key = key_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:19  scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-        qk = tl.dot(query, tl.trans(key_2))  # [BLOCK_M, BLOCK_N]
+        qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         mask = offs_n[None, :] < (offs_m + 1)[:, None]  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:20  scores = 30.0 * torch.tanh(scores / 30.0)
         x = tl.where(
             (offs_n[None, :] < M) & mask, fast_tanh(qk * ((1.0 / 8.0) * (1.0 / 30.0))), NEG_INF
         )  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(x, 1) * 30.0)  # [BLOCK_M]
+        m_new = tl.maximum(m_i, tl.max(x, 1) * (30.0 * LOG2E))  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
-        alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(x * (30.0 * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp2(m_i - shift)  # [BLOCK_M]
+        p = tl.exp2(x * (30.0 * LOG2E) - shift[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = value_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
@@ -168,12 +165,12 @@ def softcap_causal_kernel(
     )
 
 
-def reference(query, key_2, value):
+def reference(query, key, value):
     """The same chain in eager PyTorch: what runs on a CPU, and what the kernel is tested against."""
     M = query.shape[2]
     H = query.shape[1]
     B = query.shape[0]
-    matmul = query @ key_2
+    matmul = query @ key
     scores = matmul / 8.0
     div_1 = scores / 30.0
     tanh = div_1.tanh()
@@ -258,28 +255,28 @@ def described(t, box):
     return TensorDescriptor(t, t.shape, [*steps, 1], box)
 
 
-def launch(query, key_2, value):
+def launch(query, key, value):
     """Runs the kernel.
 
     query: (B, H, M, 64), torch.float16, any strides
-    key_2: (B, H, 64, M), torch.float16, any strides
+    key: (B, H, 64, M), torch.float16, any strides
     value: (B, H, M, 64), torch.float16, any strides
     Returns (B, H, M, 64) torch.float16.
     Raises ValueError for other shapes or dtypes, and NotImplementedError where a gradient would be lost.
     """
-    if torch.is_grad_enabled() and any(t.requires_grad for t in [query, key_2, value]):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in [query, key, value]):
         raise NotImplementedError("the kernel has no backward: call it under torch.no_grad()")
-    key = (
+    alike = (
         query.shape,
         query.stride(),
         query.dtype,
         query.device,
         query.data_ptr() % 16,
-        key_2.shape,
-        key_2.stride(),
-        key_2.dtype,
-        key_2.device,
-        key_2.data_ptr() % 16,
+        key.shape,
+        key.stride(),
+        key.dtype,
+        key.device,
+        key.data_ptr() % 16,
         value.shape,
         value.stride(),
         value.dtype,
@@ -287,17 +284,17 @@ def launch(query, key_2, value):
         value.data_ptr() % 16,
     )
     with torch.cuda.device_of(query):
-        if key not in PREPARED:
+        if alike not in PREPARED:
             if len(PREPARED) == 256:
                 PREPARED.clear()
-            PREPARED[key] = prepared(query, key_2, value)
-        return PREPARED[key](query, key_2, value)
+            PREPARED[alike] = prepared(query, key, value)
+        return PREPARED[alike](query, key, value)
 
 
 PREPARED = {}  # what launches the kernels for arguments that lie in memory alike
 
 
-def prepared(query, key_2, value):
+def prepared(query, key, value):
     """Checks arguments, and settles everything but the tensors: sizes, strides, tiles."""
     M = query.shape[2]
     H = query.shape[1]
@@ -306,9 +303,9 @@ def prepared(query, key_2, value):
         raise ValueError(
             f"query: expected { (B, H, M, 64) } torch.float16, got {tuple(query.shape)} { query.dtype}"
         )
-    if tuple(key_2.shape) != (B, H, 64, M) or key_2.dtype != torch.float16:
+    if tuple(key.shape) != (B, H, 64, M) or key.dtype != torch.float16:
         raise ValueError(
-            f"key_2: expected { (B, H, 64, M) } torch.float16, got {tuple(key_2.shape)} { key_2.dtype}"
+            f"key: expected { (B, H, 64, M) } torch.float16, got {tuple(key.shape)} { key.dtype}"
         )
     if tuple(value.shape) != (B, H, M, 64) or value.dtype != torch.float16:
         raise ValueError(
@@ -319,7 +316,7 @@ def prepared(query, key_2, value):
     ready = {}
     out = torch.zeros((B, H, M, 64), device=query.device, dtype=torch.float16)
     query_boxes = in_rows(query)
-    key_2_boxes = in_rows(key_2.permute(0, 1, 3, 2))
+    key_boxes = in_rows(key.permute(0, 1, 3, 2))
     value_boxes = in_rows(value)
     stride_out_b, stride_out_h, stride_out_m, stride_out_e = (
         out.stride(0),
@@ -332,11 +329,7 @@ def prepared(query, key_2, value):
         query_boxes.stride(1),
         query_boxes.stride(2),
     )
-    stride_key_2_b, stride_key_2_h, stride_key_2_n = (
-        key_2_boxes.stride(0),
-        key_2_boxes.stride(1),
-        key_2_boxes.stride(2),
-    )
+    stride_key_b, stride_key_h, stride_key_n = key_boxes.stride(0), key_boxes.stride(1), key_boxes.stride(2)
     stride_value_b, stride_value_h, stride_value_n = (
         value_boxes.stride(0),
         value_boxes.stride(1),
@@ -346,10 +339,10 @@ def prepared(query, key_2, value):
     def softcap_causal_programs(config):
         return triton.cdiv(M, config["BLOCK_M"]) * (B) * (H)
 
-    def softcap_causal_run(config, query_boxes, key_2_boxes, value_boxes, out):
+    def softcap_causal_run(config, query_boxes, key_boxes, value_boxes, out):
         args = (
             described(query_boxes, (1, 1, config["BLOCK_M"], config["BLOCK_D"])),
-            described(key_2_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_D"])),
+            described(key_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_D"])),
             described(value_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_E"])),
             out,
             stride_out_b,
@@ -359,9 +352,9 @@ def prepared(query, key_2, value):
             stride_query_b,
             stride_query_h,
             stride_query_m,
-            stride_key_2_b,
-            stride_key_2_h,
-            stride_key_2_n,
+            stride_key_b,
+            stride_key_h,
+            stride_key_n,
             stride_value_b,
             stride_value_h,
             stride_value_n,
@@ -376,7 +369,7 @@ def prepared(query, key_2, value):
     if softcap_causal_programs(softcap_causal_config):
         softcap_causal_config = fastest(
             CONFIGS,
-            lambda config: softcap_causal_run(config, query_boxes, key_2_boxes, value_boxes, out),
+            lambda config: softcap_causal_run(config, query_boxes, key_boxes, value_boxes, out),
             softcap_causal_programs,
             query_boxes.device,
             "softcap_causal",
@@ -385,13 +378,13 @@ def prepared(query, key_2, value):
             H,
         )
 
-    def go(query, key_2, value):
+    def go(query, key, value):
         out = torch.empty((B, H, M, 64), device=query.device, dtype=torch.float16)
         query_boxes = in_rows(query)
-        key_2_boxes = in_rows(key_2.permute(0, 1, 3, 2))
+        key_boxes = in_rows(key.permute(0, 1, 3, 2))
         value_boxes = in_rows(value)
         if softcap_causal_programs(softcap_causal_config):
-            softcap_causal_run(softcap_causal_config, query_boxes, key_2_boxes, value_boxes, out)
+            softcap_causal_run(softcap_causal_config, query_boxes, key_boxes, value_boxes, out)
         return out
 
     return go
@@ -416,7 +409,7 @@ def _on_cpu(*args):
     return launch(*args) if runs else reference(*args)
 
 
-def _fake(query, key_2, value):
+def _fake(query, key, value):
     M = query.shape[2]
     H = query.shape[1]
     B = query.shape[0]
@@ -427,12 +420,12 @@ def _fake(query, key_2, value):
 OP = "softcap_causal_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 if not hasattr(torch.ops.flashlight, OP):
     LIBRARY = torch.library.Library("flashlight", "FRAGMENT")
-    LIBRARY.define(OP + "(Tensor query, Tensor key_2, Tensor value) -> (Tensor)")
+    LIBRARY.define(OP + "(Tensor query, Tensor key, Tensor value) -> (Tensor)")
     LIBRARY.impl(OP, launch, "CUDA")
     LIBRARY.impl(OP, _on_cpu, "CPU")
     torch.library.register_fake("flashlight::" + OP, _fake, lib=LIBRARY)
 
 
-def softcap_causal(query, key_2, value):
+def softcap_causal(query, key, value):
     """The chain as a `torch.library` op: what the patched module calls."""
-    return getattr(torch.ops.flashlight, OP)(query, key_2, value)
+    return getattr(torch.ops.flashlight, OP)(query, key, value)

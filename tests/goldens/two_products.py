@@ -132,10 +132,10 @@ def two_products_kernel(
         # golden_programs.py:100  scores = scores + torch.einsum("bshr,btr->bsht", q_rope, k_rope)
         qk = tl.dot(q_rope, tl.trans(k_rope))  # [BLOCK_M, BLOCK_N]
         scores = scores + qk  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(scores, 1) * 0.07216878364870322)  # [BLOCK_M]
+        m_new = tl.maximum(m_i, tl.max(scores, 1) * (0.07216878364870322 * LOG2E))  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
-        alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(scores * (0.07216878364870322 * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp2(m_i - shift)  # [BLOCK_M]
+        p = tl.exp2(scores * (0.07216878364870322 * LOG2E) - shift[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = value_boxes.load([b, start, h, 0]).reshape([BLOCK_N, BLOCK_F])  # [BLOCK_N, BLOCK_F]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_F]
@@ -152,10 +152,10 @@ def two_products_kernel(
         qk = tl.dot(q_rope, tl.trans(k_rope))  # [BLOCK_M, BLOCK_N]
         scores = scores + qk  # [BLOCK_M, BLOCK_N]
         scores_2 = tl.where(offs_n[None, :] < N, scores, NEG_INF)  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m_i, tl.max(scores_2, 1) * 0.07216878364870322)  # [BLOCK_M]
+        m_new = tl.maximum(m_i, tl.max(scores_2, 1) * (0.07216878364870322 * LOG2E))  # [BLOCK_M]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
-        alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(scores_2 * (0.07216878364870322 * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp2(m_i - shift)  # [BLOCK_M]
+        p = tl.exp2(scores_2 * (0.07216878364870322 * LOG2E) - shift[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = value_boxes.load([b, full, h, 0]).reshape([BLOCK_N, BLOCK_F])  # [BLOCK_N, BLOCK_F]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_F]
@@ -273,7 +273,7 @@ def launch(q_nope, k_nope, q_rope, k_rope, value):
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in [q_nope, k_nope, q_rope, k_rope, value]):
         raise NotImplementedError("the kernel has no backward: call it under torch.no_grad()")
-    key = (
+    alike = (
         q_nope.shape,
         q_nope.stride(),
         q_nope.dtype,
@@ -301,11 +301,11 @@ def launch(q_nope, k_nope, q_rope, k_rope, value):
         value.data_ptr() % 16,
     )
     with torch.cuda.device_of(q_nope):
-        if key not in PREPARED:
+        if alike not in PREPARED:
             if len(PREPARED) == 256:
                 PREPARED.clear()
-            PREPARED[key] = prepared(q_nope, k_nope, q_rope, k_rope, value)
-        return PREPARED[key](q_nope, k_nope, q_rope, k_rope, value)
+            PREPARED[alike] = prepared(q_nope, k_nope, q_rope, k_rope, value)
+        return PREPARED[alike](q_nope, k_nope, q_rope, k_rope, value)
 
 
 PREPARED = {}  # what launches the kernels for arguments that lie in memory alike
