@@ -384,3 +384,11 @@ def test_where_a_choice_stands(name):
     got = chain_values(derive(wanted), tensors, held)["out0"]
     assert_same(got, evaluate(wanted, tensors, held)["out0"])
     assert (got[1] == 0).all() if name in ZERO else got[1].isnan().all()
+
+
+def test_ids_that_are_floats_are_equal_now_and_then():
+    same = apply("eq", load("id", Index(m)), load("id", Index(n)))
+    other = apply("eq", load("rows", Index(m)), load("columns", Index(n)))
+    for kept in (same, other):
+        wanted = softmax_of(where(kept, S, INF))
+        assert prove(wanted, derive(wanted)).ok

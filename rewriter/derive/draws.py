@@ -82,7 +82,13 @@ class Draws:
         """More plain cases, every other one with few integers: that ids are equal, say, is rare otherwise."""
         for k in range(FURTHER):
             values = self._case(PLAIN, {})
-            yield PLAIN, values if k % 2 else replace(values, pool=(0, 1))
+            yield PLAIN, values if k % 2 else replace(values, pool=(0, 1), numbered=self._numbered())
+
+    def _numbered(self) -> frozenset[str]:
+        """Tensors of floats that are compared for equality: ids, and no two floats drawn at random are equal."""
+        equalities = [n for n in walk(*self.chain.roots) if isinstance(n, Apply) and n.op in ("eq", "ne")]
+        sides = [without_cast(a) for n in equalities for a in n.args]
+        return frozenset(a.tensor.name for a in sides if isinstance(a, Load) and a.dtype.is_floating_point)
 
     def note(self, seen: dict[Node, set[bool]]) -> None:
         for node, truth in seen.items():

@@ -25,7 +25,8 @@ _BITS = 1 << 40
 class Values:
     """What loads give: floats in [low, high), integers from `pool`, and -inf now and then in the tensors `masks`.
 
-    truth: what all booleans are, where they are one: rows that see nothing."""
+    truth: what all booleans are, where they are one: rows that see nothing.
+    numbered: tensors of floats that are integers from `pool` too."""
 
     seed: int
     low: float
@@ -33,6 +34,7 @@ class Values:
     pool: tuple[int, ...]
     masks: frozenset[str] = frozenset()
     truth: bool | None = None
+    numbered: frozenset[str] = frozenset()
 
     def of(self, name: str, own: torch.dtype, index: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """The values of a tensor at broadcast integer positions."""
@@ -63,6 +65,8 @@ def _values_at(
         return bits % 2 == 0 if values.truth is None else torch.full_like(bits, values.truth, dtype=torch.bool)
     if not own.is_floating_point:
         return torch.tensor(values.pool)[bits % len(values.pool)]
+    if name in values.numbered:
+        return torch.tensor(values.pool, dtype=dtype)[bits % len(values.pool)]
     value = values.low + (values.high - values.low) * (bits & (_BITS - 1)).to(dtype) / _BITS
     if name in values.masks:
         value = torch.where((bits >> 41) % 3 == 0, -math.inf, value)
