@@ -86,6 +86,19 @@ def test_bounded_exponents_need_no_maximum(program, dtype):
         assert_near(program, result, args)
 
 
+@pytest.mark.parametrize("size", [1e-3, 100.0])
+def test_weights_of_fp16_have_a_maximum_beside_factors_of_any_size(size):
+    def program(q, k, v, weight):
+        return ((8.9 * torch.tanh(scores(q, k))).softmax(-1) * weight) @ v
+
+    args = [torch.randn(2, 40, 16, dtype=torch.float16) for _ in range(3)]
+    args += [size * torch.rand(40, dtype=torch.float16)]
+    args[0], args[1] = args[0] * 0 - 4, args[1] * 0 + 4 * (1 if size < 1 else -1)
+    result = rewrite(program, args)
+    assert "m_new" in kernels(result)
+    assert_near(program, result, args)
+
+
 @pytest.mark.parametrize("program", [plain, wide, normaliser, shifted_by_hand])
 def test_a_maximum_stays_where_it_is_needed(program):
     args = [torch.randn(2, 40, 16) for _ in range(3)]

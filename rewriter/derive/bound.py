@@ -36,7 +36,9 @@ def _is_needless(maximum: Definition, chain: Chain) -> bool:
     read = {n.name for d in others for n in walk(*d.roots) if isinstance(n, Ref)}
     return (
         bool(group)
-        and all(_is_plain(d, maximum) and middle_of(d.shift.exponent, chain) is not None for d in group)
+        and all(_is_plain(d, maximum) for d in group)
+        and _is_bounded({middle_of(d.shift.exponent, chain) for d in group})
+        and (_narrowest(chain) == HALF_RANGE_OTHERWISE or not any(_weighs_more(d) for d in group))
         and not read & {*names, maximum.name}
         and not any(isinstance(n, Ref) and n.name == maximum.name for o in chain.outputs for n in walk(o.body))
         and all(_degree(o.body, names) in (0, None) for o in chain.outputs)
@@ -54,11 +56,39 @@ def _is_plain(definition: Definition, maximum: Definition) -> bool:
     return definition.op == "sum" and is_maximum and shift.mass is None and not definition.centre
 
 
+def _is_bounded(middles: set[float | None]) -> bool:
+    """Whether all exponents of a group move by the same number."""
+    return len(middles) == 1 and None not in middles
+
+
 def middle_of(exponent: Node, chain: Chain) -> float | None:
     """The middle of an exponent's bound; None where it has none, or too wide a one."""
     low, high = range_of(exponent)
-    limit = min(HALF_RANGE.get(t.dtype, HALF_RANGE_OTHERWISE) for t in chain.tensors)
-    return (low + high) / 2 if high - low <= 2 * limit else None
+    return (low + high) / 2 if high - low <= 2 * _narrowest(chain) else None
+
+
+def _narrowest(chain: Chain) -> float:
+    return min(HALF_RANGE.get(t.dtype, HALF_RANGE_OTHERWISE) for t in chain.tensors)
+
+
+def _weighs_more(definition: Definition) -> bool:
+    """Whether weights, a matrix product's operand, have factors beside the exponential, which may be of any size."""
+    own = [f for f in definition.rest if f.free <= definition.shift.exponent.free]
+    return not all(_is_near_one(f) for f in own)
+
+
+def _is_near_one(factor: Node) -> bool:
+    """Whether a factor is 0 or about 1, as where weights are kept or dropped."""
+    match factor:
+        case Const(value=value):
+            return value == 0 or 0.25 <= abs(value) <= 4
+        case Where(then=a, other=b):
+            return _is_near_one(a) and _is_near_one(b)
+        case Apply(op="cast", args=(x,)):
+            return x.dtype is torch.bool or _is_near_one(x)
+        case Apply(op="mul", args=(a, b)):
+            return _is_near_one(a) and _is_near_one(b)
+    return False
 
 
 def _without(maximum: Definition, chain: Chain) -> Chain:
