@@ -450,3 +450,17 @@ def picked_along(q, k, v):
 def test_indices_along_a_dimension():
     result = fused(picked_along, qkv(7, 40))
     assert_right(result, picked_along, (r(3, 9, 8), r(3, 33, 8), r(3, 33, 8)), wide=(9, 33))
+
+
+def window_and_prefix(q, k, v, p, width):
+    """p is called as the weights are; the first loop does not read it, the second does."""
+    seen = torch.arange(k.shape[1])
+    gap = torch.arange(q.shape[1])[:, None] - seen
+    keep = ((gap >= 0) & (gap < width)) | (seen < p)
+    return torch.softmax((q @ k.mT).masked_fill(~keep, -torch.inf), -1) @ v
+
+
+def test_what_loops_read_is_called_otherwise_than_what_earlier_ones_assign():
+    result = fused(window_and_prefix, (*qkv(130, 130), torch.tensor(70), torch.tensor(9)))
+    for length in (70, 3, 130):
+        assert_right(result, window_and_prefix, (*qkv(130, 130), torch.tensor(length), torch.tensor(9)))

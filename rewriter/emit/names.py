@@ -6,6 +6,7 @@ import builtins
 import copy
 import keyword
 import re
+from collections.abc import Set as AbstractSet
 
 from rewriter.derive import Definition
 from rewriter.emit.render import helper_names
@@ -58,9 +59,9 @@ class Names:
         own.taken = set(self.taken)
         return own
 
-    def unique(self, wanted: str) -> str:
+    def unique(self, wanted: str, besides: AbstractSet[str] = frozenset()) -> str:
         name, k = wanted, 2
-        while name in self.taken or keyword.iskeyword(name):
+        while name in self.taken or name in besides or keyword.iskeyword(name):
             name, k = f"{wanted}_{k}", k + 1
         self.taken.add(name)
         return name

@@ -23,7 +23,7 @@ class Scope:
     """Statements in order, and the values that are known in it. `axis` is that of the loop whose body it is.
 
     A `tail` has the last tile of a stream, which the stream may not fill. In `whole` tiles every predicate holds. A
-    sweep's tile starts at `start`.
+    sweep's tile starts at `start`. Loops that follow assign the names `assigned_after`: what is named here has others.
     """
 
     parent: Scope | None = None
@@ -34,6 +34,7 @@ class Scope:
     start: str = "start"
     lines: list[Line] = field(default_factory=list)
     known: dict[Node, Text] = field(default_factory=dict)
+    assigned_after: set[str] = field(default_factory=set)
 
     def find(self, node: Node) -> Text | None:
         """The value of a node here, if it has been computed here or around."""
@@ -43,6 +44,12 @@ class Scope:
                 return scope.known[node]
             scope = scope.parent
         return None
+
+    def assign_after(self, names: set[str]) -> None:
+        """Here and around."""
+        self.assigned_after |= names
+        if self.parent is not None:
+            self.parent.assign_after(names)
 
     def home(self, node: Node) -> Scope:
         """The outermost scope in which a node can be computed: before each loop in which nothing of it moves."""

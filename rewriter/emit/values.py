@@ -213,11 +213,7 @@ class Values:
         holder, scope = self.holders.get(wanted, (None, None))
         if scope is home and self.uses[holder] == 1 and holder is not node and holder in set(walk(node)):
             return wanted
-        return self.names.unique(wanted) if wanted in self.names.taken else self._take(wanted)
-
-    def _take(self, name: str) -> str:
-        self.names.taken.add(name)
-        return name
+        return self.names.unique(wanted, home.assigned_after)
 
     def _default_name(self, node: Node) -> str:
         if isinstance(node, Load):

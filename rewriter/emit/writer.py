@@ -102,6 +102,7 @@ class Writer(Inner):
         self.segments[-1][name] = self.loop.lines
         if self.sweep.short:
             return  # straight-line code: its variables stay
+        straight.assign_after(self.names.taken - taken)
         hoisted = {t.code for n, t in straight.known.items() if n not in known}
         self.names.taken = taken | {c for c in hoisted if c.isidentifier()}
         self.holders = holders | {k: v for k, v in self.holders.items() if v[1] is straight}
