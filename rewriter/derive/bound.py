@@ -86,7 +86,7 @@ def _is_near_one(factor: Node) -> bool:
             return _is_near_one(a) and _is_near_one(b)
         case Apply(op="cast", args=(x,)):
             return x.dtype is torch.bool or _is_near_one(x)
-        case Apply(op="mul", args=(a, b)):
+        case Apply(op="mul" | "div", args=(a, b)):
             return _is_near_one(a) and _is_near_one(b)
     return False
 
