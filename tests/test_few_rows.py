@@ -73,6 +73,12 @@ def one_query_of_groups(q, k, v):
     return torch.softmax(q[:, :, -1:] @ k.mT / 4, -1) @ v
 
 
+def own_groups(q, k, v):
+    """Groups of two heads: the last may be one, and there may be more of k and v than are read."""
+    group = torch.arange(q.size(1)) // 2
+    return torch.softmax(q @ k[:, group].mT / 4, -1) @ v[:, group]
+
+
 def loss(x, w, target):
     return F.cross_entropy(x @ w.mT, target)
 
@@ -127,6 +133,7 @@ PAIRS = ((2, 4, 2, 1, 300), (3, 4, 2, 3, 129), (1, 8, 4, 2, 1))
 VOCABULARY = ((4, 3000), (1, 601), (7, 129), (3, 2))
 PROGRAMS = {f: (qkv, ATTENTION) for f in (decode, softcap, causal, recent, slopes)}
 PROGRAMS |= {lengths: (with_lengths, ATTENTION), sink: (with_sinks, ATTENTION), shared: (one_kv, ATTENTION)}
+PROGRAMS |= {own_groups: (qkv, ((2, 4, 3, 1, 300), (1, 3, 2, 2, 300), (3, 1, 3, 1, 300)))}
 PROGRAMS |= {one_query: (as_many_kv, ATTENTION), one_query_of_groups: (qkv, PAIRS)}
 PROGRAMS |= {loss: (with_targets, VOCABULARY)} | {f: (xw, VOCABULARY) for f in (best, spread, entropy)}
 
@@ -154,7 +161,7 @@ def noted(module, monkeypatch) -> list[str]:
             self.name, self.kernel = name, kernel
 
         def __getitem__(self, grid):
-            return lambda *args, **config: (ran.append(self.name), self.kernel[grid](*args, **config))
+            return lambda *args, **config: (ran.append(self.name), self.kernel[grid](*args, **config))[1]
 
     for name in [n for n in vars(module) if n.endswith("_kernel")]:
         monkeypatch.setattr(module, name, Noting(name, getattr(module, name)))
@@ -165,7 +172,7 @@ def noted(module, monkeypatch) -> list[str]:
 def test_right_at_every_size(program, always, tmp_path):
     make, sizes = PROGRAMS[program]
     result = fused(program, make(*sizes[0]), tmp_path / "package")
-    assert any("_merge_kernel[" in text for text in result.sources.values())
+    assert any("_merge_kernel(" in text for text in result.sources.values())
     for size in sizes:
         assert_right(result, program, make(*size))
 
@@ -177,6 +184,32 @@ def test_right_in_fp16(program, always):
     result = fused(program, args[0])
     for given_args in args:
         assert_right(result, program, given_args, dtype=torch.float16)
+
+
+def test_each_kernel_has_its_own_strides(always):
+    """One has copies in boxes where the next has tensors as they are: by the same names."""
+    x, w, target = with_targets(4, 300)
+    result = fused(loss, (x.half(), w.half(), target))
+    apart = x.half().repeat_interleave(2, 1)[:, ::2]
+    assert_right(result, loss, (apart, w.half().mT.contiguous().mT, target), dtype=torch.float16)
+
+
+def test_each_kernel_has_its_own_number_of_parts(always, tmp_path, monkeypatch):
+    """Of a file whose kernels each have a form for few rows."""
+
+    def both(x, w, target):
+        scores = x @ w.mT
+        return F.cross_entropy(scores, target, reduction="sum") + torch.logsumexp(scores, -1).square().sum() / 100
+
+    x, w, target = with_targets(70, 300)
+    fused(both, (x, w, target), tmp_path / "package")
+    module = kernel_of(tmp_path / "package")
+    for table in (module.FEW_1, module.FEW_2):
+        monkeypatch.setitem(table, "programs", 10**6)
+        monkeypatch.setitem(table, "least", 1)
+    monkeypatch.setitem(module.CONFIGS_1_MERGE[0], "BLOCK_PART", 16)  # the second has 70 parts
+    total, _ = module.launch(x, w.mT, target)
+    torch.testing.assert_close(total, F.cross_entropy(x @ w.mT, target, reduction="sum"))
 
 
 @pytest.mark.parametrize("programs", [1, 5, 10**6])

@@ -131,6 +131,7 @@ class _KernelView:
             "aligned": [text for stride, text in writer.strides.items() if stride in writer.aligned],
             "aligns": plan.aligns,
             "launch": self._launch(),
+            "numbers": self._numbers(),
             "tensors": [*self.pointers.values(), *(b.name for b in self.boxes), *self.outputs.values()],
             "stride_lines": self._stride_lines(),
             "programs": self.programs("config", plan.grid),
@@ -218,8 +219,10 @@ class _KernelView:
 
     @property
     def sizes(self) -> dict[Node, str]:
-        """What is passed to it."""
-        return {n: name for n, name in self.names.sizes.items() if self.is_few or n not in self.names.own}
+        """What is passed to it: of sizes of kernels for few rows its own."""
+        plan, own = self.plan, self.names.own
+        its = {a.extent for a in (*plan.grid, *plan.rows, *plan.chain.axes)} if self.is_few else set()
+        return {n: name for n, name in self.names.sizes.items() if n not in own or n in its}
 
     def _extent_name(self, axis: Axis) -> str:
         return self.names.axes[axis].upper() if isinstance(axis.extent, Const) else self.text(axis.extent)
@@ -231,10 +234,15 @@ class _KernelView:
         return " * ".join([*tiles, *(f"({self.text(a.extent)})" for a in grid)]) or "1"
 
     def _launch(self) -> list[str]:
-        units = {s: f"{s} // align" if s in self.writer.aligned else s for s in self.writer.strides}
-        args = [*self.pointers.values(), *map(self._descriptor, self.boxes), *self.outputs.values(), *self._map_names()]
-        args += [*units.values(), *self.sizes.values(), *(["align"] if self.plan.aligns else [])]
-        return args + ([f"has_tma({self.boxes[0].name}.device)"] if self.boxes else [])
+        """The tensors that it is passed."""
+        boxes = map(self._descriptor, self.boxes)
+        return [*self.pointers.values(), *boxes, *self.outputs.values(), *self._map_names()]
+
+    def _numbers(self) -> list[str]:
+        """What it is passed after those. Other kernels of the file may have other strides by the same names."""
+        units = [f"{s} // align" if s in self.writer.aligned else s for s in self.writer.strides]
+        is_box = [f"has_tma({self.boxes[0].name}.device)"] if self.boxes else []
+        return [*units, *self.sizes.values(), *(["align"] if self.plan.aligns else []), *is_box]
 
     def _stride_lines(self) -> list[tuple[str, str]]:
         """The strides of each tensor, by the names of the parameters that they are passed to."""

@@ -24,7 +24,7 @@ _RESERVED = set(dir(builtins)) | set(
     " turn tile tiles some every none flag flags wholes cuts whole_at cut_at low beyond left_out left_out_at".split()
 )
 _MADE = re.compile(
-    r"(stride|offs|start|BLOCK)_|CONFIGS|.*_(ptr|new|kernel|boxes|programs|run|config|few)$"
+    r"(stride|offs|start|BLOCK)_|CONFIGS|.*_(ptr|new|kernel|boxes|programs|numbers|run|config|few)$"
 )  # made of names of tensors, axes and state
 
 
@@ -100,7 +100,7 @@ class Names:
         for axis in self.axes:
             if not isinstance(axis.extent, Const) and axis not in few:
                 out.setdefault(axis.extent, self.axes[axis].upper())
-        self.own |= {f.axis.extent: "SPLITS" for f in plan.few}
+        self.own |= {f.axis.extent: f"SPLITS_{k}" if k > 1 else "SPLITS" for k, f in enumerate(plan.few, 1)}
         self.own |= {a.extent: self.axes[a].upper() for a in few if not isinstance(a.extent, (Const, Param))}
         self.own = {extent: name for extent, name in self.own.items() if extent not in out}
         out |= self.own

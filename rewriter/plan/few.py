@@ -123,7 +123,7 @@ def _configs(plan: KernelPlan, example: Example) -> list[Config]:
 
 
 def _few(plan: KernelPlan, example: Example, config: Config) -> Few:
-    part = fresh_axis(Param("splits"), "part")
+    part = fresh_axis(Param(f"{plan.name}_splits"), "part")
     whole = replace(folded(by_bounds(plan)), config=config, others=())
     split, results = _split(whole, part), _results(whole)
     kernels = (split, _merge(whole, part, results), *([_write(whole, results)] if _written(whole) else []))

@@ -29,6 +29,7 @@ from rewriter.ir import (
     transform,
     walk,
 )
+from rewriter.ir.integer import to_poly
 from rewriter.plan.bounds import sweep_support
 from rewriter.plan.kernel import Dot, KernelPlan, Loop, Sweep
 from rewriter.plan.parts import moved_definition
@@ -110,10 +111,21 @@ def _shared_along(axis: Axis, loads: list[Load]) -> _Shared | None:
     entries = [(e, extent) for n in loads for e, extent in zip(n.index, n.tensor.shape) if axis in e.free]
     if not entries:
         return _Shared(axis, axis.extent, None) if loads else None
-    first, groups = entries[0]
+    first, _ = entries[0]
     is_group = isinstance(first, Apply) and first.op == "floordiv" and first.args[0] is index(axis)
-    alike = is_group and not first.args[1].free and all(e is first for e, _ in entries)
-    return _Shared(axis, first.args[1], groups) if alike else None
+    if not is_group or first.args[1].free or any(e is not first for e, _ in entries):
+        return None
+    size = first.args[1]
+    whole = [extent for _, extent in entries if _are_all(axis, size, extent)]
+    return _Shared(axis, size, whole[0]) if whole else None
+
+
+def _are_all(axis: Axis, size: Node, groups: Node) -> bool:
+    """Whether so many whole groups are all of an axis: a tensor may have more than are read, and the last fewer members.
+    Of h // (H // g) all are below g only where g divides H.
+    """
+    made = to_poly(apply("mul", groups, size))
+    return made == to_poly(axis.extent) or size is apply("floordiv", axis.extent, groups)
 
 
 def _move(shared: _Shared, inner: Axis, at: Node) -> _Move:

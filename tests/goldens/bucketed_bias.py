@@ -330,11 +330,12 @@ def launch(query, key, weight, value):
         value.data_ptr() % 16,
     )
     with torch.cuda.device_of(query):
-        if alike not in PREPARED:
+        go = PREPARED.get(alike)
+        if go is None:
             if len(PREPARED) == 256:
                 PREPARED.clear()
-            PREPARED[alike] = prepared(query, key, weight, value)
-        return PREPARED[alike](query, key, weight, value)
+            go = PREPARED[alike] = prepared(query, key, weight, value)
+        return go(query, key, weight, value)
 
 
 PREPARED = {}  # what launches the kernels for arguments that lie in memory alike
@@ -390,6 +391,28 @@ def prepared(query, key, weight, value):
     def bucketed_bias_programs(config):
         return triton.cdiv(M, config["BLOCK_M"]) * (B) * (4)
 
+    bucketed_bias_numbers = (
+        stride_weight_n,
+        stride_weight_h,
+        stride_out_b,
+        stride_out_h,
+        stride_out_m,
+        stride_out_e,
+        stride_query_b,
+        stride_query_h,
+        stride_query_m,
+        stride_key_b,
+        stride_key_h,
+        stride_key_n,
+        stride_value_b,
+        stride_value_h,
+        stride_value_n,
+        M,
+        N,
+        B,
+        has_tma(query_boxes.device),
+    )
+
     def bucketed_bias_run(config, weight, query_boxes, key_boxes, value_boxes, out):
         args = (
             weight,
@@ -397,25 +420,7 @@ def prepared(query, key, weight, value):
             described(key_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_D"])),
             described(value_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_E"])),
             out,
-            stride_weight_n,
-            stride_weight_h,
-            stride_out_b,
-            stride_out_h,
-            stride_out_m,
-            stride_out_e,
-            stride_query_b,
-            stride_query_h,
-            stride_query_m,
-            stride_key_b,
-            stride_key_h,
-            stride_key_n,
-            stride_value_b,
-            stride_value_h,
-            stride_value_n,
-            M,
-            N,
-            B,
-            has_tma(query_boxes.device),
+            *bucketed_bias_numbers,
         )
         launched(ready, bucketed_bias_kernel, bucketed_bias_programs(config), args, config, config)
 

@@ -560,11 +560,12 @@ def launch(query, key, value):
         value.data_ptr() % 16,
     )
     with torch.cuda.device_of(query):
-        if alike not in PREPARED:
+        go = PREPARED.get(alike)
+        if go is None:
             if len(PREPARED) == 256:
                 PREPARED.clear()
-            PREPARED[alike] = prepared(query, key, value)
-        return PREPARED[alike](query, key, value)
+            go = PREPARED[alike] = prepared(query, key, value)
+        return go(query, key, value)
 
 
 PREPARED = {}  # what launches the kernels for arguments that lie in memory alike
@@ -643,6 +644,40 @@ def prepared(query, key, value):
         def grouped_decode_part_programs(config):
             return triton.cdiv(R, config["BLOCK_R"]) * (B) * (S14) * (SPLITS)
 
+        grouped_decode_part_numbers = (
+            stride_query_b,
+            stride_query_g,
+            stride_query_r,
+            stride_query_d,
+            stride_part_max_part,
+            stride_part_max_b,
+            stride_part_max_g,
+            stride_part_max_r,
+            stride_part_sum_part,
+            stride_part_sum_b,
+            stride_part_sum_g,
+            stride_part_sum_r,
+            stride_part_acc_part,
+            stride_part_acc_b,
+            stride_part_acc_g,
+            stride_part_acc_r,
+            stride_part_acc_e,
+            stride_key_b,
+            stride_key_g,
+            stride_key_n,
+            stride_value_b,
+            stride_value_g,
+            stride_value_n,
+            M,
+            N,
+            H,
+            B,
+            SPLITS,
+            R,
+            S14,
+            has_tma(key_boxes.device),
+        )
+
         def grouped_decode_part_run(config, query, key_boxes, value_boxes, part_max, part_sum, part_acc):
             args = (
                 query,
@@ -651,37 +686,7 @@ def prepared(query, key, value):
                 part_max,
                 part_sum,
                 part_acc,
-                stride_query_b,
-                stride_query_g,
-                stride_query_r,
-                stride_query_d,
-                stride_part_max_part,
-                stride_part_max_b,
-                stride_part_max_g,
-                stride_part_max_r,
-                stride_part_sum_part,
-                stride_part_sum_b,
-                stride_part_sum_g,
-                stride_part_sum_r,
-                stride_part_acc_part,
-                stride_part_acc_b,
-                stride_part_acc_g,
-                stride_part_acc_r,
-                stride_part_acc_e,
-                stride_key_b,
-                stride_key_g,
-                stride_key_n,
-                stride_value_b,
-                stride_value_g,
-                stride_value_n,
-                M,
-                N,
-                H,
-                B,
-                SPLITS,
-                R,
-                S14,
-                has_tma(key_boxes.device),
+                *grouped_decode_part_numbers,
             )
             launched(
                 ready, grouped_decode_part_kernel, grouped_decode_part_programs(config), args, config, config
@@ -732,37 +737,35 @@ def prepared(query, key, value):
         def grouped_decode_merge_programs(config):
             return (B) * (S14) * (R)
 
+        grouped_decode_merge_numbers = (
+            stride_part_max_part,
+            stride_part_max_b,
+            stride_part_max_g,
+            stride_part_max_r,
+            stride_part_sum_part,
+            stride_part_sum_b,
+            stride_part_sum_g,
+            stride_part_sum_r,
+            stride_part_acc_part,
+            stride_part_acc_b,
+            stride_part_acc_g,
+            stride_part_acc_r,
+            stride_part_acc_e,
+            stride_out_b,
+            stride_out_g,
+            stride_out_r,
+            stride_out_e,
+            M,
+            N,
+            H,
+            B,
+            SPLITS,
+            R,
+            S14,
+        )
+
         def grouped_decode_merge_run(config, part_max, part_sum, part_acc, out):
-            args = (
-                part_max,
-                part_sum,
-                part_acc,
-                out,
-                stride_part_max_part,
-                stride_part_max_b,
-                stride_part_max_g,
-                stride_part_max_r,
-                stride_part_sum_part,
-                stride_part_sum_b,
-                stride_part_sum_g,
-                stride_part_sum_r,
-                stride_part_acc_part,
-                stride_part_acc_b,
-                stride_part_acc_g,
-                stride_part_acc_r,
-                stride_part_acc_e,
-                stride_out_b,
-                stride_out_g,
-                stride_out_r,
-                stride_out_e,
-                M,
-                N,
-                H,
-                B,
-                SPLITS,
-                R,
-                S14,
-            )
+            args = (part_max, part_sum, part_acc, out, *grouped_decode_merge_numbers)
             launched(
                 ready,
                 grouped_decode_merge_kernel,
@@ -802,31 +805,35 @@ def prepared(query, key, value):
         def grouped_decode_programs(config):
             return triton.cdiv(M, config["BLOCK_M"]) * (B) * (H)
 
+        grouped_decode_numbers = (
+            stride_out_b,
+            stride_out_h,
+            stride_out_m,
+            stride_out_e,
+            stride_query_b,
+            stride_query_h,
+            stride_query_m,
+            stride_key_b,
+            stride_key_h,
+            stride_key_n,
+            stride_value_b,
+            stride_value_h,
+            stride_value_n,
+            M,
+            N,
+            H,
+            B,
+            S14,
+            has_tma(query_boxes.device),
+        )
+
         def grouped_decode_run(config, query_boxes, key_boxes, value_boxes, out):
             args = (
                 described(query_boxes, (1, 1, config["BLOCK_M"], config["BLOCK_D"])),
                 described(key_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_D"])),
                 described(value_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_E"])),
                 out,
-                stride_out_b,
-                stride_out_h,
-                stride_out_m,
-                stride_out_e,
-                stride_query_b,
-                stride_query_h,
-                stride_query_m,
-                stride_key_b,
-                stride_key_h,
-                stride_key_n,
-                stride_value_b,
-                stride_value_h,
-                stride_value_n,
-                M,
-                N,
-                H,
-                B,
-                S14,
-                has_tma(query_boxes.device),
+                *grouped_decode_numbers,
             )
             launched(ready, grouped_decode_kernel, grouped_decode_programs(config), args, config, config)
 

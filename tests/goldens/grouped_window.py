@@ -288,11 +288,12 @@ def launch(query, key, value):
         value.data_ptr() % 16,
     )
     with torch.cuda.device_of(query):
-        if alike not in PREPARED:
+        go = PREPARED.get(alike)
+        if go is None:
             if len(PREPARED) == 256:
                 PREPARED.clear()
-            PREPARED[alike] = prepared(query, key, value)
-        return PREPARED[alike](query, key, value)
+            go = PREPARED[alike] = prepared(query, key, value)
+        return go(query, key, value)
 
 
 PREPARED = {}  # what launches the kernels for arguments that lie in memory alike
@@ -345,31 +346,35 @@ def prepared(query, key, value):
     def grouped_window_programs(config):
         return triton.cdiv(M, config["BLOCK_M"]) * (B) * (H)
 
+    grouped_window_numbers = (
+        stride_out_b,
+        stride_out_m,
+        stride_out_h,
+        stride_out_e,
+        stride_query_b,
+        stride_query_m,
+        stride_query_h,
+        stride_key_b,
+        stride_key_n,
+        stride_key_h,
+        stride_value_b,
+        stride_value_n,
+        stride_value_h,
+        M,
+        N,
+        H,
+        B,
+        S0,
+        has_tma(query_boxes.device),
+    )
+
     def grouped_window_run(config, query_boxes, key_boxes, value_boxes, out):
         args = (
             described(query_boxes, (1, config["BLOCK_M"], 1, config["BLOCK_D"])),
             described(key_boxes, (1, config["BLOCK_N"], 1, config["BLOCK_D"])),
             described(value_boxes, (1, config["BLOCK_N"], 1, config["BLOCK_E"])),
             out,
-            stride_out_b,
-            stride_out_m,
-            stride_out_h,
-            stride_out_e,
-            stride_query_b,
-            stride_query_m,
-            stride_query_h,
-            stride_key_b,
-            stride_key_n,
-            stride_key_h,
-            stride_value_b,
-            stride_value_n,
-            stride_value_h,
-            M,
-            N,
-            H,
-            B,
-            S0,
-            has_tma(query_boxes.device),
+            *grouped_window_numbers,
         )
         launched(ready, grouped_window_kernel, grouped_window_programs(config), args, config, config)
 

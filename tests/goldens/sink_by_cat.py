@@ -286,11 +286,12 @@ def launch(query, key, sinks, value):
         value.data_ptr() % 16,
     )
     with torch.cuda.device_of(query):
-        if alike not in PREPARED:
+        go = PREPARED.get(alike)
+        if go is None:
             if len(PREPARED) == 256:
                 PREPARED.clear()
-            PREPARED[alike] = prepared(query, key, sinks, value)
-        return PREPARED[alike](query, key, sinks, value)
+            go = PREPARED[alike] = prepared(query, key, sinks, value)
+        return go(query, key, sinks, value)
 
 
 PREPARED = {}  # what launches the kernels for arguments that lie in memory alike
@@ -346,6 +347,27 @@ def prepared(query, key, sinks, value):
     def sink_by_cat_programs(config):
         return triton.cdiv(M, config["BLOCK_M"]) * (B) * (4)
 
+    sink_by_cat_numbers = (
+        stride_sinks_h,
+        stride_out_b,
+        stride_out_h,
+        stride_out_m,
+        stride_out_e,
+        stride_query_b,
+        stride_query_h,
+        stride_query_m,
+        stride_key_b,
+        stride_key_h,
+        stride_key_n,
+        stride_value_b,
+        stride_value_h,
+        stride_value_n,
+        M,
+        N,
+        B,
+        has_tma(query_boxes.device),
+    )
+
     def sink_by_cat_run(config, sinks, query_boxes, key_boxes, value_boxes, out):
         args = (
             sinks,
@@ -353,24 +375,7 @@ def prepared(query, key, sinks, value):
             described(key_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_D"])),
             described(value_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_E"])),
             out,
-            stride_sinks_h,
-            stride_out_b,
-            stride_out_h,
-            stride_out_m,
-            stride_out_e,
-            stride_query_b,
-            stride_query_h,
-            stride_query_m,
-            stride_key_b,
-            stride_key_h,
-            stride_key_n,
-            stride_value_b,
-            stride_value_h,
-            stride_value_n,
-            M,
-            N,
-            B,
-            has_tma(query_boxes.device),
+            *sink_by_cat_numbers,
         )
         launched(ready, sink_by_cat_kernel, sink_by_cat_programs(config), args, config, config)
 

@@ -301,11 +301,12 @@ def launch(q_nope, k_nope, q_rope, k_rope, value):
         value.data_ptr() % 16,
     )
     with torch.cuda.device_of(q_nope):
-        if alike not in PREPARED:
+        go = PREPARED.get(alike)
+        if go is None:
             if len(PREPARED) == 256:
                 PREPARED.clear()
-            PREPARED[alike] = prepared(q_nope, k_nope, q_rope, k_rope, value)
-        return PREPARED[alike](q_nope, k_nope, q_rope, k_rope, value)
+            go = PREPARED[alike] = prepared(q_nope, k_nope, q_rope, k_rope, value)
+        return go(q_nope, k_nope, q_rope, k_rope, value)
 
 
 PREPARED = {}  # what launches the kernels for arguments that lie in memory alike
@@ -377,6 +378,32 @@ def prepared(q_nope, k_nope, q_rope, k_rope, value):
     def two_products_programs(config):
         return triton.cdiv(M, config["BLOCK_M"]) * (B) * (H)
 
+    two_products_numbers = (
+        stride_out_b,
+        stride_out_m,
+        stride_out_h,
+        stride_out_f,
+        stride_q_nope_b,
+        stride_q_nope_m,
+        stride_q_nope_h,
+        stride_k_nope_b,
+        stride_k_nope_n,
+        stride_k_nope_h,
+        stride_q_rope_b,
+        stride_q_rope_m,
+        stride_q_rope_h,
+        stride_k_rope_b,
+        stride_k_rope_n,
+        stride_value_b,
+        stride_value_n,
+        stride_value_h,
+        M,
+        N,
+        H,
+        B,
+        has_tma(q_nope_boxes.device),
+    )
+
     def two_products_run(config, q_nope_boxes, k_nope_boxes, q_rope_boxes, k_rope_boxes, value_boxes, out):
         args = (
             described(q_nope_boxes, (1, config["BLOCK_M"], 1, config["BLOCK_D"])),
@@ -385,29 +412,7 @@ def prepared(q_nope, k_nope, q_rope, k_rope, value):
             described(k_rope_boxes, (1, config["BLOCK_N"], config["BLOCK_E"])),
             described(value_boxes, (1, config["BLOCK_N"], 1, config["BLOCK_F"])),
             out,
-            stride_out_b,
-            stride_out_m,
-            stride_out_h,
-            stride_out_f,
-            stride_q_nope_b,
-            stride_q_nope_m,
-            stride_q_nope_h,
-            stride_k_nope_b,
-            stride_k_nope_n,
-            stride_k_nope_h,
-            stride_q_rope_b,
-            stride_q_rope_m,
-            stride_q_rope_h,
-            stride_k_rope_b,
-            stride_k_rope_n,
-            stride_value_b,
-            stride_value_n,
-            stride_value_h,
-            M,
-            N,
-            H,
-            B,
-            has_tma(q_nope_boxes.device),
+            *two_products_numbers,
         )
         launched(ready, two_products_kernel, two_products_programs(config), args, config, config)
 
