@@ -45,8 +45,8 @@ class CompileRequest:
         kernel: name of the `@triton.jit` function in it.
         signature: Triton type of each runtime argument: "*fp16", "i32", "i64", "fp32", "i1", and
             for a host `TensorDescriptor` its dtype and block shape, "tensordesc<fp16[BLOCK_M,64]>",
-            sizes by number or by the name of a constexpr, on every target: sm_90 and sm_100 load it by TMA; sm_80 and gfx942 take pointers and
-            strides from it, of unknown alignment.
+            sizes by number or by the name of a constexpr, on every target: sm_90 and sm_100 load it
+            by TMA; sm_80 and gfx942 take pointers and strides from it, of unknown alignment.
         constexprs: value of every other argument: int, float, bool, None, str, or "tl.float16" for
             that dtype. A launch turns runtime integers equal to 1 and arguments that are None into
             constexprs: put them here.

@@ -118,7 +118,7 @@ MIXED = -1000
 
 def _degree(node: Node, group: set[str]) -> int | None:
     """The power of a factor common to all of a group by which a value changes: l → 1, acc / l → 0, acc + 1 → MIXED"""
-    if node == Const(0, node.dtype) or (isinstance(node, Const) and node.value == 0):
+    if isinstance(node, Const) and node.value == 0:
         return ANY
     if not any(isinstance(n, Ref) and n.name in group for n in walk(node)):
         return 0

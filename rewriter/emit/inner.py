@@ -13,6 +13,7 @@ from rewriter.ir import TRUE, Axis, Const, Index, Load, Node, Reduce, walk
 from rewriter.ir.ops import MONOIDS, neutral_of
 from rewriter.plan import Dot, Loop
 from rewriter.plan.products import operand_dtype
+from rewriter.plan.states import held_dtype
 
 INTO = {
     "max": "tl.maximum({0}, {1})",
@@ -145,13 +146,6 @@ def _turns(node: Node) -> float:
         for axis in n.axes if isinstance(n, Reduce) else ():
             turns[n] *= axis.extent.value if isinstance(axis.extent, Const) else math.inf
     return turns[node]
-
-
-def held_dtype(body: Node) -> torch.dtype:
-    """The type in which a kernel reduces a value: a position fits 32 bits."""
-    if body.dtype.is_floating_point:
-        return torch.float32
-    return torch.int32 if isinstance(body, Index) else body.dtype
 
 
 def as_held(text: Text, body: Node) -> Text:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from rewriter.derive.factors import without_cast
 from rewriter.emit.expr import Text, constant, widened
 from rewriter.ir import Apply, Const, Node
@@ -33,7 +31,7 @@ def _factor(node: Node) -> tuple[Node, str] | None:
 
 
 def _is_scale(c: Const) -> bool:
-    return c.dtype.is_floating_point and 1e-30 < c.value < 1e30 and math.isfinite(c.value)
+    return c.dtype.is_floating_point and 1e-30 < c.value < 1e30
 
 
 def times(text: Text, scale: str) -> str:

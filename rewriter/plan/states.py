@@ -25,14 +25,16 @@ Of = Callable[[Node], Node]
 
 def state_tensor(definition: Definition, part: Axis) -> Tensor:
     """Where every part's state of a definition is kept."""
-    return Tensor(f"part_{definition.name}", tuple(a.extent for a in (part, *definition.axes)), held_dtype(definition))
+    return Tensor(
+        f"part_{definition.name}", tuple(a.extent for a in (part, *definition.axes)), held_dtype(definition.body)
+    )
 
 
-def held_dtype(definition: Definition) -> torch.dtype:
-    """The type in which a kernel keeps the state."""
-    if definition.body.dtype.is_floating_point:
+def held_dtype(body: Node) -> torch.dtype:
+    """The type in which a kernel reduces a value: a position fits 32 bits."""
+    if body.dtype.is_floating_point:
         return torch.float32
-    return torch.int32 if isinstance(definition.body, Index) else definition.body.dtype
+    return torch.int32 if isinstance(body, Index) else body.dtype
 
 
 def state_output(definition: Definition, part: Axis) -> Output:
