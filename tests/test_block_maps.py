@@ -179,8 +179,8 @@ def lists_of(
     known = tensors | size | {"tile_map": tile_map, "flags": torch.empty(blocks, tiles, dtype=torch.int8)}
     for kernel in view.kernels:
         programs = blocks if kernel is view.kernels[-1] else blocks * tiles
-        launch = [eval(text, {}, known) for text in kernel.launch]
-        getattr(module, kernel.function)[(programs,)](*launch, **kernel.values)
+        args = [*(known[name] for name in kernel.tensors), *eval(kernel.numbers, {}, known)]
+        getattr(module, kernel.function)[(programs,)](*args, **kernel.values)
     return [tuple(row[1 : 1 + row[0]].tolist() for row in one) for one in tile_map]
 
 

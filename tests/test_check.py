@@ -108,8 +108,8 @@ def test_a_kernel_that_is_not_called_is_found(package):
 
 
 def test_what_the_rewritten_program_raises_is_told(package):
-    start = "    ready = {}\n"
-    reason = package.failure(KERNEL, start, f"    raise OSError('no')\n{start}")
+    start = "\n    def go("
+    reason = package.failure(KERNEL, start, f"\n    raise OSError('no')\n{start}")
     assert reason == "the rewritten program raised OSError: no"
 
 

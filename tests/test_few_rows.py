@@ -165,6 +165,7 @@ def noted(module, monkeypatch) -> list[str]:
 
     for name in [n for n in vars(module) if n.endswith("_kernel")]:
         monkeypatch.setattr(module, name, Noting(name, getattr(module, name)))
+    module.PREPARED.clear()
     return ran
 
 

@@ -16,7 +16,7 @@ from rewriter.emit.origins import Origins
 from rewriter.emit.reference import reference_of
 from rewriter.emit.render import render
 from rewriter.emit.scope import Line
-from rewriter.emit.shapes import kept, tuple_text
+from rewriter.emit.shapes import kept, strides_text, tuple_text
 from rewriter.emit.signature import kernel_signature
 from rewriter.emit.values import Descriptor
 from rewriter.emit.writer import Writer
@@ -130,10 +130,10 @@ class _KernelView:
             "epilogue": commented(writer.epilogue.lines) if plan.sweeps else [],
             "aligned": [text for stride, text in writer.strides.items() if stride in writer.aligned],
             "aligns": plan.aligns,
-            "launch": self._launch(),
             "numbers": self._numbers(),
             "tensors": [*self.pointers.values(), *(b.name for b in self.boxes), *self.outputs.values()],
-            "stride_lines": self._stride_lines(),
+            "passed": [*self.pointers.values(), *(b.seen for b in self.boxes), *self.outputs.values()],
+            "boxed": [(len(self.pointers) + k, self._sizes_of(b)) for k, b in enumerate(self.boxes)],
             "programs": self.programs("config", plan.grid),
             "few": self.few and self.few.values(),
         }
@@ -233,27 +233,15 @@ class _KernelView:
         tiles = [f"triton.cdiv({self.text(a.extent)}, {block})" for a, block in blocks.items()]
         return " * ".join([*tiles, *(f"({self.text(a.extent)})" for a in grid)]) or "1"
 
-    def _launch(self) -> list[str]:
-        """The tensors that it is passed."""
-        boxes = map(self._descriptor, self.boxes)
-        return [*self.pointers.values(), *boxes, *self.outputs.values(), *self._map_names()]
-
-    def _numbers(self) -> list[str]:
-        """What it is passed after those. Other kernels of the file may have other strides by the same names."""
-        units = [f"{s} // align" if s in self.writer.aligned else s for s in self.writer.strides]
+    def _numbers(self) -> str:
+        """What it is passed after its tensors. Other kernels of the file may have other strides by the same names."""
         is_box = [f"has_tma({self.boxes[0].name}.device)"] if self.boxes else []
-        return [*units, *self.sizes.values(), *(["align"] if self.plan.aligns else []), *is_box]
+        sizes = [*self.sizes.values(), *(["align"] if self.plan.aligns else [])]
+        numbers = [*strides_text(self.writer.strides, self.writer.aligned), *sizes, *is_box]
+        return tuple_text(numbers) if numbers else ""
 
-    def _stride_lines(self) -> list[tuple[str, str]]:
-        """The strides of each tensor, by the names of the parameters that they are passed to."""
-        grouped: dict[str, dict[str, str]] = {}
-        for stride, text in self.writer.strides.items():
-            grouped.setdefault(text.partition(".")[0], {})[stride] = text
-        return [(", ".join(own), ", ".join(own.values())) for own in grouped.values()]
-
-    def _descriptor(self, box: Descriptor) -> str:
-        sizes = ", ".join(f'config["{s}"]' if s.startswith("BLOCK") else s for s in box.sizes)
-        return f"described({box.name}, ({sizes}))"
+    def _sizes_of(self, box: Descriptor) -> str:
+        return tuple_text([f'config["{s}"]' if s.startswith("BLOCK") else s for s in box.sizes])
 
     def entries(self) -> list[Entry]:
         """Those of the maps, then its own."""
@@ -320,6 +308,7 @@ class _FileView:
             "streams": self._dynamic_streams(),
             "aligned": any(k.writer.aligned for k in self.written),
             "has_boxes": any(k.boxes for k in self.written),
+            "has_maps": any(k.maps for k in self.written),
             "tunes": any(k.plan.others for k in self.written),
             "arguments": self._arguments(),
             "sizes": [(names.sizes[p], e) for p, e in self.known_sizes.items()],

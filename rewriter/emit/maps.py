@@ -11,6 +11,7 @@ from rewriter.emit.expr import ATOM, Text, operand
 from rewriter.emit.names import Names, size_text
 from rewriter.emit.origins import Origins
 from rewriter.emit.scope import Scope
+from rewriter.emit.shapes import strides_text, tuple_text
 from rewriter.emit.signature import POINTER
 from rewriter.emit.values import Values
 from rewriter.ir import Apply, Axis, Index, Load, Node, walk
@@ -114,12 +115,15 @@ class MapKernel:
     """One of the kernels that make a map, its parameters with their Triton types, and what they are at a launch.
 
     `config`: its sizes, warps and stages, each with its text at a launch, that of the main kernel's `config` at hand.
+    `name`: what its launch is called.
     """
 
     function: str
+    name: str
     config: dict[str, tuple[str, int]]
     signature: dict[str, str]
-    launch: tuple[str, ...]
+    tensors: tuple[str, ...]
+    numbers: str
 
     @property
     def params(self) -> list[str]:
@@ -136,7 +140,8 @@ class MapView:
     def __init__(self, kernel: KernelPlan, found: BlockMap, names: Names, origins: Origins, number: int):
         self.found, self.names = found, names
         self.name = names.unique("tile_map")
-        self._function = f"{kernel.name}_{{}}{number or ''}_kernel"
+        self._number = number or ""
+        self._function = f"{kernel.name}_{{}}{self._number}_kernel"
         self.writer = MapWriter(kernel, found, names.for_kernel(), origins)
         self.kernels = self._kernels()
 
@@ -179,7 +184,7 @@ class MapView:
         lists = {stream: blocks[stream], "TILES": (str(LISTED), LISTED)} | _run_by(4)
         sizes = self._sizes(self._extent(self.found.stream))
         signature = {"flags_ptr": "*i8", f"{self.name}_ptr": "*i32"} | sizes
-        return flags, self._made("map", lists, signature, ["flags", self.name, *sizes])
+        return flags, self._made("map", lists, signature, ["flags", self.name], [*sizes])
 
     def _looking(self, what: str, config: dict[str, tuple[str, int]], result: str, kind: str) -> MapKernel:
         """The kernel that looks at what the predicates read."""
@@ -188,12 +193,20 @@ class MapView:
         strides, sizes = self.writer.strides, self._sizes(*self._texts())
         pointers = {f"{name}_ptr": kind for name, kind in (tensors | {result: kind}).items()}
         signature = pointers | dict.fromkeys(strides, "i32") | sizes
-        return self._made(what, config, signature, [*tensors, result, *strides.values(), *sizes])
+        numbers = [*strides_text(strides, frozenset()), *sizes]
+        return self._made(what, config, signature, [*tensors, result], numbers)
 
     def _made(
-        self, what: str, config: dict[str, tuple[str, int]], signature: dict[str, str], launch: list[str]
+        self,
+        what: str,
+        config: dict[str, tuple[str, int]],
+        signature: dict[str, str],
+        tensors: list[str],
+        numbers: list[str],
     ) -> MapKernel:
-        return MapKernel(self._function.format(what), config, signature, tuple(launch))
+        function = self._function.format(what)
+        name = f"write_{what}{self._number}"
+        return MapKernel(function, name, config, signature, tuple(tensors), tuple_text(numbers) if numbers else "")
 
     def _texts(self) -> list[str]:
         axes = (*self.writer.plan.rows, self.found.stream, *self.found.grid)

@@ -223,51 +223,6 @@ def reference(query, key, weight, value):
     return matmul_1
 
 
-CHOSEN = {}  # the fastest config by GPU, kernel and sizes
-
-
-def fastest(configs, run, programs, device, *key):
-    """The config that is fastest at sizes like these: measured at the first call that keeps all of the GPU busy, and kept
-    beside Triton's own cache. FLASHLIGHT_TUNE=0 takes the first.
-    """
-    if device.type != "cuda":
-        return configs[0]
-    key = (device, *(n.bit_length() if isinstance(n, int) else n for n in key))
-    if key not in CHOSEN:
-        gpu = torch.cuda.get_device_properties(device)
-        is_busy = (
-            programs(configs[0]) >= gpu.multi_processor_count and not torch.cuda.is_current_stream_capturing()
-        )
-        if not is_busy or os.environ.get("FLASHLIGHT_TUNE") == "0":
-            return configs[0]
-        CHOSEN[key] = configs[
-            measured(configs, run, " ".join(map(str, (gpu.name, triton.__version__, *key[1:]))))
-        ]
-    return CHOSEN[key]
-
-
-def measured(configs, run, key):
-    """Which config a file says is the fastest; where it does not, it is told which is."""
-    file = Path(triton.knobs.cache.dir, "flashlight", f"{OP}.json")
-    known = json.loads(file.read_text()) if file.exists() else {}
-    if key not in known:
-        times = [milliseconds(run, config) for config in configs]
-        known[key] = times.index(min(times))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        new = file.with_suffix(f".{os.getpid()}")
-        new.write_text(json.dumps(known))
-        new.replace(file)  # at once: other processes may read it
-    return known[key]
-
-
-def milliseconds(run, config):
-    """How long one launch takes; forever where this GPU has too little of something."""
-    try:
-        return triton.testing.do_bench(lambda: run(config), warmup=5, rep=20, return_mode="median")
-    except (triton.runtime.errors.OutOfResources, torch.cuda.OutOfMemoryError):
-        return float("inf")
-
-
 @functools.cache
 def has_tma(device):
     """Whether a GPU loads boxes of tensors by itself (Hopper and later)."""
@@ -278,21 +233,122 @@ def has_tma(device):
     )
 
 
-def in_rows(t):
-    """The tensor as boxes of it are loaded: its last dimension dense, its rows at multiples of 16 bytes. A copy where
-    it lies otherwise.
-    """
+def lies_in_rows(t):
+    """Whether boxes of a tensor can be loaded: its last dimension is dense, its rows are multiples of 16 bytes apart."""
     steps = [s for s, n in zip(t.stride()[:-1], t.shape) if n > 1]
-    lies_so = t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and not any(s % 8 for s in steps)
-    return t if lies_so else t.clone(memory_format=torch.contiguous_format)
+    return t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and not any(s % 8 for s in steps)
 
 
-def described(t, box):
-    """What a kernel loads boxes of a tensor by."""
-    if not has_tma(t.device):
-        return t
-    steps = [s if n > 1 else 8 for s, n in zip(t.stride()[:-1], t.shape)]
-    return TensorDescriptor(t, t.shape, [*steps, 1], box)
+def laid_out(t):
+    """Its shape and strides as TMA takes them: those of single positions do not matter."""
+    return t.shape, [*(s if n > 1 else 8 for s, n in zip(t.stride()[:-1], t.shape)), 1]
+
+
+class Boxes(TensorDescriptor):
+    """Describes a tensor to a kernel that loads boxes of it: one that lies like others that have been checked."""
+
+    def __post_init__(self):
+        pass
+
+
+class Launch:
+    """Launches a kernel by one config for tensors that lie alike: strides, and what Triton compiles, are settled by the
+    first. Triton would look at all arguments each time.
+
+    numbers: what follows the tensors, strides and sizes.
+    boxes: sizes of the boxes that it loads, by the places of their tensors.
+    """
+
+    def __init__(self, kernel, config, programs, numbers=lambda *_: (), boxes={}):
+        self.kernel, self.config, self.programs, self.numbers = kernel, config, programs, numbers
+        self.boxes, self.copied, self.described = boxes, [], []
+        self.compiled = None
+
+    def __call__(self, *tensors):
+        if self.programs == 0:
+            return
+        tensors = [*tensors]
+        if self.compiled is None:
+            self.first(tensors)
+            return
+        for place in self.copied:
+            tensors[place] = tensors[place].clone(memory_format=torch.contiguous_format)
+        for place, layout in self.described:
+            tensors[place] = Boxes(tensors[place], *layout)
+        self.compiled(*tensors, *self.others)
+
+    def first(self, tensors):
+        self.copied = [place for place in self.boxes if not lies_in_rows(tensors[place])]
+        for place in self.copied:
+            tensors[place] = tensors[place].clone(memory_format=torch.contiguous_format)
+        numbers = self.numbers(*tensors)
+        if has_tma(tensors[0].device):
+            self.described = [
+                (place, laid_out(tensors[place]) + (sizes,)) for place, sizes in self.boxes.items()
+            ]
+        for place, layout in self.described:
+            tensors[place] = TensorDescriptor(tensors[place], *layout)
+        compiled = self.kernel[(self.programs,)](*tensors, *numbers, **self.config)
+        if compiled is not None:  # Triton's interpreter compiles nothing
+            self.others = (*numbers, *(v for name, v in self.config.items() if name.isupper()))
+            self.compiled = compiled[(self.programs, 1, 1)]
+
+
+class Fastest:
+    """Launches a kernel by the fastest of its configs at lengths like these: measured at the first call, if that keeps all
+    of the GPU busy, and kept beside Triton's own cache. FLASHLIGHT_TUNE=0 takes the first.
+    """
+
+    chosen = {}  # by GPU, kernel and lengths
+
+    def __init__(self, configs, launch_by, *key):
+        self.configs, self.launch_by = configs, launch_by
+        self.key = tuple(n.bit_length() if isinstance(n, int) else n for n in key)
+        self.launch = None
+
+    def __call__(self, *tensors):
+        if self.launch is None:
+            self.launch = self.launch_by(self.configs[self.choice(tensors)])
+        self.launch(*tensors)
+
+    def choice(self, tensors):
+        """Which config that is."""
+        device, first = tensors[0].device, self.launch_by(self.configs[0])
+        if device.type != "cuda" or first.programs == 0:
+            return 0
+        key = (device, *self.key)
+        if key not in self.chosen:
+            gpu = torch.cuda.get_device_properties(device)
+            is_busy = (
+                first.programs >= gpu.multi_processor_count and not torch.cuda.is_current_stream_capturing()
+            )
+            if not is_busy or os.environ.get("FLASHLIGHT_TUNE") == "0":
+                return 0
+            self.chosen[key] = self.measured(
+                " ".join(map(str, (gpu.name, triton.__version__, *self.key))), tensors
+            )
+        return self.chosen[key]
+
+    def measured(self, key, tensors):
+        """Which config a file says is the fastest; where it does not, it is told which is."""
+        file = Path(triton.knobs.cache.dir, "flashlight", f"{OP}.json")
+        known = json.loads(file.read_text()) if file.exists() else {}
+        if key not in known:
+            times = [milliseconds(self.launch_by(config), tensors) for config in self.configs]
+            known[key] = times.index(min(times))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            new = file.with_suffix(f".{os.getpid()}")
+            new.write_text(json.dumps(known))
+            new.replace(file)  # at once: other processes may read it
+        return known[key]
+
+
+def milliseconds(launch, tensors):
+    """How long one launch takes; forever where this GPU has too little of something."""
+    try:
+        return triton.testing.do_bench(lambda: launch(*tensors), warmup=5, rep=20, return_mode="median")
+    except (triton.runtime.errors.OutOfResources, torch.cuda.OutOfMemoryError):
+        return float("inf")
 
 
 def launch(query, key, weight, value):
@@ -308,26 +364,10 @@ def launch(query, key, weight, value):
     if torch.is_grad_enabled() and any(t.requires_grad for t in [query, key, weight, value]):
         raise NotImplementedError("the kernel has no backward: call it under torch.no_grad()")
     alike = (
-        query.shape,
-        query.stride(),
-        query.dtype,
-        query.device,
-        query.data_ptr() % 16,
-        key.shape,
-        key.stride(),
-        key.dtype,
-        key.device,
-        key.data_ptr() % 16,
-        weight.shape,
-        weight.stride(),
-        weight.dtype,
-        weight.device,
-        weight.data_ptr() % 16,
-        value.shape,
-        value.stride(),
-        value.dtype,
-        value.device,
-        value.data_ptr() % 16,
+        lying(query),
+        lying(key),
+        lying(weight),
+        lying(value),
     )
     with torch.cuda.device_of(query):
         go = PREPARED.get(alike)
@@ -338,11 +378,15 @@ def launch(query, key, weight, value):
         return go(query, key, weight, value)
 
 
-PREPARED = {}  # what launches the kernels for arguments that lie in memory alike
+PREPARED = {}  # what launches the kernels for arguments that lie alike
+
+
+def lying(t):
+    return t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16
 
 
 def prepared(query, key, weight, value):
-    """Checks arguments, and settles everything but the tensors: sizes, strides, tiles."""
+    """Checks arguments, and settles what does not depend on where they lie: sizes, programs, tiles."""
     M = query.shape[2]
     N = key.shape[3]
     B = query.shape[0]
@@ -364,98 +408,41 @@ def prepared(query, key, weight, value):
         )
     if N == 0:  # nothing to reduce
         return reference
-    ready = {}
-    out = torch.zeros((B, 4, M, 64), device=query.device, dtype=torch.float16)
-    query_boxes = in_rows(query)
-    key_boxes = in_rows(key.permute(0, 1, 3, 2))
-    value_boxes = in_rows(value)
-    stride_weight_n, stride_weight_h = weight.stride(0), weight.stride(1)
-    stride_out_b, stride_out_h, stride_out_m, stride_out_e = (
-        out.stride(0),
-        out.stride(1),
-        out.stride(2),
-        out.stride(3),
-    )
-    stride_query_b, stride_query_h, stride_query_m = (
-        query_boxes.stride(0),
-        query_boxes.stride(1),
-        query_boxes.stride(2),
-    )
-    stride_key_b, stride_key_h, stride_key_n = key_boxes.stride(0), key_boxes.stride(1), key_boxes.stride(2)
-    stride_value_b, stride_value_h, stride_value_n = (
-        value_boxes.stride(0),
-        value_boxes.stride(1),
-        value_boxes.stride(2),
-    )
 
-    def bucketed_bias_programs(config):
-        return triton.cdiv(M, config["BLOCK_M"]) * (B) * (4)
-
-    bucketed_bias_numbers = (
-        stride_weight_n,
-        stride_weight_h,
-        stride_out_b,
-        stride_out_h,
-        stride_out_m,
-        stride_out_e,
-        stride_query_b,
-        stride_query_h,
-        stride_query_m,
-        stride_key_b,
-        stride_key_h,
-        stride_key_n,
-        stride_value_b,
-        stride_value_h,
-        stride_value_n,
-        M,
-        N,
-        B,
-        has_tma(query_boxes.device),
-    )
-
-    def bucketed_bias_run(config, weight, query_boxes, key_boxes, value_boxes, out):
-        args = (
-            weight,
-            described(query_boxes, (1, 1, config["BLOCK_M"], config["BLOCK_D"])),
-            described(key_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_D"])),
-            described(value_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_E"])),
-            out,
-            *bucketed_bias_numbers,
-        )
-        launched(ready, bucketed_bias_kernel, bucketed_bias_programs(config), args, config, config)
-
-    bucketed_bias_config = CONFIGS[0]
-    if bucketed_bias_programs(bucketed_bias_config):
-        bucketed_bias_config = fastest(
-            CONFIGS,
-            lambda config: bucketed_bias_run(config, weight, query_boxes, key_boxes, value_boxes, out),
-            bucketed_bias_programs,
-            weight.device,
-            "bucketed_bias",
+    def bucketed_bias_numbers(weight, query_boxes, key_boxes, value_boxes, out):
+        return (
+            *weight.stride()[:2],
+            *out.stride()[:4],
+            *query_boxes.stride()[:3],
+            *key_boxes.stride()[:3],
+            *value_boxes.stride()[:3],
             M,
-            B,
             N,
+            B,
+            has_tma(query_boxes.device),
         )
+
+    def bucketed_bias_by(config):
+        return Launch(
+            bucketed_bias_kernel,
+            config,
+            triton.cdiv(M, config["BLOCK_M"]) * (B) * (4),
+            bucketed_bias_numbers,
+            boxes={
+                1: (1, 1, config["BLOCK_M"], config["BLOCK_D"]),
+                2: (1, 1, config["BLOCK_N"], config["BLOCK_D"]),
+                3: (1, 1, config["BLOCK_N"], config["BLOCK_E"]),
+            },
+        )
+
+    launch_bucketed_bias = Fastest(CONFIGS, bucketed_bias_by, "bucketed_bias", M, B, N)
 
     def go(query, key, weight, value):
         out = torch.empty((B, 4, M, 64), device=query.device, dtype=torch.float16)
-        query_boxes = in_rows(query)
-        key_boxes = in_rows(key.permute(0, 1, 3, 2))
-        value_boxes = in_rows(value)
-        if bucketed_bias_programs(bucketed_bias_config):
-            bucketed_bias_run(bucketed_bias_config, weight, query_boxes, key_boxes, value_boxes, out)
+        launch_bucketed_bias(weight, query, key.permute(0, 1, 3, 2), value, out)
         return out
 
     return go
-
-
-def launched(ready, kernel, programs, args, blocks, config):
-    """Launches a kernel. Triton looks at arguments anew each time: what it compiled for alike ones is launched as it is."""
-    key = id(kernel), id(config)
-    if ready.get(key) is None:
-        ready[key] = kernel[(programs,)](*args, **blocks)
-    else:
-        ready[key][(programs, 1, 1)](*args, *(v for n, v in blocks.items() if n.isupper()))
 
 
 MISMULTIPLIED = (torch.bfloat16,)  # by Triton's interpreter

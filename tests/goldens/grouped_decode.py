@@ -459,51 +459,6 @@ def reference(query, key, value):
     return matmul_1
 
 
-CHOSEN = {}  # the fastest config by GPU, kernel and sizes
-
-
-def fastest(configs, run, programs, device, *key):
-    """The config that is fastest at sizes like these: measured at the first call that keeps all of the GPU busy, and kept
-    beside Triton's own cache. FLASHLIGHT_TUNE=0 takes the first.
-    """
-    if device.type != "cuda":
-        return configs[0]
-    key = (device, *(n.bit_length() if isinstance(n, int) else n for n in key))
-    if key not in CHOSEN:
-        gpu = torch.cuda.get_device_properties(device)
-        is_busy = (
-            programs(configs[0]) >= gpu.multi_processor_count and not torch.cuda.is_current_stream_capturing()
-        )
-        if not is_busy or os.environ.get("FLASHLIGHT_TUNE") == "0":
-            return configs[0]
-        CHOSEN[key] = configs[
-            measured(configs, run, " ".join(map(str, (gpu.name, triton.__version__, *key[1:]))))
-        ]
-    return CHOSEN[key]
-
-
-def measured(configs, run, key):
-    """Which config a file says is the fastest; where it does not, it is told which is."""
-    file = Path(triton.knobs.cache.dir, "flashlight", f"{OP}.json")
-    known = json.loads(file.read_text()) if file.exists() else {}
-    if key not in known:
-        times = [milliseconds(run, config) for config in configs]
-        known[key] = times.index(min(times))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        new = file.with_suffix(f".{os.getpid()}")
-        new.write_text(json.dumps(known))
-        new.replace(file)  # at once: other processes may read it
-    return known[key]
-
-
-def milliseconds(run, config):
-    """How long one launch takes; forever where this GPU has too little of something."""
-    try:
-        return triton.testing.do_bench(lambda: run(config), warmup=5, rep=20, return_mode="median")
-    except (triton.runtime.errors.OutOfResources, torch.cuda.OutOfMemoryError):
-        return float("inf")
-
-
 @functools.cache
 def has_tma(device):
     """Whether a GPU loads boxes of tensors by itself (Hopper and later)."""
@@ -514,21 +469,122 @@ def has_tma(device):
     )
 
 
-def in_rows(t):
-    """The tensor as boxes of it are loaded: its last dimension dense, its rows at multiples of 16 bytes. A copy where
-    it lies otherwise.
-    """
+def lies_in_rows(t):
+    """Whether boxes of a tensor can be loaded: its last dimension is dense, its rows are multiples of 16 bytes apart."""
     steps = [s for s, n in zip(t.stride()[:-1], t.shape) if n > 1]
-    lies_so = t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and not any(s % 8 for s in steps)
-    return t if lies_so else t.clone(memory_format=torch.contiguous_format)
+    return t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and not any(s % 8 for s in steps)
 
 
-def described(t, box):
-    """What a kernel loads boxes of a tensor by."""
-    if not has_tma(t.device):
-        return t
-    steps = [s if n > 1 else 8 for s, n in zip(t.stride()[:-1], t.shape)]
-    return TensorDescriptor(t, t.shape, [*steps, 1], box)
+def laid_out(t):
+    """Its shape and strides as TMA takes them: those of single positions do not matter."""
+    return t.shape, [*(s if n > 1 else 8 for s, n in zip(t.stride()[:-1], t.shape)), 1]
+
+
+class Boxes(TensorDescriptor):
+    """Describes a tensor to a kernel that loads boxes of it: one that lies like others that have been checked."""
+
+    def __post_init__(self):
+        pass
+
+
+class Launch:
+    """Launches a kernel by one config for tensors that lie alike: strides, and what Triton compiles, are settled by the
+    first. Triton would look at all arguments each time.
+
+    numbers: what follows the tensors, strides and sizes.
+    boxes: sizes of the boxes that it loads, by the places of their tensors.
+    """
+
+    def __init__(self, kernel, config, programs, numbers=lambda *_: (), boxes={}):
+        self.kernel, self.config, self.programs, self.numbers = kernel, config, programs, numbers
+        self.boxes, self.copied, self.described = boxes, [], []
+        self.compiled = None
+
+    def __call__(self, *tensors):
+        if self.programs == 0:
+            return
+        tensors = [*tensors]
+        if self.compiled is None:
+            self.first(tensors)
+            return
+        for place in self.copied:
+            tensors[place] = tensors[place].clone(memory_format=torch.contiguous_format)
+        for place, layout in self.described:
+            tensors[place] = Boxes(tensors[place], *layout)
+        self.compiled(*tensors, *self.others)
+
+    def first(self, tensors):
+        self.copied = [place for place in self.boxes if not lies_in_rows(tensors[place])]
+        for place in self.copied:
+            tensors[place] = tensors[place].clone(memory_format=torch.contiguous_format)
+        numbers = self.numbers(*tensors)
+        if has_tma(tensors[0].device):
+            self.described = [
+                (place, laid_out(tensors[place]) + (sizes,)) for place, sizes in self.boxes.items()
+            ]
+        for place, layout in self.described:
+            tensors[place] = TensorDescriptor(tensors[place], *layout)
+        compiled = self.kernel[(self.programs,)](*tensors, *numbers, **self.config)
+        if compiled is not None:  # Triton's interpreter compiles nothing
+            self.others = (*numbers, *(v for name, v in self.config.items() if name.isupper()))
+            self.compiled = compiled[(self.programs, 1, 1)]
+
+
+class Fastest:
+    """Launches a kernel by the fastest of its configs at lengths like these: measured at the first call, if that keeps all
+    of the GPU busy, and kept beside Triton's own cache. FLASHLIGHT_TUNE=0 takes the first.
+    """
+
+    chosen = {}  # by GPU, kernel and lengths
+
+    def __init__(self, configs, launch_by, *key):
+        self.configs, self.launch_by = configs, launch_by
+        self.key = tuple(n.bit_length() if isinstance(n, int) else n for n in key)
+        self.launch = None
+
+    def __call__(self, *tensors):
+        if self.launch is None:
+            self.launch = self.launch_by(self.configs[self.choice(tensors)])
+        self.launch(*tensors)
+
+    def choice(self, tensors):
+        """Which config that is."""
+        device, first = tensors[0].device, self.launch_by(self.configs[0])
+        if device.type != "cuda" or first.programs == 0:
+            return 0
+        key = (device, *self.key)
+        if key not in self.chosen:
+            gpu = torch.cuda.get_device_properties(device)
+            is_busy = (
+                first.programs >= gpu.multi_processor_count and not torch.cuda.is_current_stream_capturing()
+            )
+            if not is_busy or os.environ.get("FLASHLIGHT_TUNE") == "0":
+                return 0
+            self.chosen[key] = self.measured(
+                " ".join(map(str, (gpu.name, triton.__version__, *self.key))), tensors
+            )
+        return self.chosen[key]
+
+    def measured(self, key, tensors):
+        """Which config a file says is the fastest; where it does not, it is told which is."""
+        file = Path(triton.knobs.cache.dir, "flashlight", f"{OP}.json")
+        known = json.loads(file.read_text()) if file.exists() else {}
+        if key not in known:
+            times = [milliseconds(self.launch_by(config), tensors) for config in self.configs]
+            known[key] = times.index(min(times))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            new = file.with_suffix(f".{os.getpid()}")
+            new.write_text(json.dumps(known))
+            new.replace(file)  # at once: other processes may read it
+        return known[key]
+
+
+def milliseconds(launch, tensors):
+    """How long one launch takes; forever where this GPU has too little of something."""
+    try:
+        return triton.testing.do_bench(lambda: launch(*tensors), warmup=5, rep=20, return_mode="median")
+    except (triton.runtime.errors.OutOfResources, torch.cuda.OutOfMemoryError):
+        return float("inf")
 
 
 def launch(query, key, value):
@@ -543,21 +599,9 @@ def launch(query, key, value):
     if torch.is_grad_enabled() and any(t.requires_grad for t in [query, key, value]):
         raise NotImplementedError("the kernel has no backward: call it under torch.no_grad()")
     alike = (
-        query.shape,
-        query.stride(),
-        query.dtype,
-        query.device,
-        query.data_ptr() % 16,
-        key.shape,
-        key.stride(),
-        key.dtype,
-        key.device,
-        key.data_ptr() % 16,
-        value.shape,
-        value.stride(),
-        value.dtype,
-        value.device,
-        value.data_ptr() % 16,
+        lying(query),
+        lying(key),
+        lying(value),
     )
     with torch.cuda.device_of(query):
         go = PREPARED.get(alike)
@@ -568,11 +612,15 @@ def launch(query, key, value):
         return go(query, key, value)
 
 
-PREPARED = {}  # what launches the kernels for arguments that lie in memory alike
+PREPARED = {}  # what launches the kernels for arguments that lie alike
+
+
+def lying(t):
+    return t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16
 
 
 def prepared(query, key, value):
-    """Checks arguments, and settles everything but the tensors: sizes, strides, tiles."""
+    """Checks arguments, and settles what does not depend on where they lie: sizes, programs, tiles."""
     M = query.shape[2]
     N = key.shape[2]
     H = query.shape[1]
@@ -592,82 +640,21 @@ def prepared(query, key, value):
         )
     if N == 0:  # nothing to reduce
         return reference
-    ready = {}
-    out = torch.zeros((B, H, M, 64), device=query.device, dtype=torch.float16)
     grouped_decode_few = 0 < B * H * M < FEW["rows"] and N > FEW["least"]
     if grouped_decode_few:
         R = M * (H // S14)
         tiles = triton.cdiv(R, CONFIGS_PART[0]["BLOCK_R"]) * (B) * (S14)
         wanted = FEW["programs"] // tiles or FEW["waves"] // tiles
         SPLITS = max(1, min(wanted, triton.cdiv(N, FEW["least"]), CONFIGS_MERGE[0]["BLOCK_PART"]))
-        part_max = torch.zeros((SPLITS, B, S14, R), device=query.device, dtype=torch.float32)
-        part_sum = torch.zeros((SPLITS, B, S14, R), device=query.device, dtype=torch.float32)
-        part_acc = torch.zeros((SPLITS, B, S14, R, 64), device=query.device, dtype=torch.float32)
-        key_boxes = in_rows(key)
-        value_boxes = in_rows(value)
-        stride_query_b, stride_query_g, stride_query_r, stride_query_d = (
-            query.stride(0),
-            query.stride(1),
-            query.stride(2),
-            query.stride(3),
-        )
-        stride_part_max_part, stride_part_max_b, stride_part_max_g, stride_part_max_r = (
-            part_max.stride(0),
-            part_max.stride(1),
-            part_max.stride(2),
-            part_max.stride(3),
-        )
-        stride_part_sum_part, stride_part_sum_b, stride_part_sum_g, stride_part_sum_r = (
-            part_sum.stride(0),
-            part_sum.stride(1),
-            part_sum.stride(2),
-            part_sum.stride(3),
-        )
-        stride_part_acc_part, stride_part_acc_b, stride_part_acc_g, stride_part_acc_r, stride_part_acc_e = (
-            part_acc.stride(0),
-            part_acc.stride(1),
-            part_acc.stride(2),
-            part_acc.stride(3),
-            part_acc.stride(4),
-        )
-        stride_key_b, stride_key_g, stride_key_n = (
-            key_boxes.stride(0),
-            key_boxes.stride(1),
-            key_boxes.stride(2),
-        )
-        stride_value_b, stride_value_g, stride_value_n = (
-            value_boxes.stride(0),
-            value_boxes.stride(1),
-            value_boxes.stride(2),
-        )
 
-        def grouped_decode_part_programs(config):
-            return triton.cdiv(R, config["BLOCK_R"]) * (B) * (S14) * (SPLITS)
-
-        grouped_decode_part_numbers = (
-            stride_query_b,
-            stride_query_g,
-            stride_query_r,
-            stride_query_d,
-            stride_part_max_part,
-            stride_part_max_b,
-            stride_part_max_g,
-            stride_part_max_r,
-            stride_part_sum_part,
-            stride_part_sum_b,
-            stride_part_sum_g,
-            stride_part_sum_r,
-            stride_part_acc_part,
-            stride_part_acc_b,
-            stride_part_acc_g,
-            stride_part_acc_r,
-            stride_part_acc_e,
-            stride_key_b,
-            stride_key_g,
-            stride_key_n,
-            stride_value_b,
-            stride_value_g,
-            stride_value_n,
+    def grouped_decode_part_numbers(query, key_boxes, value_boxes, part_max, part_sum, part_acc):
+        return (
+            *query.stride()[:4],
+            *part_max.stride()[:4],
+            *part_sum.stride()[:4],
+            *part_acc.stride()[:5],
+            *key_boxes.stride()[:3],
+            *value_boxes.stride()[:3],
             M,
             N,
             H,
@@ -678,83 +665,28 @@ def prepared(query, key, value):
             has_tma(key_boxes.device),
         )
 
-        def grouped_decode_part_run(config, query, key_boxes, value_boxes, part_max, part_sum, part_acc):
-            args = (
-                query,
-                described(key_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_D"])),
-                described(value_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_E"])),
-                part_max,
-                part_sum,
-                part_acc,
-                *grouped_decode_part_numbers,
-            )
-            launched(
-                ready, grouped_decode_part_kernel, grouped_decode_part_programs(config), args, config, config
-            )
-
-        grouped_decode_part_config = CONFIGS_PART[0]
-        if grouped_decode_part_programs(grouped_decode_part_config):
-            grouped_decode_part_config = fastest(
-                CONFIGS_PART,
-                lambda config: grouped_decode_part_run(
-                    config, query, key_boxes, value_boxes, part_max, part_sum, part_acc
-                ),
-                grouped_decode_part_programs,
-                query.device,
-                "grouped_decode_part",
-                R,
-                B,
-                S14,
-                SPLITS,
-                N,
-            )
-        stride_part_max_part, stride_part_max_b, stride_part_max_g, stride_part_max_r = (
-            part_max.stride(0),
-            part_max.stride(1),
-            part_max.stride(2),
-            part_max.stride(3),
-        )
-        stride_part_sum_part, stride_part_sum_b, stride_part_sum_g, stride_part_sum_r = (
-            part_sum.stride(0),
-            part_sum.stride(1),
-            part_sum.stride(2),
-            part_sum.stride(3),
-        )
-        stride_part_acc_part, stride_part_acc_b, stride_part_acc_g, stride_part_acc_r, stride_part_acc_e = (
-            part_acc.stride(0),
-            part_acc.stride(1),
-            part_acc.stride(2),
-            part_acc.stride(3),
-            part_acc.stride(4),
-        )
-        stride_out_b, stride_out_g, stride_out_r, stride_out_e = (
-            out.stride(0),
-            out.stride(1),
-            out.stride(2),
-            out.stride(3),
+    def grouped_decode_part_by(config):
+        return Launch(
+            grouped_decode_part_kernel,
+            config,
+            triton.cdiv(R, config["BLOCK_R"]) * (B) * (S14) * (SPLITS),
+            grouped_decode_part_numbers,
+            boxes={
+                1: (1, 1, config["BLOCK_N"], config["BLOCK_D"]),
+                2: (1, 1, config["BLOCK_N"], config["BLOCK_E"]),
+            },
         )
 
-        def grouped_decode_merge_programs(config):
-            return (B) * (S14) * (R)
+    launch_grouped_decode_part = Fastest(
+        CONFIGS_PART, grouped_decode_part_by, "grouped_decode_part", R, B, S14, SPLITS, N
+    )
 
-        grouped_decode_merge_numbers = (
-            stride_part_max_part,
-            stride_part_max_b,
-            stride_part_max_g,
-            stride_part_max_r,
-            stride_part_sum_part,
-            stride_part_sum_b,
-            stride_part_sum_g,
-            stride_part_sum_r,
-            stride_part_acc_part,
-            stride_part_acc_b,
-            stride_part_acc_g,
-            stride_part_acc_r,
-            stride_part_acc_e,
-            stride_out_b,
-            stride_out_g,
-            stride_out_r,
-            stride_out_e,
+    def grouped_decode_merge_numbers(part_max, part_sum, part_acc, out):
+        return (
+            *part_max.stride()[:4],
+            *part_sum.stride()[:4],
+            *part_acc.stride()[:5],
+            *out.stride()[:4],
             M,
             N,
             H,
@@ -764,61 +696,22 @@ def prepared(query, key, value):
             S14,
         )
 
-        def grouped_decode_merge_run(config, part_max, part_sum, part_acc, out):
-            args = (part_max, part_sum, part_acc, out, *grouped_decode_merge_numbers)
-            launched(
-                ready,
-                grouped_decode_merge_kernel,
-                grouped_decode_merge_programs(config),
-                args,
-                config,
-                config,
-            )
-
-        grouped_decode_merge_config = CONFIGS_MERGE[0]
-    else:
-        query_boxes = in_rows(query)
-        key_boxes = in_rows(key)
-        value_boxes = in_rows(value)
-        stride_out_b, stride_out_h, stride_out_m, stride_out_e = (
-            out.stride(0),
-            out.stride(1),
-            out.stride(2),
-            out.stride(3),
-        )
-        stride_query_b, stride_query_h, stride_query_m = (
-            query_boxes.stride(0),
-            query_boxes.stride(1),
-            query_boxes.stride(2),
-        )
-        stride_key_b, stride_key_h, stride_key_n = (
-            key_boxes.stride(0),
-            key_boxes.stride(1),
-            key_boxes.stride(2),
-        )
-        stride_value_b, stride_value_h, stride_value_n = (
-            value_boxes.stride(0),
-            value_boxes.stride(1),
-            value_boxes.stride(2),
+    def grouped_decode_merge_by(config):
+        return Launch(
+            grouped_decode_merge_kernel,
+            config,
+            (B) * (S14) * (R),
+            grouped_decode_merge_numbers,
         )
 
-        def grouped_decode_programs(config):
-            return triton.cdiv(M, config["BLOCK_M"]) * (B) * (H)
+    launch_grouped_decode_merge = grouped_decode_merge_by(CONFIGS_MERGE[0])
 
-        grouped_decode_numbers = (
-            stride_out_b,
-            stride_out_h,
-            stride_out_m,
-            stride_out_e,
-            stride_query_b,
-            stride_query_h,
-            stride_query_m,
-            stride_key_b,
-            stride_key_h,
-            stride_key_n,
-            stride_value_b,
-            stride_value_h,
-            stride_value_n,
+    def grouped_decode_numbers(query_boxes, key_boxes, value_boxes, out):
+        return (
+            *out.stride()[:4],
+            *query_boxes.stride()[:3],
+            *key_boxes.stride()[:3],
+            *value_boxes.stride()[:3],
             M,
             N,
             H,
@@ -827,29 +720,20 @@ def prepared(query, key, value):
             has_tma(query_boxes.device),
         )
 
-        def grouped_decode_run(config, query_boxes, key_boxes, value_boxes, out):
-            args = (
-                described(query_boxes, (1, 1, config["BLOCK_M"], config["BLOCK_D"])),
-                described(key_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_D"])),
-                described(value_boxes, (1, 1, config["BLOCK_N"], config["BLOCK_E"])),
-                out,
-                *grouped_decode_numbers,
-            )
-            launched(ready, grouped_decode_kernel, grouped_decode_programs(config), args, config, config)
+    def grouped_decode_by(config):
+        return Launch(
+            grouped_decode_kernel,
+            config,
+            triton.cdiv(M, config["BLOCK_M"]) * (B) * (H),
+            grouped_decode_numbers,
+            boxes={
+                0: (1, 1, config["BLOCK_M"], config["BLOCK_D"]),
+                1: (1, 1, config["BLOCK_N"], config["BLOCK_D"]),
+                2: (1, 1, config["BLOCK_N"], config["BLOCK_E"]),
+            },
+        )
 
-        grouped_decode_config = CONFIGS[0]
-        if grouped_decode_programs(grouped_decode_config):
-            grouped_decode_config = fastest(
-                CONFIGS,
-                lambda config: grouped_decode_run(config, query_boxes, key_boxes, value_boxes, out),
-                grouped_decode_programs,
-                query_boxes.device,
-                "grouped_decode",
-                M,
-                B,
-                H,
-                N,
-            )
+    launch_grouped_decode = Fastest(CONFIGS, grouped_decode_by, "grouped_decode", M, B, H, N)
 
     def go(query, key, value):
         out = torch.empty((B, H, M, 64), device=query.device, dtype=torch.float16)
@@ -857,32 +741,13 @@ def prepared(query, key, value):
             part_max = torch.empty((SPLITS, B, S14, R), device=query.device, dtype=torch.float32)
             part_sum = torch.empty((SPLITS, B, S14, R), device=query.device, dtype=torch.float32)
             part_acc = torch.empty((SPLITS, B, S14, R, 64), device=query.device, dtype=torch.float32)
-            key_boxes = in_rows(key)
-            value_boxes = in_rows(value)
-            if grouped_decode_part_programs(grouped_decode_part_config):
-                grouped_decode_part_run(
-                    grouped_decode_part_config, query, key_boxes, value_boxes, part_max, part_sum, part_acc
-                )
-            if grouped_decode_merge_programs(grouped_decode_merge_config):
-                grouped_decode_merge_run(grouped_decode_merge_config, part_max, part_sum, part_acc, out)
+            launch_grouped_decode_part(query, key, value, part_max, part_sum, part_acc)
+            launch_grouped_decode_merge(part_max, part_sum, part_acc, out)
         else:
-            query_boxes = in_rows(query)
-            key_boxes = in_rows(key)
-            value_boxes = in_rows(value)
-            if grouped_decode_programs(grouped_decode_config):
-                grouped_decode_run(grouped_decode_config, query_boxes, key_boxes, value_boxes, out)
+            launch_grouped_decode(query, key, value, out)
         return out
 
     return go
-
-
-def launched(ready, kernel, programs, args, blocks, config):
-    """Launches a kernel. Triton looks at arguments anew each time: what it compiled for alike ones is launched as it is."""
-    key = id(kernel), id(config)
-    if ready.get(key) is None:
-        ready[key] = kernel[(programs,)](*args, **blocks)
-    else:
-        ready[key][(programs, 1, 1)](*args, *(v for n, v in blocks.items() if n.isupper()))
 
 
 MISMULTIPLIED = (torch.bfloat16,)  # by Triton's interpreter

@@ -188,51 +188,6 @@ def reference(q_nope, k_nope, q_rope, k_rope, value):
     return einsum_2
 
 
-CHOSEN = {}  # the fastest config by GPU, kernel and sizes
-
-
-def fastest(configs, run, programs, device, *key):
-    """The config that is fastest at sizes like these: measured at the first call that keeps all of the GPU busy, and kept
-    beside Triton's own cache. FLASHLIGHT_TUNE=0 takes the first.
-    """
-    if device.type != "cuda":
-        return configs[0]
-    key = (device, *(n.bit_length() if isinstance(n, int) else n for n in key))
-    if key not in CHOSEN:
-        gpu = torch.cuda.get_device_properties(device)
-        is_busy = (
-            programs(configs[0]) >= gpu.multi_processor_count and not torch.cuda.is_current_stream_capturing()
-        )
-        if not is_busy or os.environ.get("FLASHLIGHT_TUNE") == "0":
-            return configs[0]
-        CHOSEN[key] = configs[
-            measured(configs, run, " ".join(map(str, (gpu.name, triton.__version__, *key[1:]))))
-        ]
-    return CHOSEN[key]
-
-
-def measured(configs, run, key):
-    """Which config a file says is the fastest; where it does not, it is told which is."""
-    file = Path(triton.knobs.cache.dir, "flashlight", f"{OP}.json")
-    known = json.loads(file.read_text()) if file.exists() else {}
-    if key not in known:
-        times = [milliseconds(run, config) for config in configs]
-        known[key] = times.index(min(times))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        new = file.with_suffix(f".{os.getpid()}")
-        new.write_text(json.dumps(known))
-        new.replace(file)  # at once: other processes may read it
-    return known[key]
-
-
-def milliseconds(run, config):
-    """How long one launch takes; forever where this GPU has too little of something."""
-    try:
-        return triton.testing.do_bench(lambda: run(config), warmup=5, rep=20, return_mode="median")
-    except (triton.runtime.errors.OutOfResources, torch.cuda.OutOfMemoryError):
-        return float("inf")
-
-
 @functools.cache
 def has_tma(device):
     """Whether a GPU loads boxes of tensors by itself (Hopper and later)."""
@@ -243,21 +198,122 @@ def has_tma(device):
     )
 
 
-def in_rows(t):
-    """The tensor as boxes of it are loaded: its last dimension dense, its rows at multiples of 16 bytes. A copy where
-    it lies otherwise.
-    """
+def lies_in_rows(t):
+    """Whether boxes of a tensor can be loaded: its last dimension is dense, its rows are multiples of 16 bytes apart."""
     steps = [s for s, n in zip(t.stride()[:-1], t.shape) if n > 1]
-    lies_so = t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and not any(s % 8 for s in steps)
-    return t if lies_so else t.clone(memory_format=torch.contiguous_format)
+    return t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and not any(s % 8 for s in steps)
 
 
-def described(t, box):
-    """What a kernel loads boxes of a tensor by."""
-    if not has_tma(t.device):
-        return t
-    steps = [s if n > 1 else 8 for s, n in zip(t.stride()[:-1], t.shape)]
-    return TensorDescriptor(t, t.shape, [*steps, 1], box)
+def laid_out(t):
+    """Its shape and strides as TMA takes them: those of single positions do not matter."""
+    return t.shape, [*(s if n > 1 else 8 for s, n in zip(t.stride()[:-1], t.shape)), 1]
+
+
+class Boxes(TensorDescriptor):
+    """Describes a tensor to a kernel that loads boxes of it: one that lies like others that have been checked."""
+
+    def __post_init__(self):
+        pass
+
+
+class Launch:
+    """Launches a kernel by one config for tensors that lie alike: strides, and what Triton compiles, are settled by the
+    first. Triton would look at all arguments each time.
+
+    numbers: what follows the tensors, strides and sizes.
+    boxes: sizes of the boxes that it loads, by the places of their tensors.
+    """
+
+    def __init__(self, kernel, config, programs, numbers=lambda *_: (), boxes={}):
+        self.kernel, self.config, self.programs, self.numbers = kernel, config, programs, numbers
+        self.boxes, self.copied, self.described = boxes, [], []
+        self.compiled = None
+
+    def __call__(self, *tensors):
+        if self.programs == 0:
+            return
+        tensors = [*tensors]
+        if self.compiled is None:
+            self.first(tensors)
+            return
+        for place in self.copied:
+            tensors[place] = tensors[place].clone(memory_format=torch.contiguous_format)
+        for place, layout in self.described:
+            tensors[place] = Boxes(tensors[place], *layout)
+        self.compiled(*tensors, *self.others)
+
+    def first(self, tensors):
+        self.copied = [place for place in self.boxes if not lies_in_rows(tensors[place])]
+        for place in self.copied:
+            tensors[place] = tensors[place].clone(memory_format=torch.contiguous_format)
+        numbers = self.numbers(*tensors)
+        if has_tma(tensors[0].device):
+            self.described = [
+                (place, laid_out(tensors[place]) + (sizes,)) for place, sizes in self.boxes.items()
+            ]
+        for place, layout in self.described:
+            tensors[place] = TensorDescriptor(tensors[place], *layout)
+        compiled = self.kernel[(self.programs,)](*tensors, *numbers, **self.config)
+        if compiled is not None:  # Triton's interpreter compiles nothing
+            self.others = (*numbers, *(v for name, v in self.config.items() if name.isupper()))
+            self.compiled = compiled[(self.programs, 1, 1)]
+
+
+class Fastest:
+    """Launches a kernel by the fastest of its configs at lengths like these: measured at the first call, if that keeps all
+    of the GPU busy, and kept beside Triton's own cache. FLASHLIGHT_TUNE=0 takes the first.
+    """
+
+    chosen = {}  # by GPU, kernel and lengths
+
+    def __init__(self, configs, launch_by, *key):
+        self.configs, self.launch_by = configs, launch_by
+        self.key = tuple(n.bit_length() if isinstance(n, int) else n for n in key)
+        self.launch = None
+
+    def __call__(self, *tensors):
+        if self.launch is None:
+            self.launch = self.launch_by(self.configs[self.choice(tensors)])
+        self.launch(*tensors)
+
+    def choice(self, tensors):
+        """Which config that is."""
+        device, first = tensors[0].device, self.launch_by(self.configs[0])
+        if device.type != "cuda" or first.programs == 0:
+            return 0
+        key = (device, *self.key)
+        if key not in self.chosen:
+            gpu = torch.cuda.get_device_properties(device)
+            is_busy = (
+                first.programs >= gpu.multi_processor_count and not torch.cuda.is_current_stream_capturing()
+            )
+            if not is_busy or os.environ.get("FLASHLIGHT_TUNE") == "0":
+                return 0
+            self.chosen[key] = self.measured(
+                " ".join(map(str, (gpu.name, triton.__version__, *self.key))), tensors
+            )
+        return self.chosen[key]
+
+    def measured(self, key, tensors):
+        """Which config a file says is the fastest; where it does not, it is told which is."""
+        file = Path(triton.knobs.cache.dir, "flashlight", f"{OP}.json")
+        known = json.loads(file.read_text()) if file.exists() else {}
+        if key not in known:
+            times = [milliseconds(self.launch_by(config), tensors) for config in self.configs]
+            known[key] = times.index(min(times))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            new = file.with_suffix(f".{os.getpid()}")
+            new.write_text(json.dumps(known))
+            new.replace(file)  # at once: other processes may read it
+        return known[key]
+
+
+def milliseconds(launch, tensors):
+    """How long one launch takes; forever where this GPU has too little of something."""
+    try:
+        return triton.testing.do_bench(lambda: launch(*tensors), warmup=5, rep=20, return_mode="median")
+    except (triton.runtime.errors.OutOfResources, torch.cuda.OutOfMemoryError):
+        return float("inf")
 
 
 def launch(q_nope, k_nope, q_rope, k_rope, value):
@@ -274,31 +330,11 @@ def launch(q_nope, k_nope, q_rope, k_rope, value):
     if torch.is_grad_enabled() and any(t.requires_grad for t in [q_nope, k_nope, q_rope, k_rope, value]):
         raise NotImplementedError("the kernel has no backward: call it under torch.no_grad()")
     alike = (
-        q_nope.shape,
-        q_nope.stride(),
-        q_nope.dtype,
-        q_nope.device,
-        q_nope.data_ptr() % 16,
-        k_nope.shape,
-        k_nope.stride(),
-        k_nope.dtype,
-        k_nope.device,
-        k_nope.data_ptr() % 16,
-        q_rope.shape,
-        q_rope.stride(),
-        q_rope.dtype,
-        q_rope.device,
-        q_rope.data_ptr() % 16,
-        k_rope.shape,
-        k_rope.stride(),
-        k_rope.dtype,
-        k_rope.device,
-        k_rope.data_ptr() % 16,
-        value.shape,
-        value.stride(),
-        value.dtype,
-        value.device,
-        value.data_ptr() % 16,
+        lying(q_nope),
+        lying(k_nope),
+        lying(q_rope),
+        lying(k_rope),
+        lying(value),
     )
     with torch.cuda.device_of(q_nope):
         go = PREPARED.get(alike)
@@ -309,11 +345,15 @@ def launch(q_nope, k_nope, q_rope, k_rope, value):
         return go(q_nope, k_nope, q_rope, k_rope, value)
 
 
-PREPARED = {}  # what launches the kernels for arguments that lie in memory alike
+PREPARED = {}  # what launches the kernels for arguments that lie alike
+
+
+def lying(t):
+    return t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16
 
 
 def prepared(q_nope, k_nope, q_rope, k_rope, value):
-    """Checks arguments, and settles everything but the tensors: sizes, strides, tiles."""
+    """Checks arguments, and settles what does not depend on where they lie: sizes, programs, tiles."""
     M = q_nope.shape[1]
     N = k_nope.shape[1]
     H = q_nope.shape[2]
@@ -340,121 +380,45 @@ def prepared(q_nope, k_nope, q_rope, k_rope, value):
         )
     if N == 0:  # nothing to reduce
         return reference
-    ready = {}
-    out = torch.zeros((B, H, M, 128), device=q_nope.device, dtype=torch.float16).permute(0, 2, 1, 3)
-    q_nope_boxes = in_rows(q_nope)
-    k_nope_boxes = in_rows(k_nope)
-    q_rope_boxes = in_rows(q_rope)
-    k_rope_boxes = in_rows(k_rope)
-    value_boxes = in_rows(value)
-    stride_out_b, stride_out_m, stride_out_h, stride_out_f = (
-        out.stride(0),
-        out.stride(1),
-        out.stride(2),
-        out.stride(3),
-    )
-    stride_q_nope_b, stride_q_nope_m, stride_q_nope_h = (
-        q_nope_boxes.stride(0),
-        q_nope_boxes.stride(1),
-        q_nope_boxes.stride(2),
-    )
-    stride_k_nope_b, stride_k_nope_n, stride_k_nope_h = (
-        k_nope_boxes.stride(0),
-        k_nope_boxes.stride(1),
-        k_nope_boxes.stride(2),
-    )
-    stride_q_rope_b, stride_q_rope_m, stride_q_rope_h = (
-        q_rope_boxes.stride(0),
-        q_rope_boxes.stride(1),
-        q_rope_boxes.stride(2),
-    )
-    stride_k_rope_b, stride_k_rope_n = k_rope_boxes.stride(0), k_rope_boxes.stride(1)
-    stride_value_b, stride_value_n, stride_value_h = (
-        value_boxes.stride(0),
-        value_boxes.stride(1),
-        value_boxes.stride(2),
-    )
 
-    def two_products_programs(config):
-        return triton.cdiv(M, config["BLOCK_M"]) * (B) * (H)
-
-    two_products_numbers = (
-        stride_out_b,
-        stride_out_m,
-        stride_out_h,
-        stride_out_f,
-        stride_q_nope_b,
-        stride_q_nope_m,
-        stride_q_nope_h,
-        stride_k_nope_b,
-        stride_k_nope_n,
-        stride_k_nope_h,
-        stride_q_rope_b,
-        stride_q_rope_m,
-        stride_q_rope_h,
-        stride_k_rope_b,
-        stride_k_rope_n,
-        stride_value_b,
-        stride_value_n,
-        stride_value_h,
-        M,
-        N,
-        H,
-        B,
-        has_tma(q_nope_boxes.device),
-    )
-
-    def two_products_run(config, q_nope_boxes, k_nope_boxes, q_rope_boxes, k_rope_boxes, value_boxes, out):
-        args = (
-            described(q_nope_boxes, (1, config["BLOCK_M"], 1, config["BLOCK_D"])),
-            described(k_nope_boxes, (1, config["BLOCK_N"], 1, config["BLOCK_D"])),
-            described(q_rope_boxes, (1, config["BLOCK_M"], 1, config["BLOCK_E"])),
-            described(k_rope_boxes, (1, config["BLOCK_N"], config["BLOCK_E"])),
-            described(value_boxes, (1, config["BLOCK_N"], 1, config["BLOCK_F"])),
-            out,
-            *two_products_numbers,
-        )
-        launched(ready, two_products_kernel, two_products_programs(config), args, config, config)
-
-    two_products_config = CONFIGS[0]
-    if two_products_programs(two_products_config):
-        two_products_config = fastest(
-            CONFIGS,
-            lambda config: two_products_run(
-                config, q_nope_boxes, k_nope_boxes, q_rope_boxes, k_rope_boxes, value_boxes, out
-            ),
-            two_products_programs,
-            q_nope_boxes.device,
-            "two_products",
+    def two_products_numbers(q_nope_boxes, k_nope_boxes, q_rope_boxes, k_rope_boxes, value_boxes, out):
+        return (
+            *out.stride()[:4],
+            *q_nope_boxes.stride()[:3],
+            *k_nope_boxes.stride()[:3],
+            *q_rope_boxes.stride()[:3],
+            *k_rope_boxes.stride()[:2],
+            *value_boxes.stride()[:3],
             M,
-            B,
-            H,
             N,
+            H,
+            B,
+            has_tma(q_nope_boxes.device),
         )
+
+    def two_products_by(config):
+        return Launch(
+            two_products_kernel,
+            config,
+            triton.cdiv(M, config["BLOCK_M"]) * (B) * (H),
+            two_products_numbers,
+            boxes={
+                0: (1, config["BLOCK_M"], 1, config["BLOCK_D"]),
+                1: (1, config["BLOCK_N"], 1, config["BLOCK_D"]),
+                2: (1, config["BLOCK_M"], 1, config["BLOCK_E"]),
+                3: (1, config["BLOCK_N"], config["BLOCK_E"]),
+                4: (1, config["BLOCK_N"], 1, config["BLOCK_F"]),
+            },
+        )
+
+    launch_two_products = Fastest(CONFIGS, two_products_by, "two_products", M, B, H, N)
 
     def go(q_nope, k_nope, q_rope, k_rope, value):
         out = torch.empty((B, H, M, 128), device=q_nope.device, dtype=torch.float16).permute(0, 2, 1, 3)
-        q_nope_boxes = in_rows(q_nope)
-        k_nope_boxes = in_rows(k_nope)
-        q_rope_boxes = in_rows(q_rope)
-        k_rope_boxes = in_rows(k_rope)
-        value_boxes = in_rows(value)
-        if two_products_programs(two_products_config):
-            two_products_run(
-                two_products_config, q_nope_boxes, k_nope_boxes, q_rope_boxes, k_rope_boxes, value_boxes, out
-            )
+        launch_two_products(q_nope, k_nope, q_rope, k_rope, value, out)
         return out
 
     return go
-
-
-def launched(ready, kernel, programs, args, blocks, config):
-    """Launches a kernel. Triton looks at arguments anew each time: what it compiled for alike ones is launched as it is."""
-    key = id(kernel), id(config)
-    if ready.get(key) is None:
-        ready[key] = kernel[(programs,)](*args, **blocks)
-    else:
-        ready[key][(programs, 1, 1)](*args, *(v for n, v in blocks.items() if n.isupper()))
 
 
 MISMULTIPLIED = (torch.bfloat16,)  # by Triton's interpreter
