@@ -164,7 +164,7 @@ def planned(name: str, dim: int, heads: int, dtype: torch.dtype = torch.float16)
 
 @pytest.mark.parametrize("name", ["vanilla_einsum", "causal_arange_where", "softcap_causal"])
 @pytest.mark.parametrize(
-    "width, tile", [(32, (64, 64, 4, 3)), (64, (128, 64, 8, 3)), (128, (128, 64, 4, 2)), (256, (64, 32, 4, 2))]
+    "width, tile", [(32, (64, 64, 4, 3)), (64, (64, 128, 4, 2)), (128, (128, 64, 4, 2)), (256, (64, 32, 4, 2))]
 )
 def test_the_tiles_measured_on_an_h200_are_kept(name, width, tile):
     (kernel,) = planned(name, 4 * width, 4).kernels

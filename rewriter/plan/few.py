@@ -24,16 +24,16 @@ from rewriter.plan.tape import tapes_of
 from rewriter.plan.tiles import is_sound
 
 MARGIN = 0.15  # of its time that splitting must save
-LEAST_TILES = 4  # of a part
+LEAST_TILES = 2  # of a part
 SHORT_ROWS = 64  # times as many stream positions as rows: the example is a short one of few rows
 RESIDENTS = 8  # programs of a multiprocessor that together keep memory busy
 WAVES = 4  # of programs where more of them than run at once have tiles of their own: the last leaves few idle
 PARTS, PARTS_OF_FEATURES = 1024, 64  # at most, so that their states are one tile
 
-HALF = (Config(16, 64, 4, 3), Config(32, 64, 4, 3), Config(64, 64, 4, 3), Config(128, 64, 8, 2))
+HALF = (Config(16, 128, 4, 3), Config(16, 64, 4, 3), Config(32, 64, 4, 3), Config(64, 64, 4, 3), Config(128, 64, 8, 2))
 SINGLE = (Config(16, 32, 4, 2), Config(32, 32, 4, 2), Config(64, 32, 4, 2))
 # Of 16-bit operands: stream positions, warps and stages.
-IN_FLIGHT = ((64, 4, 4), (128, 4, 3), (128, 8, 3), (32, 4, 4))
+IN_FLIGHT = ((128, 4, 3), (128, 8, 3), (64, 4, 3), (64, 4, 4), (32, 4, 4))
 
 
 class Example(Nominal):
@@ -57,7 +57,8 @@ def with_few(plan: KernelPlan, known: Mapping[Param, int]) -> KernelPlan:
     if why_whole(plan) or not known:
         return plan
     example = Example(plan.chain, plan, known)
-    few = min((_few(plan, example, c) for c in _configs(plan, example)), key=lambda f: _seconds(f, plan, example))
+    listed = [_few(plan, example, c) for c in _configs(plan, example)]
+    few = next((f for f in listed if cost_of(f.kernels[0], example).held.may_fit), listed[-1])
     saves = _seconds(few, plan, example) < cost_of(plan, example).seconds * (1 - MARGIN)
     return replace(plan, few=few) if saves else plan
 
@@ -112,13 +113,14 @@ def _splits(few: Few, example: Example) -> int:
 
 
 def _configs(plan: KernelPlan, example: Example) -> list[Config]:
-    """Tiles as high as rows are many; of a kernel without products its own."""
+    """Tiles as high as rows are many, the best first; of a kernel without products its own."""
     if not plan.dots or not plan.rows:
         return [plan.config]
     rows = example.extent(folded(plan).rows[0].extent)
     listed = SINGLE if plan.dtype is torch.float32 else HALF
-    enough = [c for c in listed if c.block_m >= rows][:1] or [listed[-1]]
+    high = next((c.block_m for c in listed if c.block_m >= rows), listed[-1].block_m)
     is_padded = any(a.extent.value != padded(a) for a in plan.features)
+    enough = [c for c in listed if c.block_m == high]
     return [replace(c, num_stages=min(2, c.num_stages)) if is_padded else c for c in enough]
 
 

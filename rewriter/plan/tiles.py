@@ -38,7 +38,13 @@ MEASURED = (
 # The same of wider features, and of narrow bands.
 MEASURED_WIDE = (Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(128, 32, 8, 3))
 MEASURED_PAIRS = (Config(128, 32, 4, 3), Config(64, 32, 4, 3), *MEASURED[:4])  # that read a tensor of scores
-MEASURED_BAND = (Config(64, 32, 4, 3), Config(64, 64, 4, 3), Config(128, 64, 4, 2))
+MEASURED_BAND = (
+    Config(64, 32, 4, 2),
+    Config(64, 64, 4, 2),
+    Config(64, 64, 4, 3),
+    Config(64, 32, 4, 3),
+    Config(128, 64, 4, 2),
+)
 
 
 def contenders(plan: KernelPlan) -> tuple[Config, ...]:
@@ -103,7 +109,7 @@ def preferred(plan: KernelPlan) -> Config:
     if plan.dtype is torch.float32:
         return _single(width)
     if plan.is_band and width <= 128:
-        return Config(64, 32, 4, 2 if _is_padded(plan) else 3)
+        return Config(64, 32, 4, 2)
     if width <= 64:
         return _narrow(plan, width)
     return Config(128, 64, 4, 2) if width <= 128 else Config(64, 32, 4, 2)
@@ -118,7 +124,7 @@ def _single(width: int) -> Config:
 def _narrow(plan: KernelPlan, width: int) -> Config:
     if _is_padded(plan):
         return Config(64, 64, 4, 2)
-    return Config(128, 64, 8, 3) if width > 32 else Config(64, 64, 4, 3)
+    return Config(64, 128, 4, 2) if width > 32 else Config(64, 64, 4, 3)
 
 
 def _is_padded(plan: KernelPlan) -> bool:

@@ -34,21 +34,21 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 # Tiles of rows and stream positions, warps and pipeline stages: what is estimated to be the fastest, and what may be.
 CONFIGS = (
-    dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=8, num_stages=3),
+    dict(BLOCK_M=64, BLOCK_N=128, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=2),
     dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=2),
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=3),
-    dict(BLOCK_M=64, BLOCK_N=128, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=2),
     dict(BLOCK_M=128, BLOCK_N=128, BLOCK_D=64, BLOCK_E=64, num_warps=8, num_stages=3),
+    dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=8, num_stages=3),
 )
 # All rows being fewer than these, the stream is cut into parts of at least so many positions: for programs that run all
 # at once, or, where there are more of them anyway, in a few waves.
-FEW = dict(rows=8448, least=256, programs=792, waves=3168)
+FEW = dict(rows=4224, least=256, programs=396, waves=1584)
 # Tiles of rows and stream positions, warps and pipeline stages: what is estimated to be the fastest, and what may be.
 CONFIGS_PART = (
-    dict(BLOCK_R=16, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=3),
-    dict(BLOCK_R=16, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=4),
     dict(BLOCK_R=16, BLOCK_N=128, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=3),
     dict(BLOCK_R=16, BLOCK_N=128, BLOCK_D=64, BLOCK_E=64, num_warps=8, num_stages=3),
+    dict(BLOCK_R=16, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=3),
+    dict(BLOCK_R=16, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=4),
     dict(BLOCK_R=16, BLOCK_N=32, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=4),
 )
 # Tiles of stream positions, warps and pipeline stages.
@@ -470,7 +470,7 @@ def has_tma(device):
 
 
 def lies_in_rows(t):
-    """Whether boxes of a tensor can be loaded: its last dimension is dense, its rows are multiples of 16 bytes apart."""
+    """Whether boxes of a tensor can be loaded: its last dimension is dense, its rows are at multiples of 16 bytes."""
     steps = [s for s, n in zip(t.stride()[:-1], t.shape) if n > 1]
     return t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and not any(s % 8 for s in steps)
 
@@ -481,15 +481,15 @@ def laid_out(t):
 
 
 class Boxes(TensorDescriptor):
-    """Describes a tensor to a kernel that loads boxes of it: one that lies like others that have been checked."""
+    """Describes a tensor to a kernel that loads boxes of it: one that lies like others, which were checked."""
 
     def __post_init__(self):
         pass
 
 
 class Launch:
-    """Launches a kernel by one config for tensors that lie alike: strides, and what Triton compiles, are settled by the
-    first. Triton would look at all arguments each time.
+    """Launches a kernel by one config for tensors that lie alike: strides, and what Triton compiles, are settled by
+    the first ones. Triton itself would look at all arguments each time.
 
     numbers: what follows the tensors, strides and sizes.
     boxes: sizes of the boxes that it loads, by the places of their tensors.
@@ -531,8 +531,8 @@ class Launch:
 
 
 class Fastest:
-    """Launches a kernel by the fastest of its configs at lengths like these: measured at the first call, if that keeps all
-    of the GPU busy, and kept beside Triton's own cache. FLASHLIGHT_TUNE=0 takes the first.
+    """Launches a kernel by the fastest of its configs at lengths like these: measured at the first call, if that keeps
+    all of the GPU busy, and kept beside Triton's own cache. FLASHLIGHT_TUNE=0 takes the first.
     """
 
     chosen = {}  # by GPU, kernel and lengths
@@ -598,11 +598,7 @@ def launch(query, key, value):
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in [query, key, value]):
         raise NotImplementedError("the kernel has no backward: call it under torch.no_grad()")
-    alike = (
-        lying(query),
-        lying(key),
-        lying(value),
-    )
+    alike = (lying(query), lying(key), lying(value))
     with torch.cuda.device_of(query):
         go = PREPARED.get(alike)
         if go is None:
@@ -647,93 +643,94 @@ def prepared(query, key, value):
         wanted = FEW["programs"] // tiles or FEW["waves"] // tiles
         SPLITS = max(1, min(wanted, triton.cdiv(N, FEW["least"]), CONFIGS_MERGE[0]["BLOCK_PART"]))
 
-    def grouped_decode_part_numbers(query, key_boxes, value_boxes, part_max, part_sum, part_acc):
-        return (
-            *query.stride()[:4],
-            *part_max.stride()[:4],
-            *part_sum.stride()[:4],
-            *part_acc.stride()[:5],
-            *key_boxes.stride()[:3],
-            *value_boxes.stride()[:3],
-            M,
-            N,
-            H,
-            B,
-            SPLITS,
-            R,
-            S14,
-            has_tma(key_boxes.device),
+        def grouped_decode_part_numbers(query, key_boxes, value_boxes, part_max, part_sum, part_acc):
+            return (
+                *query.stride()[:4],
+                *part_max.stride()[:4],
+                *part_sum.stride()[:4],
+                *part_acc.stride()[:5],
+                *key_boxes.stride()[:3],
+                *value_boxes.stride()[:3],
+                M,
+                N,
+                H,
+                B,
+                SPLITS,
+                R,
+                S14,
+                has_tma(key_boxes.device),
+            )
+
+        def grouped_decode_part_by(config):
+            return Launch(
+                grouped_decode_part_kernel,
+                config,
+                triton.cdiv(R, config["BLOCK_R"]) * (B) * (S14) * (SPLITS),
+                grouped_decode_part_numbers,
+                boxes={
+                    1: (1, 1, config["BLOCK_N"], config["BLOCK_D"]),
+                    2: (1, 1, config["BLOCK_N"], config["BLOCK_E"]),
+                },
+            )
+
+        launch_grouped_decode_part = Fastest(
+            CONFIGS_PART, grouped_decode_part_by, "grouped_decode_part", R, B, S14, SPLITS, N
         )
 
-    def grouped_decode_part_by(config):
-        return Launch(
-            grouped_decode_part_kernel,
-            config,
-            triton.cdiv(R, config["BLOCK_R"]) * (B) * (S14) * (SPLITS),
-            grouped_decode_part_numbers,
-            boxes={
-                1: (1, 1, config["BLOCK_N"], config["BLOCK_D"]),
-                2: (1, 1, config["BLOCK_N"], config["BLOCK_E"]),
-            },
-        )
+        def grouped_decode_merge_numbers(part_max, part_sum, part_acc, out):
+            return (
+                *part_max.stride()[:4],
+                *part_sum.stride()[:4],
+                *part_acc.stride()[:5],
+                *out.stride()[:4],
+                M,
+                N,
+                H,
+                B,
+                SPLITS,
+                R,
+                S14,
+            )
 
-    launch_grouped_decode_part = Fastest(
-        CONFIGS_PART, grouped_decode_part_by, "grouped_decode_part", R, B, S14, SPLITS, N
-    )
+        def grouped_decode_merge_by(config):
+            return Launch(
+                grouped_decode_merge_kernel,
+                config,
+                (B) * (S14) * (R),
+                grouped_decode_merge_numbers,
+            )
 
-    def grouped_decode_merge_numbers(part_max, part_sum, part_acc, out):
-        return (
-            *part_max.stride()[:4],
-            *part_sum.stride()[:4],
-            *part_acc.stride()[:5],
-            *out.stride()[:4],
-            M,
-            N,
-            H,
-            B,
-            SPLITS,
-            R,
-            S14,
-        )
+        launch_grouped_decode_merge = grouped_decode_merge_by(CONFIGS_MERGE[0])
+    else:
 
-    def grouped_decode_merge_by(config):
-        return Launch(
-            grouped_decode_merge_kernel,
-            config,
-            (B) * (S14) * (R),
-            grouped_decode_merge_numbers,
-        )
+        def grouped_decode_numbers(query_boxes, key_boxes, value_boxes, out):
+            return (
+                *out.stride()[:4],
+                *query_boxes.stride()[:3],
+                *key_boxes.stride()[:3],
+                *value_boxes.stride()[:3],
+                M,
+                N,
+                H,
+                B,
+                S14,
+                has_tma(query_boxes.device),
+            )
 
-    launch_grouped_decode_merge = grouped_decode_merge_by(CONFIGS_MERGE[0])
+        def grouped_decode_by(config):
+            return Launch(
+                grouped_decode_kernel,
+                config,
+                triton.cdiv(M, config["BLOCK_M"]) * (B) * (H),
+                grouped_decode_numbers,
+                boxes={
+                    0: (1, 1, config["BLOCK_M"], config["BLOCK_D"]),
+                    1: (1, 1, config["BLOCK_N"], config["BLOCK_D"]),
+                    2: (1, 1, config["BLOCK_N"], config["BLOCK_E"]),
+                },
+            )
 
-    def grouped_decode_numbers(query_boxes, key_boxes, value_boxes, out):
-        return (
-            *out.stride()[:4],
-            *query_boxes.stride()[:3],
-            *key_boxes.stride()[:3],
-            *value_boxes.stride()[:3],
-            M,
-            N,
-            H,
-            B,
-            S14,
-            has_tma(query_boxes.device),
-        )
-
-    def grouped_decode_by(config):
-        return Launch(
-            grouped_decode_kernel,
-            config,
-            triton.cdiv(M, config["BLOCK_M"]) * (B) * (H),
-            grouped_decode_numbers,
-            boxes={
-                0: (1, 1, config["BLOCK_M"], config["BLOCK_D"]),
-                1: (1, 1, config["BLOCK_N"], config["BLOCK_D"]),
-                2: (1, 1, config["BLOCK_N"], config["BLOCK_E"]),
-            },
-        )
-
-    launch_grouped_decode = Fastest(CONFIGS, grouped_decode_by, "grouped_decode", M, B, H, N)
+        launch_grouped_decode = Fastest(CONFIGS, grouped_decode_by, "grouped_decode", M, B, H, N)
 
     def go(query, key, value):
         out = torch.empty((B, H, M, 64), device=query.device, dtype=torch.float16)

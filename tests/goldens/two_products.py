@@ -199,7 +199,7 @@ def has_tma(device):
 
 
 def lies_in_rows(t):
-    """Whether boxes of a tensor can be loaded: its last dimension is dense, its rows are multiples of 16 bytes apart."""
+    """Whether boxes of a tensor can be loaded: its last dimension is dense, its rows are at multiples of 16 bytes."""
     steps = [s for s, n in zip(t.stride()[:-1], t.shape) if n > 1]
     return t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and not any(s % 8 for s in steps)
 
@@ -210,15 +210,15 @@ def laid_out(t):
 
 
 class Boxes(TensorDescriptor):
-    """Describes a tensor to a kernel that loads boxes of it: one that lies like others that have been checked."""
+    """Describes a tensor to a kernel that loads boxes of it: one that lies like others, which were checked."""
 
     def __post_init__(self):
         pass
 
 
 class Launch:
-    """Launches a kernel by one config for tensors that lie alike: strides, and what Triton compiles, are settled by the
-    first. Triton would look at all arguments each time.
+    """Launches a kernel by one config for tensors that lie alike: strides, and what Triton compiles, are settled by
+    the first ones. Triton itself would look at all arguments each time.
 
     numbers: what follows the tensors, strides and sizes.
     boxes: sizes of the boxes that it loads, by the places of their tensors.
@@ -260,8 +260,8 @@ class Launch:
 
 
 class Fastest:
-    """Launches a kernel by the fastest of its configs at lengths like these: measured at the first call, if that keeps all
-    of the GPU busy, and kept beside Triton's own cache. FLASHLIGHT_TUNE=0 takes the first.
+    """Launches a kernel by the fastest of its configs at lengths like these: measured at the first call, if that keeps
+    all of the GPU busy, and kept beside Triton's own cache. FLASHLIGHT_TUNE=0 takes the first.
     """
 
     chosen = {}  # by GPU, kernel and lengths
@@ -329,13 +329,7 @@ def launch(q_nope, k_nope, q_rope, k_rope, value):
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in [q_nope, k_nope, q_rope, k_rope, value]):
         raise NotImplementedError("the kernel has no backward: call it under torch.no_grad()")
-    alike = (
-        lying(q_nope),
-        lying(k_nope),
-        lying(q_rope),
-        lying(k_rope),
-        lying(value),
-    )
+    alike = (lying(q_nope), lying(k_nope), lying(q_rope), lying(k_rope), lying(value))
     with torch.cuda.device_of(q_nope):
         go = PREPARED.get(alike)
         if go is None:
