@@ -178,7 +178,7 @@ def compile_request(
     values = launch.values if launch else entry.values or _config(kernel.text, entry.config)
     has_tma = target in TMA
     types = {name: _described(kind, has_tma) for name, kind in entry.signature.items()}
-    values = values | {"TMA": has_tma} if "[" in "".join(entry.signature.values()) else values
+    values = values | dict.fromkeys(entry.flags, has_tma)
     sizes = {n: v for n, v in values.items() if n in types and type(v) is int}
     ones = {name: 1 for name, value in sizes.items() if value == 1}
     types |= {name: "i64" for name, value in sizes.items() if not -(2**31) <= value < 2**31}

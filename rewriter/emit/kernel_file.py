@@ -27,6 +27,7 @@ from rewriter.plan import ChainPlan, Config, KernelPlan, Sweep
 from rewriter.trace.sizes import renamed
 
 NAMESPACE = "flashlight"
+TMA = "TMA"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Entry:
     """A kernel of a file: its function's name, and its parameters' Triton types, for compiling it without a GPU.
 
     `config` names what it is launched with in the file, or `values` are that. `instead`: the functions that run in its
-    place where rows are few.
+    place where rows are few. `flags`: its parameters that are true where a GPU loads boxes.
     """
 
     function: str
@@ -52,6 +53,7 @@ class Entry:
     signature: dict[str, str]
     values: dict[str, int] | None = None
     instead: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class _KernelView:
     def values(self) -> dict[str, object]:
         plan, names, writer = self.plan, self.names, self.writer
         rows = [self._tile(a) for a in plan.rows]
+        places = [(len(self.pointers) + k, self._sizes_of(b)) for k, b in enumerate(self.boxes)]
         return {
             "name": plan.name,
             "config_name": self.config_name,
@@ -133,7 +136,8 @@ class _KernelView:
             "numbers": self._numbers(),
             "tensors": [*self.pointers.values(), *(b.name for b in self.boxes), *self.outputs.values()],
             "passed": [*self.pointers.values(), *(b.seen for b in self.boxes), *self.outputs.values()],
-            "boxed": [(len(self.pointers) + k, self._sizes_of(b)) for k, b in enumerate(self.boxes)],
+            "boxed": [p for p, b in zip(places, self.boxes) if not b.flag],
+            "pairs": [p for p, b in zip(places, self.boxes) if b.flag],
             "programs": self.programs("config", plan.grid),
             "few": self.few and self.few.values(),
         }
@@ -211,7 +215,7 @@ class _KernelView:
         params += [f"{n}_ptr" for n in (*self.outputs.values(), *self._map_names())]
         params += [*self.writer.strides, *self.sizes.values()]
         params += ["ALIGN: tl.constexpr"] if self.plan.aligns else []
-        params += ["TMA: tl.constexpr"] if self.boxes else []
+        params += [f"{flag}: tl.constexpr" for flag in self.flags]
         return params + [f"{name}: tl.constexpr" for name, _ in self._blocks(self.plan.config)]
 
     def _map_names(self) -> list[str]:
@@ -235,10 +239,18 @@ class _KernelView:
 
     def _numbers(self) -> str:
         """What it is passed after its tensors. Other kernels of the file may have other strides by the same names."""
-        is_box = [f"has_tma({self.boxes[0].name}.device)"] if self.boxes else []
+        has_tma = f"has_tma({self.boxes[0].name}.device)" if self.boxes else ""
+        is_box = [f"{has_tma} and lies_in_rows({b.name})" for b in self.boxes if b.flag]
+        is_box = [has_tma, *is_box] if TMA in self.flags else is_box
         sizes = [*self.sizes.values(), *(["align"] if self.plan.aligns else [])]
         numbers = [*strides_text(self.writer.strides, self.writer.aligned), *sizes, *is_box]
         return tuple_text(numbers) if numbers else ""
+
+    @property
+    def flags(self) -> list[str]:
+        """Parameters that say how tensors are loaded."""
+        of_pairs = [b.flag for b in self.boxes if b.flag]
+        return of_pairs if len(of_pairs) == len(self.boxes) else [TMA, *of_pairs]
 
     def _sizes_of(self, box: Descriptor) -> str:
         return tuple_text([f'config["{s}"]' if s.startswith("BLOCK") else s for s in box.sizes])
@@ -249,7 +261,7 @@ class _KernelView:
         signature = kernel_signature(
             self.pointers, self.boxes, self.writer.strides, self.plan.chain.outputs, self.outputs, self.sizes
         ) | {f"{name}_ptr": "*i32" for name in self._map_names()}
-        own = Entry(f"{self.plan.name}_kernel", self.config_name, signature, None, self._instead())
+        own = Entry(f"{self.plan.name}_kernel", self.config_name, signature, None, self._instead(), tuple(self.flags))
         return [*(Entry(k.function, "", k.signature, k.values, self._instead()) for k in of_maps), own]
 
     def _instead(self) -> tuple[str, ...]:
@@ -308,6 +320,7 @@ class _FileView:
             "streams": self._dynamic_streams(),
             "aligned": any(k.writer.aligned for k in self.written),
             "has_boxes": any(k.boxes for k in self.written),
+            "has_pairs": any(b.flag for k in self.written for b in k.boxes),
             "has_maps": any(k.maps for k in self.written),
             "tunes": any(k.plan.others for k in self.written),
             "arguments": self._arguments(),

@@ -40,7 +40,7 @@ MOST_DIMENSIONS = 3  # of a tile
 @dataclass(frozen=True)
 class Descriptor:
     """What a kernel loads boxes by: its name, the tensor as it is seen, in the order of its dimensions their extents,
-    strides and the positions that one box has.
+    strides and the positions that one box has. `flag` says whether it is a box at this call, where that is not sure.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Descriptor:
     extents: tuple[str, ...]
     strides: tuple[str, ...]
     sizes: tuple[str, ...]
+    flag: str = ""
 
 
 class Values:
@@ -62,6 +63,7 @@ class Values:
         self.strides: dict[str, str] = {}
         self.aligned: set[str] = set()
         self.boxes: dict[Box, tuple[str, tuple[Node, ...]]] = {}  # its name, and where it is read
+        self.flags: dict[Box, str] = {}  # of boxes of pairs
         self.pointed: set[str] = set()  # tensors that are read through pointers
         self.half = plan.dtype is not torch.float32
         self.decisive = _decisive(plan)
@@ -236,13 +238,22 @@ class Values:
 
     def _load(self, node: Load, scope: Scope) -> Text:
         box = box_of(self.plan, node)
-        if box:
-            return self._boxed(node, box, scope)
+        if box is None:
+            self.pointed.add(self.names.tensors[node.tensor])
+            return self._pointed(node, scope)
+        boxed = self._boxed(node, box, scope)
+        if not box.of_pairs:
+            return boxed
+        flag = self.flags.setdefault(box, self.names.unique(f"BOXED_{self.names.tensors[box.tensor].upper()}"))
+        pointed = self._pointed(node, scope, self.boxes[box][0])
+        return Text(f"{boxed.code} if {flag} else {pointed.code}", boxed.axes, 0, narrow=True)
+
+    def _pointed(self, node: Load, scope: Scope, boxes: str = "") -> Text:
+        """A load through pointers, of a tensor or of what else would be loaded as boxes."""
         name = self.names.tensors[node.tensor]
-        self.pointed.add(name)
         axes = self._joined([self.value(i, scope) for i in node.index])
         checks = self._unproved(node, axes, scope)
-        pointer = self._pointer(f"{name}_ptr", name, node.index, axes, scope)
+        pointer = self._pointer(boxes or f"{name}_ptr", name, node.index, axes, scope, boxes)
         mask = " & ".join(filter(None, [self.bounds(node.free, axes, scope), *checks]))
         extra = f", mask={mask}, other=0" if mask else ""
         code = f"tl.load({pointer}{extra})"
@@ -294,7 +305,10 @@ class Values:
         home.known[entry] = Text(name, text.axes)
         return home.known[entry]
 
-    def _pointer(self, base: str, name: str, index: tuple[Node, ...], axes: tuple[Axis, ...], scope: Scope) -> str:
+    def _pointer(
+        self, base: str, name: str, index: tuple[Node, ...], axes: tuple[Axis, ...], scope: Scope, passed: str = ""
+    ) -> str:
+        """Where elements lie. `passed`: what the tensor is called at the launch, if not by its name."""
         letters = self._letters(index)
         fixed, moving = [base], []
         for k, entry in enumerate(index):
@@ -304,20 +318,22 @@ class Values:
             part = self._wide(entry, text, axes)
             lanes = text.axes and set(text.axes) <= set(self.plan.features)
             unit = "" if lanes or not self.plan.aligns else " * ALIGN"
-            stride = self._stride(name, k, letters, in_units=bool(unit))
+            stride = self._stride(name, k, letters, in_units=bool(unit), meant=f"{passed or name}.stride({k})")
             (moving if text.axes else fixed).append(f"{part} * {stride}{unit}")
         return " + ".join(fixed + moving)
 
     def described(self, box: Box) -> Descriptor:
         """What describes a tensor to the load of its boxes."""
         (name, index), called = self.boxes[box], self.names.tensors[box.tensor]
+        sizes = tuple(self.block(a) if a else "1" for a in box.axes)
+        if box.of_pairs:
+            return Descriptor(name, called, box.tensor.dtype, (), (), sizes, self.flags[box])
         letters, unit = self._letters(index), " * ALIGN" if self.plan.aligns else ""
         strides = [
             self._stride(called, k, letters, in_units=bool(unit), meant=f"{name}.stride({k})") + unit
             for k in range(len(index) - 1)
         ]
         extents = tuple(self.value(box.tensor.shape[k], self.prologue).code for k in box.order)
-        sizes = tuple(self.block(a) if a else "1" for a in box.axes)
         seen = called if box.order == tuple(sorted(box.order)) else f"{called}.permute{box.order}"
         return Descriptor(name, seen, box.tensor.dtype, extents, (*strides, "1"), sizes)
 

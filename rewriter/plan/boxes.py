@@ -17,29 +17,34 @@ ALIGNMENT = 16  # bytes, of rows and of the start
 @dataclass(frozen=True)
 class Box:
     """A tile of a tensor. `order` are the tensor's dimensions, the dense one last; `axes` the tile's axes along them,
-    None where a program has one position.
+    None where a program has one position. `of_pairs`: of rows and stream positions; it is a box only where the tensor
+    lies so at the call, as copies of such tensors would be too large.
     """
 
     tensor: Tensor
     order: tuple[int, ...]
     axes: tuple[Axis | None, ...]
+    of_pairs: bool = False
 
 
 def box_of(plan: KernelPlan, load: Load) -> Box | None:
     """How a load is one box for each tile: rows or stream positions one after the other, with all of a feature axis
-    dense in memory. What lies outside the tensor is 0, as in other loads. None where a load is not so.
+    dense in memory, or rows with the stream dense. What lies outside the tensor is 0, as in other loads. None where a
+    load is not so.
     """
     tensor, rank = load.tensor, len(load.index)
     if tensor.lanes is None or not 2 <= rank <= MOST_DIMENSIONS or not _is_boxed(plan, tensor):
         return None
     order = (*(k for k in range(rank) if k != tensor.lanes), tensor.lanes)
     axes = tuple(_axis_along(plan, load.index[k], tensor.shape[k]) for k in order)
-    lanes = [a for a in axes if a is not None]
-    moves = len(lanes) == 2 and lanes[0] in (*plan.rows, *plan.streams) and lanes[1] in plan.features
+    moving = [a for a in axes if a is not None]
     fixed = [load.index[k] for k, a in zip(order, axes) if a is None]
-    if not moves or axes[-1] is None or not all(_is_program_s(plan, e) for e in fixed):
+    if len(moving) != 2 or axes[-1] is None or not all(_is_program_s(plan, e) for e in fixed):
         return None
-    return Box(tensor, order, axes) if _is_aligned(tensor) else None
+    if moving[0] in plan.rows and moving[1] in plan.streams and tensor.lanes == rank - 1:
+        return Box(tensor, order, axes, of_pairs=True)
+    of_features = moving[0] in (*plan.rows, *plan.streams) and moving[1] in plan.features
+    return Box(tensor, order, axes) if of_features and _is_aligned(tensor) else None
 
 
 def offset_in(entry: Node, axis: Axis) -> Node:

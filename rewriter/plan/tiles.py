@@ -37,7 +37,15 @@ MEASURED = (
 )
 # The same of wider features, and of narrow bands.
 MEASURED_WIDE = (Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(128, 32, 8, 3))
-MEASURED_PAIRS = (Config(128, 32, 4, 3), Config(64, 32, 4, 3), *MEASURED[:4])  # that read a tensor of scores
+# Of kernels that read a tensor of scores.
+MEASURED_PAIRS = (
+    Config(128, 64, 4, 2),
+    Config(64, 64, 4, 2),
+    Config(128, 32, 4, 3),
+    Config(64, 32, 4, 3),
+    Config(64, 64, 4, 3),
+    Config(128, 128, 8, 3),
+)
 MEASURED_BAND = (
     Config(64, 32, 4, 2),
     Config(64, 64, 4, 2),
@@ -123,6 +131,8 @@ def _single(width: int) -> Config:
 
 def _narrow(plan: KernelPlan, width: int) -> Config:
     if _is_padded(plan):
+        return Config(64, 64, 4, 2)
+    if _reads_pairs(plan):
         return Config(64, 64, 4, 2)
     return Config(64, 128, 4, 2) if width > 32 else Config(64, 64, 4, 3)
 

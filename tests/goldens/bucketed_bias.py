@@ -33,10 +33,10 @@ H = tl.constexpr(4)
 
 # Tiles of rows and stream positions, warps and pipeline stages: what is estimated to be the fastest, and what may be.
 CONFIGS = (
-    dict(BLOCK_M=64, BLOCK_N=128, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=2),
+    dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=2),
+    dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=2),
     dict(BLOCK_M=128, BLOCK_N=32, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=3),
     dict(BLOCK_M=64, BLOCK_N=32, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=3),
-    dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=2),
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=3),
     dict(BLOCK_M=128, BLOCK_N=128, BLOCK_D=64, BLOCK_E=64, num_warps=8, num_stages=3),
 )
@@ -282,9 +282,8 @@ class Launch:
             tensors[place] = tensors[place].clone(memory_format=torch.contiguous_format)
         numbers = self.numbers(*tensors)
         if has_tma(tensors[0].device):
-            self.described = [
-                (place, laid_out(tensors[place]) + (sizes,)) for place, sizes in self.boxes.items()
-            ]
+            boxes = self.boxes
+            self.described = [(p, laid_out(tensors[p]) + (sizes,)) for p, sizes in boxes.items()]
         for place, layout in self.described:
             tensors[place] = TensorDescriptor(tensors[place], *layout)
         compiled = self.kernel[(self.programs,)](*tensors, *numbers, **self.config)

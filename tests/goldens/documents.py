@@ -337,9 +337,8 @@ class Launch:
             tensors[place] = tensors[place].clone(memory_format=torch.contiguous_format)
         numbers = self.numbers(*tensors)
         if has_tma(tensors[0].device):
-            self.described = [
-                (place, laid_out(tensors[place]) + (sizes,)) for place, sizes in self.boxes.items()
-            ]
+            boxes = self.boxes
+            self.described = [(p, laid_out(tensors[p]) + (sizes,)) for p, sizes in boxes.items()]
         for place, layout in self.described:
             tensors[place] = TensorDescriptor(tensors[place], *layout)
         compiled = self.kernel[(self.programs,)](*tensors, *numbers, **self.config)
