@@ -1,4 +1,4 @@
-"""Maxima in bits: what only shifts exponents is held times log2(e), so that exp2 takes it as it is."""
+"""Maxima that only shift exponents: they start at the lowest number, and are held in bits, as exp2 takes them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,18 @@ def in_base_2(definition: Definition, half: bool) -> bool:
     return half and not has_fill(definition.shift.exponent, 1e3)
 
 
+def maxima_that_shift(plan: KernelPlan) -> frozenset[str]:
+    """Of a kernel the maxima that nothing reads but shifts by them.
+
+    Started at the lowest number instead of -inf, they need no care for rows that have seen nothing yet:
+    exp(-inf - (-inf)) → exp(-inf - LOWEST) = 0. What such rows sum is 0 either way.
+    """
+    return frozenset(d.name for d in plan.chain.definitions if d.op == "max" and _only_shifts(d, plan))
+
+
 def maxima_in_bits(plan: KernelPlan, half: bool) -> frozenset[str]:
-    """Of a kernel the maxima that nothing reads but shifts by them, all of those in base 2."""
-    return frozenset(d.name for d in plan.chain.definitions if d.op == "max" and _only_shifts(d, plan, half))
+    """Those by which all shifts are in base 2: they are held times log2(e)."""
+    return frozenset(n for n in maxima_that_shift(plan) if all(in_base_2(d, half) for d in _shifted_by(n, plan)))
 
 
 def in_bits(scale: str) -> str:
@@ -23,14 +32,18 @@ def in_bits(scale: str) -> str:
     return f"({scale} * LOG2E)" if scale else "LOG2E"
 
 
-def _only_shifts(maximum: Definition, plan: KernelPlan, half: bool) -> bool:
-    shifted = [d for d in plan.chain.definitions if d.shift and d.shift.state.name == maximum.name]
+def _shifted_by(maximum: str, plan: KernelPlan) -> list[Definition]:
+    return [d for d in plan.chain.definitions if d.shift and d.shift.state.name == maximum]
+
+
+def _only_shifts(maximum: Definition, plan: KernelPlan) -> bool:
+    shifted = _shifted_by(maximum.name, plan)
     plain = (isinstance(d.shift.phi, Ref) and not d.shift.mass and not d.centre for d in shifted)
     others = [n for d in plan.chain.definitions for n in (d.predicate, *d.rest, *_exponent(d), *_extremum(d))]
     others += [d.body for d in plan.chain.definitions if not d.shift]
     read = {n.name for n in walk(*others, *(o.body for o in plan.chain.outputs)) if isinstance(n, Ref)}
     is_sweep_s = {d.sweep for d in shifted} == {maximum.sweep}
-    return is_sweep_s and all(plain) and all(in_base_2(d, half) for d in shifted) and maximum.name not in read
+    return is_sweep_s and all(plain) and maximum.name not in read
 
 
 def _exponent(definition: Definition) -> tuple:

@@ -364,7 +364,11 @@ class _FileView:
 
     def _constants(self) -> list[tuple[str, str]]:
         lines = [line.code for k in self.written for line in k.writer.every_line()]
-        out = [("NEG_INF", 'float("-inf")')]
+        out = []
+        if any("NEG_INF" in code for code in lines):
+            out.append(("NEG_INF", 'float("-inf")'))
+        if any("LOWEST" in code for code in lines):
+            out.append(("LOWEST", repr(torch.finfo(torch.float32).min)))
         if any("POS_INF" in code for code in lines):
             out.append(("POS_INF", 'float("inf")'))
         if any("LOG2E" in code for code in lines):

@@ -17,7 +17,7 @@ from rewriter.trace.sizes import renamed
 
 # What every emitted file says by itself, in kernels and around them.
 _RESERVED = set(dir(builtins)) | set(
-    "tl triton torch math hashlib Path pid blocks rest start full m_new M N LOG2E ON_NVIDIA NEG_INF POS_INF align"
+    "tl triton torch math hashlib Path pid blocks rest start full m_new M N LOG2E ON_NVIDIA NEG_INF POS_INF LOWEST align"
     " few wanted SPLITS launch config milliseconds json os Launch Fastest Boxes lies_in_rows laid_out lists"
     " prepared PREPARED go alike lying has_tma TMA"
     " TensorDescriptor functools reference LIBRARY OP UNDERFLOW"

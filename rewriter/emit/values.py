@@ -244,7 +244,7 @@ class Values:
         boxed = self._boxed(node, box, scope)
         if not box.of_pairs:
             return boxed
-        flag = self.flags.setdefault(box, self.names.unique(f"BOXED_{self.names.tensors[box.tensor].upper()}"))
+        flag = self.flags.setdefault(box, f"BOXED_{self.boxes[box][0].removesuffix('_boxes').upper()}")
         pointed = self._pointed(node, scope, self.boxes[box][0])
         return Text(f"{boxed.code} if {flag} else {pointed.code}", boxed.axes, 0, narrow=True)
 
@@ -266,7 +266,8 @@ class Values:
         """A load through a descriptor: by where the box starts, in each dimension."""
         index = tuple(node.index[k] for k in box.order)
         if box not in self.boxes:
-            self.boxes[box] = self.names.unique(f"{self.names.tensors[box.tensor]}_boxes"), index
+            others = {name for name, _ in self.boxes.values()}  # of other loops, whose names are free again
+            self.boxes[box] = self.names.unique(f"{self.names.tensors[box.tensor]}_boxes", others), index
         starts = [self._start(entry, axis, scope) for entry, axis in zip(index, box.axes)]
         axes = tuple(a for a in box.axes if a)
         flat = "" if len(axes) == len(starts) else f".reshape({self.shape(axes)})"

@@ -7,7 +7,7 @@ import torch
 from rewriter.derive import Definition
 from rewriter.derive.chain import moments_first
 from rewriter.derive.factors import multiply, without_cast
-from rewriter.emit.bits import in_base_2, in_bits, maxima_in_bits
+from rewriter.emit.bits import in_base_2, in_bits, maxima_in_bits, maxima_that_shift
 from rewriter.emit.expr import ATOM, TRITON_DTYPES, NotEmittable, Text, operand, spread, spread_argument, widened
 from rewriter.emit.fills import written_low
 from rewriter.emit.inner import FOLD, INTO, Inner, as_held, held_dtype, neutral_text
@@ -32,7 +32,7 @@ class Writer(Inner):
     def __init__(self, plan: KernelPlan, names: Names, origins: Origins):
         super().__init__(plan, names, origins)
         self.loop = Scope()
-        self.in_bits = maxima_in_bits(plan, self.half)
+        self.lowest, self.in_bits = maxima_that_shift(plan), maxima_in_bits(plan, self.half)
         self.sweep: Sweep | None = None
         self.means: dict[Node, tuple[Text, Text]] = {}  # means and weights before a tile, by the mean
         self.segments: list[dict[str, list[Line]]] = []
@@ -66,13 +66,13 @@ class Writer(Inner):
         return [*straight, *empty, *loops]
 
     def initial(self, sweep: Sweep) -> list[Line]:
-        """The empty state: the neutral element of every reduction."""
+        """The empty state: the neutral element of every reduction, or what does as well."""
         out = []
         for definition in sweep.definitions:
             axes = self.tile(definition.axes)
             shape = ", ".join(self.block(a) for a in axes)
-            neutral, dtype = self._neutral(definition), self._held(definition)
-            code = f"{self.names.state[definition.name]} = tl.full([{shape}], {neutral}, {dtype})"
+            empty = "LOWEST" if definition.name in self.lowest else self._neutral(definition)
+            code = f"{self.names.state[definition.name]} = tl.full([{shape}], {empty}, {self._held(definition)})"
             out.append(Line(code, self.shape(axes)))
         return out
 
@@ -401,6 +401,8 @@ class Writer(Inner):
 
     def _settled(self, definition: Definition) -> str:
         """The name of phi after this tile, with 0 for rows whose maximum is still −inf: exp(−inf − 0) is 0, not NaN."""
+        if definition.shift.state.name in self.lowest:
+            return self._phi_text(definition, new=True).code
         key = Apply("exp", (definition.shift.phi,), torch.float32)
         if key not in self.loop.known:
             text = self._phi_text(definition, new=True)

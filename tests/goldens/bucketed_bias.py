@@ -29,6 +29,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 NEG_INF = tl.constexpr(float("-inf"))
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 H = tl.constexpr(4)
 
 # Tiles of rows and stream positions, warps and pipeline stages: what is estimated to be the fastest, and what may be.
@@ -101,7 +102,7 @@ def bucketed_bias_kernel(
         )
     query = query_boxes.load([b, h, start_m, 0]).reshape([BLOCK_M, BLOCK_D])  # [BLOCK_M, BLOCK_D]
 
-    m_i = tl.full([BLOCK_M], NEG_INF, tl.float32)  # [BLOCK_M]
+    m_i = tl.full([BLOCK_M], LOWEST, tl.float32)  # [BLOCK_M]
     l_i = tl.full([BLOCK_M], 0.0, tl.float32)  # [BLOCK_M]
     acc = tl.full([BLOCK_M, BLOCK_E], 0.0, tl.float32)  # [BLOCK_M, BLOCK_E]
 
@@ -132,9 +133,8 @@ def bucketed_bias_kernel(
         scores = qk + bias  # [BLOCK_M, BLOCK_N]
         x = scores.to(tl.float16).to(tl.float32)  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(x, 1))  # [BLOCK_M]
-        shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
-        alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp(x - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp(m_i - m_new)  # [BLOCK_M]
+        p = tl.exp(x - m_new[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = value_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
@@ -167,9 +167,8 @@ def bucketed_bias_kernel(
         scores = qk + bias  # [BLOCK_M, BLOCK_N]
         x = tl.where(offs_n[None, :] < N, scores.to(tl.float16).to(tl.float32), NEG_INF)  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(x, 1))  # [BLOCK_M]
-        shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
-        alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp(x - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp(m_i - m_new)  # [BLOCK_M]
+        p = tl.exp(x - m_new[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = value_boxes.load([b, h, full, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]

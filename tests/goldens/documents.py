@@ -30,6 +30,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 NEG_INF = tl.constexpr(float("-inf"))
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 LOG2E = tl.constexpr(1.4426950408889634)
 UNDERFLOW = tl.constexpr(104.0)
 
@@ -179,7 +180,7 @@ def documents_kernel(
         other=0,
     )  # [BLOCK_M]
 
-    m_i = tl.full([BLOCK_M], NEG_INF, tl.float32)  # [BLOCK_M]
+    m_i = tl.full([BLOCK_M], LOWEST, tl.float32)  # [BLOCK_M]
     l_i = tl.full([BLOCK_M], 0.0, tl.float32)  # [BLOCK_M]
     acc = tl.full([BLOCK_M, BLOCK_E], 0.0, tl.float32)  # [BLOCK_M, BLOCK_E]
 
@@ -193,9 +194,8 @@ def documents_kernel(
         # golden_programs.py:89  scores = query @ key.mT / math.sqrt(query.shape[-1])
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(qk, 1) * (1.0 / 6.324555320336759))  # [BLOCK_M]
-        shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
-        alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(qk * ((1.0 / 6.324555320336759) * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp(m_i - m_new)  # [BLOCK_M]
+        p = tl.exp2(qk * ((1.0 / 6.324555320336759) * LOG2E) - (m_new * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = value_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
@@ -223,9 +223,8 @@ def documents_kernel(
         x = tl.where(same, scores, -65504.0)  # [BLOCK_M, BLOCK_N]
         x_2 = tl.where(offs_n[None, :] < M, x, NEG_INF)  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(x_2, 1))  # [BLOCK_M]
-        shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
-        alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp(x_2 - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp(m_i - m_new)  # [BLOCK_M]
+        p = tl.exp(x_2 - m_new[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = value_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
@@ -241,9 +240,8 @@ def documents_kernel(
             offs_n[None, :] < M, tl.full([BLOCK_M, BLOCK_N], -65504.0, tl.float32), NEG_INF
         )  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(w, 1))  # [BLOCK_M]
-        shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
-        alpha = tl.exp(m_i - shift)  # [BLOCK_M]
-        p = tl.exp(w - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp(m_i - m_new)  # [BLOCK_M]
+        p = tl.exp(w - m_new[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = value_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]

@@ -30,6 +30,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 NEG_INF = tl.constexpr(float("-inf"))
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Tiles of rows and stream positions, warps and pipeline stages: what is estimated to be the fastest, and what may be.
@@ -123,7 +124,7 @@ def grouped_decode_kernel(
     # golden_programs.py:112  i = torch.arange(query.shape[2], device=query.device)[:, None] + key.shape[2] - query.shape[2]
     i_2 = offs_m + N - M  # [BLOCK_M]
 
-    m_i = tl.full([BLOCK_M], NEG_INF, tl.float32)  # [BLOCK_M]
+    m_i = tl.full([BLOCK_M], LOWEST, tl.float32)  # [BLOCK_M]
     l_i = tl.full([BLOCK_M], 0.0, tl.float32)  # [BLOCK_M]
     acc = tl.full([BLOCK_M, BLOCK_E], 0.0, tl.float32)  # [BLOCK_M, BLOCK_E]
 
@@ -135,9 +136,8 @@ def grouped_decode_kernel(
         # golden_programs.py:111  scores = query @ key.mT / math.sqrt(query.shape[-1])
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(qk, 1) * ((1.0 / 8.0) * LOG2E))  # [BLOCK_M]
-        shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
-        alpha = tl.exp2(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(qk * ((1.0 / 8.0) * LOG2E) - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp2(m_i - m_new)  # [BLOCK_M]
+        p = tl.exp2(qk * ((1.0 / 8.0) * LOG2E) - m_new[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         # golden_programs.py:110  key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         value = value_boxes.load([b, i, start, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
@@ -154,9 +154,8 @@ def grouped_decode_kernel(
         mask = offs_n[None, :] <= i_2[:, None]  # [BLOCK_M, BLOCK_N]
         qk_2 = tl.where((offs_n[None, :] < N) & mask, qk, NEG_INF)  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(qk_2, 1) * ((1.0 / 8.0) * LOG2E))  # [BLOCK_M]
-        shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
-        alpha = tl.exp2(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(qk_2 * ((1.0 / 8.0) * LOG2E) - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp2(m_i - m_new)  # [BLOCK_M]
+        p = tl.exp2(qk_2 * ((1.0 / 8.0) * LOG2E) - m_new[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         # golden_programs.py:110  key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         value = value_boxes.load([b, i, start, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
@@ -381,7 +380,7 @@ def grouped_decode_merge_kernel(
     b = rest
     offs_e = tl.arange(0, BLOCK_E)  # [BLOCK_E]
 
-    m_i = tl.full([], NEG_INF, tl.float32)
+    m_i = tl.full([], LOWEST, tl.float32)
     l_i = tl.full([], 0.0, tl.float32)
     acc = tl.full([BLOCK_E], 0.0, tl.float32)  # [BLOCK_E]
 
@@ -397,9 +396,8 @@ def grouped_decode_merge_kernel(
     )  # [BLOCK_PART]
     part_max_2 = tl.where(offs_part < SPLITS, part_max, NEG_INF)  # [BLOCK_PART]
     m_new = tl.maximum(m_i, tl.max(part_max_2, 0))
-    shift = tl.where(m_new == NEG_INF, 0.0, m_new)
-    alpha = tl.exp(m_i - shift)
-    p = tl.exp(part_max_2 - shift)  # [BLOCK_PART]
+    alpha = tl.exp(m_i - m_new)
+    p = tl.exp(part_max_2 - m_new)  # [BLOCK_PART]
     part_sum = tl.load(
         part_sum_ptr
         + b.to(tl.int64) * stride_part_sum_b

@@ -29,6 +29,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 NEG_INF = tl.constexpr(float("-inf"))
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Tiles of rows and stream positions, warps and pipeline stages: what is estimated to be the fastest, and what may be.
@@ -108,7 +109,7 @@ def grouped_window_kernel(
     query = query_boxes.load([b, start_m, h, 0]).reshape([BLOCK_M, BLOCK_D])  # [BLOCK_M, BLOCK_D]
     i = h // 4
 
-    m_i = tl.full([BLOCK_M], NEG_INF, tl.float32)  # [BLOCK_M]
+    m_i = tl.full([BLOCK_M], LOWEST, tl.float32)  # [BLOCK_M]
     l_i = tl.full([BLOCK_M], 0.0, tl.float32)  # [BLOCK_M]
     acc = tl.full([BLOCK_M, BLOCK_E], 0.0, tl.float32)  # [BLOCK_M, BLOCK_E]
 
@@ -120,9 +121,8 @@ def grouped_window_kernel(
         # golden_programs.py:37  scores = torch.einsum("bmhd,bnhd->bhmn", query, key) * query.shape[-1] ** -0.5
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(qk, 1) * (0.08838834764831845 * LOG2E))  # [BLOCK_M]
-        shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
-        alpha = tl.exp2(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(qk * (0.08838834764831845 * LOG2E) - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp2(m_i - m_new)  # [BLOCK_M]
+        p = tl.exp2(qk * (0.08838834764831845 * LOG2E) - m_new[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         # golden_programs.py:36  value = value.repeat_interleave(self.group, dim=2)
         value = value_boxes.load([b, start, i, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
@@ -144,9 +144,8 @@ def grouped_window_kernel(
         # golden_programs.py:37  scores = torch.einsum("bmhd,bnhd->bhmn", query, key) * query.shape[-1] ** -0.5
         qk_2 = tl.where((offs_n[None, :] < N) & seen, qk, NEG_INF)  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(qk_2, 1) * (0.08838834764831845 * LOG2E))  # [BLOCK_M]
-        shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
-        alpha = tl.exp2(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(qk_2 * (0.08838834764831845 * LOG2E) - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp2(m_i - m_new)  # [BLOCK_M]
+        p = tl.exp2(qk_2 * (0.08838834764831845 * LOG2E) - m_new[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         # golden_programs.py:36  value = value.repeat_interleave(self.group, dim=2)
         value = value_boxes.load([b, start, i, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]

@@ -29,6 +29,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 NEG_INF = tl.constexpr(float("-inf"))
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 LOG2E = tl.constexpr(1.4426950408889634)
 ON_NVIDIA = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
 
@@ -113,7 +114,7 @@ def softcap_causal_kernel(
     cut = tl.maximum(tl.minimum(tl.min(offs_m + 1, 0), M) // BLOCK_N * BLOCK_N, 0)
     query = query_boxes.load([b, h, start_m, 0]).reshape([BLOCK_M, BLOCK_D])  # [BLOCK_M, BLOCK_D]
 
-    m_i = tl.full([BLOCK_M], NEG_INF, tl.float32)  # [BLOCK_M]
+    m_i = tl.full([BLOCK_M], LOWEST, tl.float32)  # [BLOCK_M]
     l_i = tl.full([BLOCK_M], 0.0, tl.float32)  # [BLOCK_M]
     acc = tl.full([BLOCK_M, BLOCK_E], 0.0, tl.float32)  # [BLOCK_M, BLOCK_E]
 
@@ -126,9 +127,8 @@ def softcap_causal_kernel(
         # golden_programs.py:20  scores = 30.0 * torch.tanh(scores / 30.0)
         x = fast_tanh(qk * ((1.0 / 8.0) * (1.0 / 30.0)))  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(x, 1) * (30.0 * LOG2E))  # [BLOCK_M]
-        shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
-        alpha = tl.exp2(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(x * (30.0 * LOG2E) - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp2(m_i - m_new)  # [BLOCK_M]
+        p = tl.exp2(x * (30.0 * LOG2E) - m_new[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = value_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
@@ -146,9 +146,8 @@ def softcap_causal_kernel(
             (offs_n[None, :] < M) & mask, fast_tanh(qk * ((1.0 / 8.0) * (1.0 / 30.0))), NEG_INF
         )  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(x, 1) * (30.0 * LOG2E))  # [BLOCK_M]
-        shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
-        alpha = tl.exp2(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(x * (30.0 * LOG2E) - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp2(m_i - m_new)  # [BLOCK_M]
+        p = tl.exp2(x * (30.0 * LOG2E) - m_new[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = value_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]

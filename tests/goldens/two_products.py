@@ -29,6 +29,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 NEG_INF = tl.constexpr(float("-inf"))
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Tiles of rows and stream positions, warps and pipeline stages: what is estimated to be the fastest, and what may be.
@@ -118,7 +119,7 @@ def two_products_kernel(
     q_nope = q_nope_boxes.load([b, start_m, h, 0]).reshape([BLOCK_M, BLOCK_D])  # [BLOCK_M, BLOCK_D]
     q_rope = q_rope_boxes.load([b, start_m, h, 0]).reshape([BLOCK_M, BLOCK_E])  # [BLOCK_M, BLOCK_E]
 
-    m_i = tl.full([BLOCK_M], NEG_INF, tl.float32)  # [BLOCK_M]
+    m_i = tl.full([BLOCK_M], LOWEST, tl.float32)  # [BLOCK_M]
     l_i = tl.full([BLOCK_M], 0.0, tl.float32)  # [BLOCK_M]
     acc = tl.full([BLOCK_M, BLOCK_F], 0.0, tl.float32)  # [BLOCK_M, BLOCK_F]
 
@@ -133,9 +134,8 @@ def two_products_kernel(
         qk = tl.dot(q_rope, tl.trans(k_rope))  # [BLOCK_M, BLOCK_N]
         scores = scores + qk  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(scores, 1) * (0.07216878364870322 * LOG2E))  # [BLOCK_M]
-        shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
-        alpha = tl.exp2(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(scores * (0.07216878364870322 * LOG2E) - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp2(m_i - m_new)  # [BLOCK_M]
+        p = tl.exp2(scores * (0.07216878364870322 * LOG2E) - m_new[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = value_boxes.load([b, start, h, 0]).reshape([BLOCK_N, BLOCK_F])  # [BLOCK_N, BLOCK_F]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_F]
@@ -153,9 +153,8 @@ def two_products_kernel(
         scores = scores + qk  # [BLOCK_M, BLOCK_N]
         scores_2 = tl.where(offs_n[None, :] < N, scores, NEG_INF)  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(scores_2, 1) * (0.07216878364870322 * LOG2E))  # [BLOCK_M]
-        shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_M]
-        alpha = tl.exp2(m_i - shift)  # [BLOCK_M]
-        p = tl.exp2(scores_2 * (0.07216878364870322 * LOG2E) - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp2(m_i - m_new)  # [BLOCK_M]
+        p = tl.exp2(scores_2 * (0.07216878364870322 * LOG2E) - m_new[:, None])  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = value_boxes.load([b, full, h, 0]).reshape([BLOCK_N, BLOCK_F])  # [BLOCK_N, BLOCK_F]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_F]
