@@ -175,7 +175,7 @@ def compile_request(
     package: Path, kernel: KernelFile, entry: Entry, launch: Launch | None, target: str
 ) -> CompileRequest:
     """The kernel specialised as `launch` would; where there was none, all is taken to be aligned."""
-    values = launch.values if launch else entry.values or _config(kernel.text, entry.config)
+    values = launch.values if launch else entry.values or entry.likely | _config(kernel.text, entry.config)
     has_tma = target in TMA
     types = {name: _described(kind, has_tma) for name, kind in entry.signature.items()}
     values = values | dict.fromkeys(entry.flags, has_tma)

@@ -6,10 +6,11 @@ import math
 
 import torch
 
+from rewriter.derive.factors import without_cast
 from rewriter.emit.expr import ATOM, TRITON_DTYPES, NotEmittable, Text, operand, spread, spread_argument, widened
 from rewriter.emit.scope import Line, Scope
 from rewriter.emit.values import Values
-from rewriter.ir import TRUE, Axis, Const, Index, Load, Node, Reduce, walk
+from rewriter.ir import TRUE, Axis, Index, Load, Node, Reduce
 from rewriter.ir.ops import MONOIDS, neutral_of
 from rewriter.plan import Dot, Loop
 from rewriter.plan.products import operand_dtype
@@ -25,8 +26,6 @@ INTO = {
 }
 FOLD = {"max": "tl.max({0}, {1})", "min": "tl.min({0}, {1})", "sum": "tl.sum({0}, {1})"}
 FOLD["prod"] = "tl.reduce({0}, {1}, product)"
-
-UNROLLED = 16  # turns of a loop that is written out, so that its loads do not wait for each other
 
 
 class Inner(Values):
@@ -71,22 +70,33 @@ class Inner(Values):
         return name
 
     def _loop(self, loop: Loop, scope: Scope) -> Text:
-        """⊕ over one axis, position by position or over a whole tile."""
+        """⊕ over one axis, or over several, position by position or over a whole tile."""
         if loop.whole:
             return self._folded_whole(loop, scope)
-        axis = self.names.axes[loop.axis]
-        inner = Scope(scope, loop.axis)
-        value = self._kept(loop, inner)
+        loops, scopes = self._nested(loop), [scope]
+        for each in loops:
+            scopes.append(Scope(scopes[-1], each.axis))
+        value = self._kept(loops[-1], scopes[-1])
         name = self.names.unique("s")
         shape = self.shape(value.axes)
-        held = held_dtype(loop.body)
+        held = held_dtype(loops[-1].body)
         start = f"tl.full({shape or '[]'}, {neutral_text(loop.node.op, held)}, {TRITON_DTYPES[held]})"
         scope.lines.append(Line(f"{name} = {start}", shape))
-        inner.lines.append(Line(f"{name} = {INTO[loop.node.op].format(name, value.tight(6))}", shape))
-        extent = self.value(loop.axis.extent, self.prologue).code
-        counted = "tl.static_range" if _turns(loop.node) <= UNROLLED else "range"
-        self._nest(scope, f"for {axis} in {counted}(0, {extent}):", inner)
+        scopes[-1].lines.append(Line(f"{name} = {INTO[loop.node.op].format(name, value.tight(6))}", shape))
+        for each, around, inner in reversed(list(zip(loops, scopes, scopes[1:]))):
+            extent = self.value(each.axis.extent, self.prologue).code
+            counted = "tl.static_range" if each.unrolled else "range"
+            self._nest(around, f"for {self.names.axes[each.axis]} in {counted}(0, {extent}):", inner)
         return Text(name, value.axes)
+
+    def _nested(self, loop: Loop) -> list[Loop]:
+        """A loop and those inside it that can go on with what it holds: sum_r sum_g x → sum_{r, g} x"""
+        body = without_cast(loop.body)
+        inner = self.loops.get(body)
+        goes_on = inner and inner.node.op == loop.node.op and not inner.whole and loop.predicate is TRUE
+        if not goes_on or self.uses[body] > 1 or loop.axis not in body.free:
+            return [loop]
+        return [loop, *self._nested(inner)]
 
     def _folded_whole(self, loop: Loop, scope: Scope) -> Text:
         """Lanes past the axis's end, which pad it, take no part."""
@@ -136,16 +146,6 @@ class Inner(Values):
         if isinstance(node, Load) and node.dtype is stored:
             return text.code
         return f"{text.tight(ATOM)}.to({TRITON_DTYPES[stored]})"
-
-
-def _turns(node: Node) -> float:
-    """How often what is inside a reduction, and those in it, is computed; inf where only the call knows."""
-    turns: dict[Node, float] = {}
-    for n in walk(node):
-        turns[n] = max((turns[c] for c in n.children), default=1)
-        for axis in n.axes if isinstance(n, Reduce) else ():
-            turns[n] *= axis.extent.value if isinstance(axis.extent, Const) else math.inf
-    return turns[node]
 
 
 def as_held(text: Text, body: Node) -> Text:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -45,7 +45,8 @@ class Entry:
     """A kernel of a file: its function's name, and its parameters' Triton types, for compiling it without a GPU.
 
     `config` names what it is launched with in the file, or `values` are that. `instead`: the functions that run in its
-    place where rows are few. `flags`: its parameters that are true where a GPU loads boxes.
+    place where rows are few. `flags`: its parameters that are true where a GPU loads boxes. `likely` are numbers that a
+    launch settles and it is compiled for.
     """
 
     function: str
@@ -54,6 +55,7 @@ class Entry:
     values: dict[str, int] | None = None
     instead: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
+    likely: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ class _KernelView:
     def _params(self) -> list[str]:
         params = [f"{n}_ptr" for n in self.pointers.values()] + [b.name for b in self.boxes]
         params += [f"{n}_ptr" for n in (*self.outputs.values(), *self._map_names())]
-        params += [*self.writer.strides, *self.sizes.values()]
+        params += [f"{n}: tl.constexpr" if n in self.fixed else n for n in (*self.writer.strides, *self.sizes.values())]
         params += ["ALIGN: tl.constexpr"] if self.plan.aligns else []
         params += [f"{flag}: tl.constexpr" for flag in self.flags]
         return params + [f"{name}: tl.constexpr" for name, _ in self._blocks(self.plan.config)]
@@ -227,6 +229,14 @@ class _KernelView:
         plan, own = self.plan, self.names.own
         its = {a.extent for a in (*plan.grid, *plan.rows, *plan.chain.axes)} if self.is_few else set()
         return {n: name for n, name in self.names.sizes.items() if n not in own or n in its}
+
+    @property
+    def fixed(self) -> set[str]:
+        """Numbers that it is compiled for: how long loops are that it has written out, and strides along them."""
+        return {name for n, name in self.sizes.items() if n in self._unrolled()} | self.writer.unrolled
+
+    def _unrolled(self) -> set[Node]:
+        return {a.extent for a in self.plan.unrolled_axes}
 
     def _extent_name(self, axis: Axis) -> str:
         return self.names.axes[axis].upper() if isinstance(axis.extent, Const) else self.text(axis.extent)
@@ -261,7 +271,11 @@ class _KernelView:
         signature = kernel_signature(
             self.pointers, self.boxes, self.writer.strides, self.plan.chain.outputs, self.outputs, self.sizes
         ) | {f"{name}_ptr": "*i32" for name in self._map_names()}
-        own = Entry(f"{self.plan.name}_kernel", self.config_name, signature, None, self._instead(), tuple(self.flags))
+        signature = {name: kind for name, kind in signature.items() if name not in self.fixed}
+        likely = ({"ALIGN": 8} if self.plan.aligns else {}) | dict.fromkeys(sorted(self.fixed), 4)
+        own = Entry(
+            f"{self.plan.name}_kernel", self.config_name, signature, None, self._instead(), tuple(self.flags), likely
+        )
         return [*(Entry(k.function, "", k.signature, k.values, self._instead()) for k in of_maps), own]
 
     def _instead(self) -> tuple[str, ...]:

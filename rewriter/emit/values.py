@@ -62,6 +62,7 @@ class Values:
         self.helpers: set[str] = set()
         self.strides: dict[str, str] = {}
         self.aligned: set[str] = set()
+        self.unrolled: set[str] = set()  # strides that loops go along which are written out
         self.boxes: dict[Box, tuple[str, tuple[Node, ...]]] = {}  # its name, and where it is read
         self.flags: dict[Box, str] = {}  # of boxes of pairs
         self.pointed: set[str] = set()  # tensors that are read through pointers
@@ -320,6 +321,8 @@ class Values:
             lanes = text.axes and set(text.axes) <= set(self.plan.features)
             unit = "" if lanes or not self.plan.aligns else " * ALIGN"
             stride = self._stride(name, k, letters, in_units=bool(unit), meant=f"{passed or name}.stride({k})")
+            if entry.free and entry.free <= self.plan.unrolled_axes:
+                self.unrolled.add(stride)
             (moving if text.axes else fixed).append(f"{part} * {stride}{unit}")
         return " + ".join(fixed + moving)
 

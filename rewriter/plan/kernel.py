@@ -38,13 +38,16 @@ class Dot:
 
 @dataclass(frozen=True)
 class Loop:
-    """An inner reduction that is no matrix product, one position of `axis` after the other, or of a `whole` tile."""
+    """An inner reduction that is no matrix product, one position of `axis` after the other, or of a `whole` tile. Of an
+    `unrolled` one all positions are written out when the kernel is compiled.
+    """
 
     node: Reduce
     axis: Axis
     predicate: Node
     body: Node
     whole: bool = False
+    unrolled: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,11 @@ class KernelPlan:
     def long_axes(self) -> tuple[Axis, ...]:
         """Contracted axes that are cut into blocks."""
         return tuple(dict.fromkeys(d.axis for d in self.dots if d.long))
+
+    @property
+    def unrolled_axes(self) -> frozenset[Axis]:
+        """Those whose lengths a kernel is compiled for, and the strides along them."""
+        return frozenset(r.axis for r in self.loops if r.unrolled)
 
     @property
     def aligns(self) -> bool:

@@ -34,6 +34,7 @@ from rewriter.plan.parts import (
 from rewriter.plan.roles import MAX_FEATURE, can_be_whole, inner_reductions, lone_rows, tile_rows
 from rewriter.plan.tape import tapes_of
 from rewriter.plan.tiles import configs, contenders
+from rewriter.plan.unroll import unrolled
 from rewriter.sparsity import Support
 
 
@@ -65,7 +66,8 @@ def plan(chain: Chain, name: str, example: Mapping[Param, int] = MappingProxyTyp
     structures = [*_grouped(plain), plain, *_apart(chain, name, parts), *_deep_apart(plain)]
     nominal = Nominal(chain, [a for r in plain.roles for a in r.rows])
     ranked = choose([s.options(nominal) for s in structures])
-    kernels = tuple(with_few(replace(k, others=_others(k, nominal)), example) for k in ranked[0].kernels)
+    kernels = tuple(unrolled(k, example) for k in ranked[0].kernels)
+    kernels = tuple(with_few(replace(k, others=_others(k, nominal)), example) for k in kernels)
     chain = next(s.chain for s in structures if s.chain.axes == kernels[0].chain.axes)
     return ChainPlan(name, chain, kernels, ranked[0].results, tuple(ranked))
 

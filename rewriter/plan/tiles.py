@@ -53,16 +53,30 @@ MEASURED_BAND = (
     Config(64, 32, 4, 3),
     Config(128, 64, 4, 2),
 )
+# Of loops that are written out: every position of a tile of the stream takes registers for what they load.
+UNROLLED = (
+    Config(64, 32, 4, 2),
+    Config(128, 32, 8, 2),
+    Config(64, 16, 4, 2),
+    Config(64, 32, 4, 3),
+    Config(64, 64, 4, 2),
+)
 
 
 def contenders(plan: KernelPlan) -> tuple[Config, ...]:
     """Tiles of which estimates can't tell which is the fastest."""
-    plain = plan.dots and not plan.loops and not plan.long_axes and not has_deep_tiles(plan)
+    plain = plan.dots and all(r.unrolled for r in plan.loops) and not plan.long_axes and not has_deep_tiles(plan)
     if not plain or plan.dtype is torch.float32 or len(plan.rows) != 1:
         return ()
-    width = max(padded(f) for f in plan.features)
-    narrow = MEASURED_BAND if plan.is_band else MEASURED_PAIRS if _reads_pairs(plan) else MEASURED
-    return tuple(c for c in (narrow if width <= 128 else MEASURED_WIDE) if is_sound(c, plan))
+    return tuple(c for c in _measured(plan) if is_sound(c, plan))
+
+
+def _measured(plan: KernelPlan) -> tuple[Config, ...]:
+    if plan.loops:
+        return UNROLLED
+    if max(padded(f) for f in plan.features) > 128:
+        return MEASURED_WIDE
+    return MEASURED_BAND if plan.is_band else MEASURED_PAIRS if _reads_pairs(plan) else MEASURED
 
 
 def _reads_pairs(plan: KernelPlan) -> bool:
@@ -94,9 +108,7 @@ def is_sound(config: Config, plan: KernelPlan) -> bool:
     """What Triton 3.6 makes right code of on an H200: three stages where no feature is padded; of two accumulators, one
     of them narrower than 64, streams of 32 (the narrow one was wrong at 64 in 4 warps, and slower).
     """
-    values = {padded(a) for a in plan.features if a not in {d.axis for d in plan.dots}}
-    is_mixed = len(values) > 1 and min(values) < 64
-    return (config.num_stages < 3 or not _is_padded(plan)) and (config.block_n <= 32 or not is_mixed)
+    return (config.num_stages < 3 or not _is_padded(plan)) and (config.block_n <= 32 or not _is_mixed(plan))
 
 
 def preferred(plan: KernelPlan) -> Config:
@@ -113,7 +125,8 @@ def preferred(plan: KernelPlan) -> Config:
             Config(16, 64, 4, 2) if plan.rows else Config(1, max(map(_whole, plan.streams), default=LONGEST_TILE), 4, 1)
         )
     if plan.loops or any(d.long for d in plan.dots):
-        return Config(64, 64, 4, 2) if width <= 128 else Config(32, 32, 4, 2)
+        wide = 32 if plan.loops and _is_mixed(plan) else 64
+        return Config(64, wide, 4, 2) if width <= 128 else Config(32, 32, 4, 2)
     if plan.dtype is torch.float32:
         return _single(width)
     if plan.is_band and width <= 128:
@@ -121,6 +134,12 @@ def preferred(plan: KernelPlan) -> Config:
     if width <= 64:
         return _narrow(plan, width)
     return Config(128, 64, 4, 2) if width <= 128 else Config(64, 32, 4, 2)
+
+
+def _is_mixed(plan: KernelPlan) -> bool:
+    """Whether accumulators have several widths, one of them narrow."""
+    values = {padded(a) for a in plan.features if a not in {d.axis for d in plan.dots}}
+    return len(values) > 1 and min(values) < 64
 
 
 def _single(width: int) -> Config:
