@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 from rewriter.derive import Definition
+from rewriter.emit.expr import Text, exponential, spread, widened
+from rewriter.emit.scale import times
 from rewriter.ir import Ref, walk
 from rewriter.lift.rounding import has_fill
 from rewriter.plan import KernelPlan
@@ -30,6 +34,25 @@ def maxima_in_bits(plan: KernelPlan, half: bool) -> frozenset[str]:
 def in_bits(scale: str) -> str:
     """A constant factor, "" for none, times log2(e)"""
     return f"({scale} * LOG2E)" if scale else "LOG2E"
+
+
+def less(exponent: Text, scale: str, shift: Text, definition: Definition, held: Set[str], half: bool) -> str:
+    """exp(exponent · scale − shift); in base 2 the difference is one fused multiply-add an element. `held`: the maxima
+    in bits.
+    """
+    if not in_base_2(definition, half):
+        difference = f"{times(exponent, scale)} - {spread(shift, exponent.axes)}"
+        return exponential(Text(difference, exponent.axes, 5), half).code
+    if definition.shift.state.name not in held:
+        shift = Text(f"({shift.code} * LOG2E)", shift.axes)
+    (exponent,) = widened([exponent], calls=True)
+    return f"tl.exp2({exponent.code} * {in_bits(scale)} - {spread(shift, exponent.axes)})"
+
+
+def decay(old: Text, new: str, definition: Definition, held: Set[str], half: bool) -> str:
+    """exp(old − new) of what exponents are shifted by"""
+    difference = Text(f"{old.tight(5)} - {new}", old.axes, 5)
+    return f"tl.exp2({difference.code})" if definition.shift.state.name in held else exponential(difference, half).code
 
 
 def _shifted_by(maximum: str, plan: KernelPlan) -> list[Definition]:

@@ -37,7 +37,6 @@ IN_FLOATS = ("floordiv", "mod", "fmod")  # which Triton has for integers alone
 CALLS = {
     n: f"tl.{n}"
     for n in [
-        "exp",
         "exp2",
         "log",
         "log2",
@@ -113,9 +112,18 @@ def apply_text(node: Apply, args: list[Text], axes: tuple[Axis, ...], helpers: s
         return Text(f"{left} {symbol} {right}", axes, level)
     if node.op in ("maximum", "minimum") and node.dtype.is_floating_point:
         return _helper(node.op, args, axes, helpers)
+    if node.op == "exp":
+        return exponential(Text(spread_argument(args[0], axes), axes, args[0].level), half)
     if node.op in CALLS:
         return Text(f"{CALLS[node.op]}({', '.join(spread_argument(a, axes) for a in args)})", axes)
     return _spelled(node, args, axes, helpers, half)
+
+
+def exponential(exponent: Text, half: bool) -> Text:
+    """exp, by exp2 where operands have 16 bits: it makes results below 1e-38 zero, and to keep those costs `tl.exp` three
+    operations an element.
+    """
+    return Text(f"tl.exp2({exponent.tight(6)} * LOG2E)" if half else f"tl.exp({exponent.code})", exponent.axes)
 
 
 def _reciprocal(divisor: Node) -> bool:

@@ -7,7 +7,7 @@ import torch
 from rewriter.derive import Definition
 from rewriter.derive.chain import moments_first
 from rewriter.derive.factors import multiply, without_cast
-from rewriter.emit.bits import in_base_2, in_bits, maxima_in_bits, maxima_that_shift
+from rewriter.emit.bits import decay, in_bits, less, maxima_in_bits, maxima_that_shift
 from rewriter.emit.expr import ATOM, TRITON_DTYPES, NotEmittable, Text, operand, spread, spread_argument, widened
 from rewriter.emit.fills import written_low
 from rewriter.emit.inner import FOLD, INTO, Inner, as_held, held_dtype, neutral_text
@@ -377,14 +377,8 @@ class Writer(Inner):
         return Text(name, score.axes)
 
     def _exp(self, definition: Definition, exponent: Text, scale: str) -> str:
-        """exp(exponent · scale − shift); in base 2 the difference is one fused multiply-add an element."""
         shift = Text(self._settled(definition), self._phi_axes(definition))
-        if not in_base_2(definition, self.half):
-            return f"tl.exp({times(exponent, scale)} - {spread(shift, exponent.axes)})"
-        if definition.shift.state.name not in self.in_bits:
-            shift = Text(f"({shift.code} * LOG2E)", shift.axes)
-        (exponent,) = widened([exponent], calls=True)
-        return f"tl.exp2({exponent.code} * {in_bits(scale)} - {spread(shift, exponent.axes)})"
+        return less(exponent, scale, shift, definition, self.in_bits, self.half)
 
     def _phi_axes(self, definition: Definition) -> tuple[Axis, ...]:
         return self.tile(definition.shift.phi.free)
@@ -423,8 +417,8 @@ class Writer(Inner):
             settled = self._settled(definition)
             old = self._phi_text(definition, new=False)
             name = self.names.unique("alpha")
-            exp = "exp2" if definition.shift.state.name in self.in_bits else "exp"
-            self.loop.lines.append(Line(f"{name} = tl.{exp}({old.tight(5)} - {settled})", self.shape(old.axes)))
+            code = decay(old, settled, definition, self.in_bits, self.half)
+            self.loop.lines.append(Line(f"{name} = {code}", self.shape(old.axes)))
             self.loop.known[key] = Text(name, old.axes)
         alpha = spread(self.loop.known[key], self.tile(definition.axes))
         if definition.centre:

@@ -30,6 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 NEG_INF = tl.constexpr(float("-inf"))
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+LOG2E = tl.constexpr(1.4426950408889634)
 H = tl.constexpr(4)
 
 # Tiles of rows and stream positions, warps and pipeline stages: what is estimated to be the fastest, and what may be.
@@ -133,8 +134,8 @@ def bucketed_bias_kernel(
         scores = qk + bias  # [BLOCK_M, BLOCK_N]
         x = scores.to(tl.float16).to(tl.float32)  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(x, 1))  # [BLOCK_M]
-        alpha = tl.exp(m_i - m_new)  # [BLOCK_M]
-        p = tl.exp(x - m_new[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp2((m_i - m_new) * LOG2E)  # [BLOCK_M]
+        p = tl.exp2((x - m_new[:, None]) * LOG2E)  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = value_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
@@ -167,8 +168,8 @@ def bucketed_bias_kernel(
         scores = qk + bias  # [BLOCK_M, BLOCK_N]
         x = tl.where(offs_n[None, :] < N, scores.to(tl.float16).to(tl.float32), NEG_INF)  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(x, 1))  # [BLOCK_M]
-        alpha = tl.exp(m_i - m_new)  # [BLOCK_M]
-        p = tl.exp(x - m_new[:, None])  # [BLOCK_M, BLOCK_N]
+        alpha = tl.exp2((m_i - m_new) * LOG2E)  # [BLOCK_M]
+        p = tl.exp2((x - m_new[:, None]) * LOG2E)  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = value_boxes.load([b, h, full, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]

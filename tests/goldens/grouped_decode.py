@@ -280,7 +280,7 @@ def grouped_decode_part_kernel(
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_R, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(qk, 1) * (1.0 / 8.0))  # [BLOCK_R]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_R]
-        alpha = tl.exp(m_i - shift)  # [BLOCK_R]
+        alpha = tl.exp2((m_i - shift) * LOG2E)  # [BLOCK_R]
         p = tl.exp2(qk * ((1.0 / 8.0) * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_R, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_R]
         # golden_programs.py:110  key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -299,7 +299,7 @@ def grouped_decode_part_kernel(
         qk_2 = tl.where((offs_n[None, :] < N) & mask, qk, NEG_INF)  # [BLOCK_R, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(qk_2, 1) * (1.0 / 8.0))  # [BLOCK_R]
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # [BLOCK_R]
-        alpha = tl.exp(m_i - shift)  # [BLOCK_R]
+        alpha = tl.exp2((m_i - shift) * LOG2E)  # [BLOCK_R]
         p = tl.exp2(qk_2 * ((1.0 / 8.0) * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_R, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_R]
         # golden_programs.py:110  key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
