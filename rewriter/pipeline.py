@@ -45,8 +45,8 @@ class Fused:
 
     def for_region(self, region: Region, reads: tuple[Tensor, ...]) -> Fused:
         """The same for a region of the same meaning."""
-        own = dict(zip(self.reads, reads))
-        kernel = self.kernel and replace(self.kernel, tensors=tuple(own[t] for t in self.kernel.tensors))
+        own = {tensor.name: its for tensor, its in zip(self.reads, reads)}  # planning may see it in another shape
+        kernel = self.kernel and replace(self.kernel, tensors=tuple(own[t.name] for t in self.kernel.tensors))
         return replace(self, region=region, reads=reads, kernel=kernel)
 
 

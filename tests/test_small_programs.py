@@ -270,6 +270,36 @@ def test_axes_that_only_values_have_are_one():
         assert_right(result, points_weighed, qkv(*sizes))
 
 
+def vectors_weighed(q, k, v):
+    return torch.einsum("bmn,bnpc->bmpc", torch.softmax(q @ k.mT, -1), v)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
+def test_dimensions_that_only_values_have_are_read_as_one(dtype):
+    def inputs(m: int, n: int):
+        return tuple(t.to(dtype) for t in (r(2, m, 16), r(2, n, 16), r(2, n, 8, 3)))
+
+    result = fused(vectors_weighed, inputs(7, 9))
+    (kernel,) = (text for name, text in result.sources.items() if name.startswith("kernels/vectors"))
+    body, launch = kernel.split("def reference")
+    assert "v.reshape((B, N, 24))" in launch and "stride_ve4" not in body
+    assert ("v_boxes.load([b, start, 0])" in body) == (dtype is torch.float16)
+    for sizes in ((7, 9), (20, 37)):
+        q, k, v = inputs(*sizes)
+        assert_right(result, vectors_weighed, (q, k, v), dtype=dtype)
+        assert_right(result, vectors_weighed, (q, k, v.mT.contiguous().mT), dtype=dtype)  # it lies otherwise
+
+
+def some_vectors_weighed(q, k, v):
+    return vectors_weighed(q, k, v[:, :, :3])
+
+
+def test_dimensions_are_read_as_one_only_where_both_are_whole():
+    inputs = r(2, 7, 16), r(2, 9, 16), r(2, 9, 5, 3)
+    result = fused(some_vectors_weighed, inputs)
+    assert_right(result, some_vectors_weighed, inputs)
+
+
 def points_of_any_number(q, k, v, points):
     """More points than a tile holds, only the call knows how many: each has a program, and what has none is written by
     one.

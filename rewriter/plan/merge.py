@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from rewriter.derive import Chain
-from rewriter.ir import Axis, Const, Node, Output, Ref, apply, const, fresh_axis, index, substitute, walk
+from rewriter.ir import Axis, Const, Load, Node, Output, Ref, Tensor, apply, const, fresh_axis, index, substitute, walk
 from rewriter.ir import transform as rewritten
 from rewriter.plan.parts import carried, moved_definition
 from rewriter.plan.roles import MAX_FEATURE
@@ -73,6 +73,44 @@ def _merge(chain: Chain, outer: Axis, inner: Axis) -> Chain:
         return replace(output, body=moved(output.body), at=position if inner in output.axes else output.at)
 
     definitions = tuple(replace(moved_definition(d, moved), axes=axes_of(d.axes)) for d in chain.definitions)
-    return replace(
-        chain, axes=axes_of(chain.axes), definitions=definitions, outputs=tuple(map(of_output, chain.outputs))
+    outputs = tuple(map(of_output, chain.outputs))
+    return _seen_merged(
+        replace(chain, axes=axes_of(chain.axes), definitions=definitions, outputs=outputs),
+        (by[outer], by[inner]),
+        at,
     )
+
+
+def _seen_merged(chain: Chain, pair: tuple[Node, Node], at: Node) -> Chain:
+    """v[n, f // 3, f % 3]  →  v'[n, f]   where v' is v seen with the two dimensions as one, and is read so alone
+
+    They lie together in memory, as far as the last is dense: elsewhere it is a copy.
+    """
+    reads: dict[Tensor, set[int | None]] = {}
+    for load in (n for n in walk(*chain.roots) if isinstance(n, Load)):
+        reads.setdefault(load.tensor, set()).add(_pair_at(load, pair, at.axis.extent))
+    places = {t: found.pop() for t, found in reads.items() if len(found) == 1 and None not in found}
+
+    def seen(node: Node) -> Node:
+        if not isinstance(node, Load) or node.tensor not in places:
+            return node
+        tensor, k = node.tensor, places[node.tensor]
+        shape = (*tensor.shape[:k], at.axis.extent, *tensor.shape[k + 2 :])
+        new = replace(tensor, shape=shape, given=tensor.given or tensor.shape, lanes=k)
+        return Load(new, (*node.index[:k], at, *node.index[k + 2 :]))
+
+    def moved(node: Node) -> Node:
+        return rewritten(node, seen)
+
+    definitions = tuple(moved_definition(d, moved) for d in chain.definitions)
+    outputs = tuple(replace(o, body=moved(o.body)) for o in chain.outputs)
+    return replace(chain, definitions=definitions, outputs=outputs) if places else chain
+
+
+def _pair_at(load: Load, pair: tuple[Node, Node], extent: Node) -> int | None:
+    """Which of its dimensions is the first of the pair, where the second follows and is dense, and both are whole."""
+    tensor = load.tensor
+    if not tensor.lanes or load.index[tensor.lanes - 1 : tensor.lanes + 1] != pair:
+        return None
+    is_whole = apply("mul", *tensor.shape[tensor.lanes - 1 : tensor.lanes + 1]) == extent
+    return tensor.lanes - 1 if is_whole else None
