@@ -45,6 +45,16 @@ def test_loops_that_are_short_in_the_example_are_written_out(dtype):
         assert_right(result, points, call(70, 40, few, coordinates, dtype), dtype=dtype)
 
 
+def test_strides_that_grow_with_the_stream_are_no_constants():
+    def inputs(m: int, n: int):
+        return tuple(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if x.dim() == 4 else x for x in call(m, n))
+
+    result = fused(points, inputs(20, 33))
+    constant = set(re.findall(r"\n    (\w+): tl.constexpr,", kernel_of(result)))
+    assert "R" in constant and not any(name.startswith("stride_") for name in constant)
+    assert_right(result, points, inputs(30, 20))
+
+
 def test_loops_that_are_long_in_the_example_stay():
     result = fused(points, call(20, 33, few=40))
     text = kernel_of(result)

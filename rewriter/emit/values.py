@@ -254,7 +254,7 @@ class Values:
         name = self.names.tensors[node.tensor]
         axes = self._joined([self.value(i, scope) for i in node.index])
         checks = self._unproved(node, axes, scope)
-        pointer = self._pointer(boxes or f"{name}_ptr", name, node.index, axes, scope, boxes)
+        pointer = self._pointer(boxes or f"{name}_ptr", name, node.index, axes, scope, boxes, self._unrolled_in(node))
         mask = " & ".join(filter(None, [self.bounds(node.free, axes, scope), *checks]))
         extra = f", mask={mask}, other=0" if mask else ""
         code = f"tl.load({pointer}{extra})"
@@ -307,10 +307,27 @@ class Values:
         home.known[entry] = Text(name, text.axes)
         return home.known[entry]
 
+    def _unrolled_in(self, node: Load) -> frozenset[int]:
+        """The dimensions along which loops go that are written out, where one of them is the dense one: strides along
+        them are products of their own lengths, the same at most calls.
+        """
+        turns, lanes = self.plan.unrolled_axes, node.tensor.lanes
+        found = frozenset(k for k, entry in enumerate(node.index) if entry.free and entry.free <= turns)
+        return found if lanes in found else frozenset()
+
     def _pointer(
-        self, base: str, name: str, index: tuple[Node, ...], axes: tuple[Axis, ...], scope: Scope, passed: str = ""
+        self,
+        base: str,
+        name: str,
+        index: tuple[Node, ...],
+        axes: tuple[Axis, ...],
+        scope: Scope,
+        passed: str = "",
+        fixed_along: frozenset[int] = frozenset(),
     ) -> str:
-        """Where elements lie. `passed`: what the tensor is called at the launch, if not by its name."""
+        """Where elements lie. `passed`: what the tensor is called at the launch, if not by its name. `fixed_along`:
+        dimensions whose strides the kernel is compiled for.
+        """
         letters = self._letters(index)
         fixed, moving = [base], []
         for k, entry in enumerate(index):
@@ -321,7 +338,7 @@ class Values:
             lanes = text.axes and set(text.axes) <= set(self.plan.features)
             unit = "" if lanes or not self.plan.aligns else " * ALIGN"
             stride = self._stride(name, k, letters, in_units=bool(unit), meant=f"{passed or name}.stride({k})")
-            if entry.free and entry.free <= self.plan.unrolled_axes:
+            if k in fixed_along:
                 self.unrolled.add(stride)
             (moving if text.axes else fixed).append(f"{part} * {stride}{unit}")
         return " + ".join(fixed + moving)
