@@ -60,6 +60,16 @@ UNROLLED = (
     Config(64, 16, 4, 2),
     Config(64, 32, 4, 3),
     Config(64, 64, 4, 2),
+    Config(128, 32, 4, 2),
+    Config(64, 32, 2, 2),
+)
+# Of kernels that take their tiles from lists, few for short documents and many for long ones.
+MEASURED_LISTED = (
+    Config(64, 32, 4, 2),
+    Config(64, 64, 4, 2),
+    Config(64, 64, 4, 3),
+    Config(128, 64, 4, 2),
+    Config(64, 128, 4, 2),
 )
 
 
@@ -76,7 +86,11 @@ def _measured(plan: KernelPlan) -> tuple[Config, ...]:
         return UNROLLED
     if max(padded(f) for f in plan.features) > 128:
         return MEASURED_WIDE
-    return MEASURED_BAND if plan.is_band else MEASURED_PAIRS if _reads_pairs(plan) else MEASURED
+    if plan.is_band:
+        return MEASURED_BAND
+    if plan.maps:
+        return MEASURED_LISTED
+    return MEASURED_PAIRS if _reads_pairs(plan) else MEASURED
 
 
 def _reads_pairs(plan: KernelPlan) -> bool:
@@ -131,6 +145,8 @@ def preferred(plan: KernelPlan) -> Config:
         return _single(width)
     if plan.is_band and width <= 128:
         return Config(64, 32, 4, 2)
+    if plan.maps and width <= 128:
+        return Config(64, 64, 4, 2 if width <= 64 or _is_padded(plan) else 3)
     if width <= 64:
         return _narrow(plan, width)
     return Config(128, 64, 4, 2) if width <= 128 else Config(64, 32, 4, 2)

@@ -37,6 +37,7 @@ UNDERFLOW = tl.constexpr(104.0)
 # Tiles of rows and stream positions, warps and pipeline stages: what is estimated to be the fastest, and what may be.
 CONFIGS = (
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=2),
+    dict(BLOCK_M=64, BLOCK_N=32, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=2),
     dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=2),
     dict(BLOCK_M=64, BLOCK_N=128, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=2),
 )
