@@ -347,8 +347,8 @@ def _is_plain_layer(module: nn.Module) -> bool:
 
 
 def _holder(fused: Fused, root: str) -> str:
-    """The path of the innermost module in which all of a chain's reductions and results are."""
-    nodes = fused.region.reducing.union(fused.region.outputs)
+    """The path of the innermost module in which all of a chain's reductions and results are, whatever follows them."""
+    nodes = fused.region.reducing.union(fused.region.results or fused.region.outputs)
     paths = [modules_of(n) for n in nodes]
     shared = paths[0] if paths else []
     for path in paths[1:]:

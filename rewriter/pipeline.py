@@ -71,7 +71,7 @@ class Rewritten:
 class Work:
     """What goes from pass to pass: the call that is rewritten and how, and what the passes so far have made of it.
 
-    taken: names of kernels that are another module's. known: chains of other modules, whose kernels do for what means
+    taken: names of kernels that are another module's. left: names of nodes that no chain takes into its epilogue. known: chains of other modules, whose kernels do for what means
     the same here. done: the pass that ran last. lone: rows that no chain has taken, where they are asked for. needed:
     sizes that must be fixed, each by the line of the chain that wants it.
     """
@@ -85,6 +85,7 @@ class Work:
     taken: frozenset[str] = frozenset()
     known: tuple[Fused, ...] = ()
     bound: Mapping[Dimension, Site | None] = field(default_factory=dict)
+    left: frozenset[str] = frozenset()
     done: str = ""
     traced: TracedModule | None = None
     lifted: LiftResult | None = None
@@ -116,7 +117,14 @@ class Work:
             return None
         bound = {**self.needed, **self.bound}
         given = self.module, self.args, self.kwargs, self.title, self.masked_rows, self.rows
-        return Work(*given, self.taken, self.known, bound)
+        return Work(*given, self.taken, self.known, bound, self.left)
+
+    def without(self, following: Iterable[fx.Node]) -> Work:
+        """As it was traced: these nodes are in no epilogue."""
+        left = self.left.union(n.name for n in following)
+        start = Work(self.module, self.args, self.kwargs)
+        made = {name: getattr(start, name) for name in ("lifted", "lone", "fused", "unfused", "needed", "patched")}
+        return replace(self, left=left, done="trace", **made)
 
     @property
     def rewritten(self) -> Rewritten:
@@ -151,8 +159,19 @@ def through(work: Work, last: str, progress: Callable[[str], None] = lambda stag
         if (last and work.done == last) or work.is_stuck:
             break
         progress(name)
-        work = replace(PASSES[name](work), done=name)
+        try:
+            work = replace(PASSES[name](work), done=name)
+        except _TakesTooMuch as chain:
+            return through(work.without(chain.following), last, progress)
     return work
+
+
+class _TakesTooMuch(Exception):
+    """A chain fails with what its epilogue takes in, and may do without."""
+
+    def __init__(self, following: frozenset[fx.Node]):
+        super().__init__(f"{len(following)} nodes in an epilogue")
+        self.following = following
 
 
 def _trace(work: Work) -> Work:
@@ -161,7 +180,7 @@ def _trace(work: Work) -> Work:
 
 
 def _lift(work: Work) -> Work:
-    lifted = lift(work.traced)
+    lifted = lift(work.traced, work.left)
     return replace(work, lifted=lifted, unfused=tuple(lifted.unfused)).says(lift=_shown_programs(lifted.regions))
 
 
@@ -277,8 +296,11 @@ def _each(items, step: Callable, region_of: Callable, unfused: list[Reason]) -> 
         try:
             out.append(step(item))
         except (NotDerivable, NotPlannable, NotEmittable) as reason:
-            if not region_of(item).tentative:
-                unfused.append(Reason(str(reason), site_of(region_of(item).outputs[0])))
+            region = region_of(item)
+            if region.following and not isinstance(reason.__cause__, NeedsFixed):
+                raise _TakesTooMuch(region.following) from reason
+            if not region.tentative:
+                unfused.append(Reason(str(reason), site_of(region.outputs[0])))
     return out
 
 

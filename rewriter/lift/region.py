@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,7 +12,9 @@ from rewriter.errors import Reason, Site
 from rewriter.ir import Load, Node, Origin, Output, Program, Reduce, index, transform, walk
 from rewriter.lift.ahead import TENTATIVE, Moving, Origins, inherited, is_dynamic, over_others
 from rewriter.lift.broadcast import broadcast_dimensions
+from rewriter.lift.epilogue import Followers, Place
 from rewriter.lift.local import LocalLift, lift_locally
+from rewriter.lift.order import is_in_order
 from rewriter.lift.passed import passed_on
 from rewriter.lift.repeated import Repeated, covers, has_reduction, sources
 from rewriter.lift.rounding import with_absorption
@@ -33,7 +35,8 @@ class Region:
 
     `kept` are wide inputs that the program makes and that are written all the same, with the reason. A `tentative`
     one may be a plain dense layer: it is fused only if its reductions depend on each other. `reducing` are those of
-    its nodes that reduce; `passed` calls that hand on one of the tensors they read, and which.
+    its nodes that reduce; `passed` calls that hand on one of the tensors they read, and which; `following` is
+    what has been taken into its epilogue, and `results` what it would write without.
     """
 
     program: Program
@@ -46,6 +49,13 @@ class Region:
     kept: dict[fx.Node, str]
     reducing: frozenset[fx.Node] = frozenset()
     passed: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
+    following: frozenset[fx.Node] = frozenset()
+    results: frozenset[fx.Node] = frozenset()
+
+    @property
+    def hidden(self) -> frozenset[fx.Node]:
+        """What follows, or is followed, and is not written."""
+        return (self.following | self.results).difference(self.outputs)
 
     @property
     def materialised(self) -> list[Reason]:
@@ -64,9 +74,17 @@ class LiftResult:
     broadcast: frozenset[Dimension]
 
 
-def lift(traced: TracedModule) -> LiftResult:
-    """Finds every wide region of a traced module."""
+def lift(traced: TracedModule, left: frozenset[str] = frozenset()) -> LiftResult:
+    """Finds every wide region of a traced module. left: names of nodes that follow no chain in its epilogue."""
+    found = _lifted(traced, left)
+    if is_in_order(traced.graph, found.regions):
+        return found
+    return _lifted(traced, left.union(n.name for r in found.regions for n in r.following))
+
+
+def _lifted(traced: TracedModule, left: frozenset[str]) -> LiftResult:
     graph = traced.graph
+    eager = {n for n in graph.nodes if n.name in left}
     local = lift_locally(graph)
     moving = moving_nodes(graph, traced)
     names = user_names(graph)
@@ -76,7 +94,7 @@ def lift(traced: TracedModule) -> LiftResult:
         many: set[fx.Node] = set()
         while True:
             tags = tag(graph, local, moving, taken | many, kind)
-            cutter = Cutter(traced, local, tags, names)
+            cutter = Cutter(traced, local, tags, names, taken | eager)
             cut = _cut_all(cutter, len(regions), moving.given if kind in TENTATIVE else None)
             if not cutter.scattered:
                 break
@@ -165,7 +183,14 @@ def _stages(graph: fx.Graph, roots: list[fx.Node], local: dict[fx.Node, LocalLif
 class Cutter:
     """Inlines what a region computes and stops at what it reads. `scattered`: what it inlines at too many places."""
 
-    def __init__(self, traced: TracedModule, local: dict[fx.Node, LocalLift], tags: Tags, names: dict[fx.Node, str]):
+    def __init__(
+        self,
+        traced: TracedModule,
+        local: dict[fx.Node, LocalLift],
+        tags: Tags,
+        names: dict[fx.Node, str],
+        taken: Set[fx.Node] = frozenset(),
+    ):
         self.graph, self.attributes, self.parameters = traced.graph, traced.attributes, traced.parameters
         self.local, self.tags, self.names = local, tags, names
         graph = traced.graph
@@ -174,6 +199,8 @@ class Cutter:
         self.origins: dict[Node, Origin] = {}
         self.memo: dict[fx.Node, Lifted] = {}
         self.repeated = Repeated(traced.graph, local)
+        self.followers = Followers(traced.graph, local)
+        self.taken = set(taken)
         self.spread: set[fx.Node] = set()
         self.scattered: set[fx.Node] = set()
 
@@ -240,14 +267,19 @@ class Cutter:
         self.roots = set(roots)
         written = [n for n in roots if n in self.tags.written]
         grown = self._grown([n for n in roots if n not in self.tags.written], later)
-        wide = set().union(*(self._wide_below(r) for r in roots))
-        outputs = [*_live_outputs(grown, wide.union(written)), *written]
+        wide = set().union(*(self._wide_below(r) for r in roots), written)
+        results = _live_outputs(grown, wide)
+        after, made = self._followers(grown, results, wide, later)
+        ends = _live_outputs([*grown, *after], wide)
+        outputs, results = [*ends, *written], frozenset([*results, *written])
         if not outputs:
             return None
-        self.claimed = self._between(roots, outputs) | self.roots
+        self.claimed = self._between(roots, outputs) | self.roots | made
         lifted = [(n, v) for n, v in ((n, self._inlined(n)) for n in outputs) if not _is_made(v.body)]
         outputs = [n for n, _ in lifted]
-        program = Program(name, tuple(self._output(n, v) for n, v in lifted), self.origins, self._lengths())
+        written = (self._output(n, v) for n, v in lifted)
+        laid = tuple(after[n].laid(o) if n in after else o for n, o in zip(outputs, written))
+        program = Program(name, laid, self.origins, self._lengths())
         if not outputs or not program.tensors:
             return None
         self.scattered |= scattered(program, {n: v for n, v in self.memo.items() if n in self.tags.origins})
@@ -257,8 +289,10 @@ class Cutter:
         kept = self._kept(inputs)
         display = self._display(inputs)
         inside -= set(inputs)
+        self.taken |= inside.union(outputs)
         reducing, passed = self._reducing(inside.union(outputs)), passed_on(self.memo)
-        return Region(program, tuple(outputs), inputs, inside, wide, display, tentative, kept, reducing, passed)
+        found = program, tuple(outputs), inputs, inside, wide, display, tentative, kept, reducing, passed
+        return Region(*found, frozenset(after).union(made), results)
 
     def cut_members(
         self,
@@ -303,6 +337,20 @@ class Cutter:
 
     def _output(self, node: fx.Node, value: Lifted) -> Output:
         return Output(self.names.get(node, node.name), value.axes, with_absorption(value.body), node.meta["val"].dtype)
+
+    def _followers(
+        self, grown: list[fx.Node], results: list[fx.Node], wide: set[fx.Node], later: set[fx.Node]
+    ) -> tuple[dict[fx.Node, Place], set[fx.Node]]:
+        """What follows the region's results in its epilogue, as far as less or no more is written for it, and what is
+        computed for that alone.
+        """
+        outside = self._descendants([*grown, *later])
+        closed = {*self.taken, *grown, *wide, *self.tags.wide, *self.tags.stored}
+        places = self.followers.places(results, outside, closed)
+        after = list(filter(self.followers.is_arithmetic, places))
+        while after and not self.followers.is_no_larger(results, _live_outputs([*grown, *after], wide), places):
+            after.pop()
+        return {n: places[n] for n in after}, self.followers.made_for(set(after), closed | outside)
 
     def _grown(self, roots: list[fx.Node], later: set[fx.Node]) -> list[fx.Node]:
         """Follows pointwise ops and views that join several results of the region: `acc / l[:, None]`. What joins
