@@ -17,7 +17,7 @@ from rewriter.lift.local import LocalLift, lift_locally
 from rewriter.lift.order import is_in_order
 from rewriter.lift.passed import passed_on
 from rewriter.lift.repeated import Repeated, covers, has_reduction, sources
-from rewriter.lift.rounding import with_absorption
+from rewriter.lift.rounding import with_absorption, with_absorption_inside
 from rewriter.lift.scattered import scattered
 from rewriter.lift.tags import Tags, contracts, tag
 from rewriter.lift.values import Lifted
@@ -277,8 +277,7 @@ class Cutter:
         self.claimed = self._between(roots, outputs) | self.roots | made
         lifted = [(n, v) for n, v in ((n, self._inlined(n)) for n in outputs) if not _is_made(v.body)]
         outputs = [n for n, _ in lifted]
-        written = (self._output(n, v) for n, v in lifted)
-        laid = tuple(after[n].laid(o) if n in after else o for n, o in zip(outputs, written))
+        laid = tuple(after[n].laid(self._output(n, v, True)) if n in after else self._output(n, v) for n, v in lifted)
         program = Program(name, laid, self.origins, self._lengths())
         if not outputs or not program.tensors:
             return None
@@ -335,8 +334,9 @@ class Cutter:
         summaries = [self.local[n].value.body for n in self.memo if n in self.tags.summaries]
         return frozenset(a.extent for n in walk(*summaries) if isinstance(n, Reduce) for a in n.axes)
 
-    def _output(self, node: fx.Node, value: Lifted) -> Output:
-        return Output(self.names.get(node, node.name), value.axes, with_absorption(value.body), node.meta["val"].dtype)
+    def _output(self, node: fx.Node, value: Lifted, follows: bool = False) -> Output:
+        body = with_absorption_inside(value.body) if follows else with_absorption(value.body)
+        return Output(self.names.get(node, node.name), value.axes, body, node.meta["val"].dtype)
 
     def _followers(
         self, grown: list[fx.Node], results: list[fx.Node], wide: set[fx.Node], later: set[fx.Node]

@@ -16,6 +16,11 @@ def with_absorption(node: Node) -> Node:
     return transform(node, absorbing)
 
 
+def with_absorption_inside(node: Node) -> Node:
+    """The same in what is reduced alone: what follows results position by position is written, and rounded there."""
+    return transform(node, lambda n: with_absorption(n) if isinstance(n, Reduce) else n)
+
+
 def absorbing(node: Node) -> Node:
     """s + fill  →  round16(s + fill)  in fp16, where the fill may be as large as -65504
 
