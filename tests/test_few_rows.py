@@ -79,6 +79,16 @@ def own_groups(q, k, v):
     return torch.softmax(q @ k[:, group].mT / 4, -1) @ v[:, group]
 
 
+def gated(q, k, v, g):
+    return g + g.sigmoid() * decode(q, k, v)
+
+
+def gated_together(q, k, v, g):
+    """[B, M, H * E]"""
+    out = decode(q, k, v).transpose(1, 2).reshape(q.size(0), q.size(2), q.size(1) * 16)
+    return out * g.transpose(1, 2).reshape(out.shape).sigmoid()
+
+
 def loss(x, w, target):
     return F.cross_entropy(x @ w.mT, target)
 
@@ -111,6 +121,11 @@ def with_lengths(b, h, kv, m, n):
     return *qkv(b, h, kv, m, n), torch.tensor([n, 0, 1][:b] if b > 1 else [n // 2])
 
 
+def with_gates(b, h, kv, m, n):
+    q, k, v = qkv(b, h, kv, m, n)
+    return q, k, v, q.flip(3)
+
+
 def with_sinks(b, h, kv, m, n):
     return *qkv(b, h, h, m, n), torch.arange(h) / 2
 
@@ -135,6 +150,7 @@ PROGRAMS = {f: (qkv, ATTENTION) for f in (decode, softcap, causal, recent, slope
 PROGRAMS |= {lengths: (with_lengths, ATTENTION), sink: (with_sinks, ATTENTION), shared: (one_kv, ATTENTION)}
 PROGRAMS |= {own_groups: (qkv, ((2, 4, 3, 1, 300), (1, 3, 2, 2, 300), (3, 1, 3, 1, 300)))}
 PROGRAMS |= {one_query: (as_many_kv, ATTENTION), one_query_of_groups: (qkv, PAIRS)}
+PROGRAMS |= {f: (with_gates, ATTENTION) for f in (gated, gated_together)}
 PROGRAMS |= {loss: (with_targets, VOCABULARY)} | {f: (xw, VOCABULARY) for f in (best, spread, entropy)}
 
 
