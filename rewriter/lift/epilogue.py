@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from itertools import permutations
 
 from torch import fx
 
-from rewriter.ir import Apply, Axis, Load, Node, Output, apply, fresh_axis, index, substitute, walk
+from rewriter.ir import Apply, Axis, Const, Load, Node, Output, apply, index, substitute, walk
 from rewriter.ir.integer import product, proves
 from rewriter.lift.local import LocalLift
 from rewriter.lift.repeated import has_reduction, sources
@@ -22,44 +24,54 @@ from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import modules_of
 
 JUMPING = {"floor", "ceil", "round", "sign", "mod", "fmod", "floordiv", "truncdiv"}
+MOST_MERGED = 4  # dimensions that lie together as one
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which element of a result a value's is: the result's index, over the value's axes."""
+    """Which element of a result a value's is: the result's index, over the value's axes. `along` are those of the
+    result.
+    """
 
     result: fx.Node
+    along: tuple[Axis, ...]
     axes: tuple[Axis, ...]
     index: tuple[Node, ...]
 
-    @property
-    def merged(self) -> dict[Axis, tuple[Node, Node]] | None:
-        """The axes that run along two of the result's dimensions, with how far along each: c of o[b, c // E, m, c % E] at
-        [b, m, c]. None where elements lie in another order than by dimensions and pairs of them.
+    @cached_property
+    def dims(self) -> tuple[tuple[Axis, ...], ...] | None:
+        """The axes of the result along which each dimension of the value runs, the last the fastest: (b), (m) and (h, e)
+        of o[b, c // E, m, c % E] at [b, m, c]. None where elements lie in another order.
         """
-        entries = [e for e in self.index if e.free]
-        parts = {a: [e for e in entries if a in e.free] for a in self.axes if index(a).free}
-        pairs = {a: _pair(a, found) for a, found in parts.items() if found != [index(a)]}
-        return pairs if None not in pairs.values() and sum(map(len, parts.values())) == len(entries) else None
+        entries = {a: e for a, e in zip(self.along, self.index) if e.free}
+        dims = tuple(_order(a, {x: e for x, e in entries.items() if e.free == {a}}) for a in self.axes)
+        return dims if None not in dims and sum(map(len, dims)) == len(entries) else None
 
-    def laid(self, output: Output) -> Output:
-        """A value as it is written: over the dimensions of the result, o[b, m, h, e] for o[b, m, h * E + e]."""
-        pairs = {a: (fresh_axis(x, "h"), fresh_axis(y, "e")) for a, (x, y) in (self.merged or {}).items()}
-        if not pairs:
-            return output
-        by = {a: apply("add", apply("mul", index(x), y.extent), index(y)) for a, (x, y) in pairs.items()}
-        axes = tuple(b for a in output.axes for b in pairs.get(a, (a,)))
-        shape = tuple(a.extent for a in output.axes)
-        return replace(output, axes=axes, body=substitute(output.body, by), shape=shape)
+    @property
+    def back(self) -> dict[Axis, Node]:
+        """The value's axes by those of the result: h * E + e for c"""
+        return {a: _joined(dims) for a, dims in zip(self.axes, self.dims)}
+
+    def written(self, output: Output) -> Output:
+        """A value over the axes of the result, in the order and shape that it is to have."""
+        shape = tuple(a.extent for a in self.axes)
+        axes = tuple(x for a, dims in zip(self.axes, self.dims) for x in dims or (a,))
+        return replace(output, axes=axes, shape=shape if len(axes) > len(shape) else ())
 
 
-def _pair(axis: Axis, entries: list[Node]) -> tuple[Node, Node] | None:
-    """The extents of x and y where an axis is x * Y + y, and both index something."""
-    for found in entries:
-        if isinstance(found, Apply) and found.op == "mod" and found.args[0] is index(axis):
-            outer, width = apply("floordiv", index(axis), found.args[1]), found.args[1]
-            return (apply("floordiv", axis.extent, width), width) if set(entries) == {outer, found} else None
+def _order(axis: Axis, entries: dict[Axis, Node]) -> tuple[Axis, ...] | None:
+    """The order in which an axis runs along those that it indexes by these entries."""
+    if len(entries) > MOST_MERGED or (index(axis).free and not entries):
+        return None
+    for order in permutations(entries):
+        if all(substitute(entries[a], {axis: _joined(order)}) is index(a) for a in order):
+            return order
     return None
+
+
+def _joined(axes: tuple[Axis, ...]) -> Node:
+    """(x * Y + y) * Z + z"""
+    return reduce(lambda at, a: apply("add", apply("mul", at, a.extent), index(a)), axes, Const(0))
 
 
 class Followers:
@@ -93,8 +105,6 @@ class Followers:
         new = [n for n in after if n not in before]
         freed: dict[fx.Node, int] = {n: _width(n) for n in before if n not in after}
         for node in new:
-            if places[node].merged is None:
-                return False
             if not self._is_written_anyway(node):
                 freed[places[node].result] = freed.get(places[node].result, 0) - _width(node)
         return all(left >= 0 for left in freed.values())
@@ -118,7 +128,7 @@ class Followers:
 
     def _own(self, result: fx.Node) -> Place:
         axes = self.local[result].value.axes
-        return Place(result, axes, positions(axes))
+        return Place(result, axes, axes, positions(axes))
 
     def _place_of(self, node: fx.Node, places: Mapping[fx.Node, Place], outside: Set[fx.Node]) -> Place | None:
         """None where a value does not follow, or is not as large."""
@@ -130,11 +140,13 @@ class Followers:
             return None
         found = {self._read_at(places[n], n, load, lifted) for n, load in sources(lifted, self.by_name) if n in places}
         place = found.pop() if len(found) == 1 else None
-        return place if place and _is_as_large(node, place) and _is_around(node, place.result) else None
+        if place is None or place.dims is None or not _is_as_large(node, place.result):
+            return None
+        return place if _is_around(node, place.result) else None
 
     def _read_at(self, place: Place, source: fx.Node, load: Load, reader: Lifted) -> Place:
         at = dict(zip(place.axes, load.index))
-        return Place(place.result, reader.axes, tuple(substitute(e, at) for e in place.index))
+        return Place(place.result, place.along, reader.axes, tuple(substitute(e, at) for e in place.index))
 
     def _is_written_anyway(self, node: fx.Node) -> bool:
         """Whether a value, or a view of it, is returned, multiplied as a matrix or read by an op that stays eager."""
@@ -156,9 +168,8 @@ def _is_smooth(lifted: Lifted) -> bool:
     return not has_reduction(lifted.body) and not jumps and all(n.dtype.is_floating_point for n in computed)
 
 
-def _is_as_large(node: fx.Node, place: Place) -> bool:
-    sizes = (product(shape_of(n.meta["val"])) for n in (node, place.result))
-    return proves("eq", *sizes) and not any(isinstance(n, Load) for n in walk(*place.index))
+def _is_as_large(node: fx.Node, result: fx.Node) -> bool:
+    return proves("eq", *(product(shape_of(n.meta["val"])) for n in (node, result)))
 
 
 def _is_around(node: fx.Node, result: fx.Node) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from rewriter.errors import Reason, Site
-from rewriter.ir import Load, Node, Origin, Output, Program, Reduce, index, transform, walk
+from rewriter.ir import Load, Node, Origin, Output, Program, Reduce, index, substitute, transform, walk
 from rewriter.lift.ahead import TENTATIVE, Moving, Origins, inherited, is_dynamic, over_others
 from rewriter.lift.broadcast import broadcast_dimensions
 from rewriter.lift.epilogue import Followers, Place
@@ -201,6 +201,7 @@ class Cutter:
         self.repeated = Repeated(traced.graph, local)
         self.followers = Followers(traced.graph, local)
         self.taken = set(taken)
+        self.places: dict[fx.Node, Place] = {}
         self.spread: set[fx.Node] = set()
         self.scattered: set[fx.Node] = set()
 
@@ -269,7 +270,7 @@ class Cutter:
         grown = self._grown([n for n in roots if n not in self.tags.written], later)
         wide = set().union(*(self._wide_below(r) for r in roots), written)
         results = _live_outputs(grown, wide)
-        after, made = self._followers(grown, results, wide, later)
+        after, made = self._follow(grown, results, wide, later)
         ends = _live_outputs([*grown, *after], wide)
         outputs, results = [*ends, *written], frozenset([*results, *written])
         if not outputs:
@@ -277,8 +278,7 @@ class Cutter:
         self.claimed = self._between(roots, outputs) | self.roots | made
         lifted = [(n, v) for n, v in ((n, self._inlined(n)) for n in outputs) if not _is_made(v.body)]
         outputs = [n for n, _ in lifted]
-        laid = tuple(after[n].laid(self._output(n, v, True)) if n in after else self._output(n, v) for n, v in lifted)
-        program = Program(name, laid, self.origins, self._lengths())
+        program = Program(name, tuple(self._output(n, v) for n, v in lifted), self.origins, self._lengths())
         if not outputs or not program.tensors:
             return None
         self.scattered |= scattered(program, {n: v for n, v in self.memo.items() if n in self.tags.origins})
@@ -305,7 +305,7 @@ class Cutter:
 
         laid: gives each value over the axes of the region.
         """
-        self.origins, self.memo, self.claimed = {}, {}, set(members)
+        self.origins, self.memo, self.claimed, self.places = {}, {}, set(members), {}
         lifted = [(n, laid(n, self._inlined(n)), shape_of(n.meta["val"])) for n in outputs]
         written = [replace(self._output(n, v), shape=shape if v.shape != shape else ()) for n, v, shape in lifted]
         origins = {laid(n, v).body: self.origins[v.body] for n, v in self.memo.items() if v.body in self.origins}
@@ -334,23 +334,22 @@ class Cutter:
         summaries = [self.local[n].value.body for n in self.memo if n in self.tags.summaries]
         return frozenset(a.extent for n in walk(*summaries) if isinstance(n, Reduce) for a in n.axes)
 
-    def _output(self, node: fx.Node, value: Lifted, follows: bool = False) -> Output:
-        body = with_absorption_inside(value.body) if follows else with_absorption(value.body)
-        return Output(self.names.get(node, node.name), value.axes, body, node.meta["val"].dtype)
+    def _output(self, node: fx.Node, value: Lifted) -> Output:
+        body = with_absorption_inside(value.body) if node in self.places else with_absorption(value.body)
+        output = Output(self.names.get(node, node.name), value.axes, body, node.meta["val"].dtype)
+        return self.places[node].written(output) if node in self.places else output
 
-    def _followers(
+    def _follow(
         self, grown: list[fx.Node], results: list[fx.Node], wide: set[fx.Node], later: set[fx.Node]
-    ) -> tuple[dict[fx.Node, Place], set[fx.Node]]:
-        """What follows the region's results in its epilogue, as far as less or no more is written for it, and what is
-        computed for that alone.
-        """
+    ) -> tuple[list[fx.Node], set[fx.Node]]:
+        """(arithmetic that follows the results, as far as no more is written for it; what is computed for that alone)"""
         outside = self._descendants([*grown, *later])
-        closed = {*self.taken, *grown, *wide, *self.tags.wide, *self.tags.stored}
-        places = self.followers.places(results, outside, closed)
-        after = list(filter(self.followers.is_arithmetic, places))
-        while after and not self.followers.is_no_larger(results, _live_outputs([*grown, *after], wide), places):
+        closed = {*self.taken, *self._between(grown, grown), *wide, *self.tags.wide, *self.tags.stored}
+        self.places = self.followers.places(results, outside, closed)
+        after = list(filter(self.followers.is_arithmetic, self.places))
+        while after and not self.followers.is_no_larger(results, _live_outputs([*grown, *after], wide), self.places):
             after.pop()
-        return {n: places[n] for n in after}, self.followers.made_for(set(after), closed | outside)
+        return after, self.followers.made_for(set(after), closed | outside)
 
     def _grown(self, roots: list[fx.Node], later: set[fx.Node]) -> list[fx.Node]:
         """Follows pointwise ops and views that join several results of the region: `acc / l[:, None]`. What joins
@@ -397,12 +396,23 @@ class Cutter:
 
     def _inlined(self, node: fx.Node) -> Lifted:
         if node not in self.memo:
-            local = self.local[node].value
-            body = self._expanded(local, node)
+            local, place = self.local[node].value, self.places.get(node)
+            body = self._followed(local, place) if place else self._expanded(local, node)
             origin = origin_of(node)
-            self.memo[node] = Lifted(local.axes, body)
+            self.memo[node] = Lifted(place.along if place else local.axes, body)
             self.origins.setdefault(body, Origin(origin.file, origin.line, origin.text, self.names.get(node, "")))
         return self.memo[node]
+
+    def _followed(self, local: Lifted, place: Place) -> Node:
+        """What follows a result, over the axes of that."""
+
+        def rule(n: Node) -> Node:
+            source = self.by_name.get(n.tensor.name) if isinstance(n, Load) else None
+            if source in self.places or source is place.result:
+                return self._inlined(source).body
+            return self._inlined(source).at(n.index) if source and self._goes_inside(source, False) else n
+
+        return transform(substitute(local.body, place.back), rule)
 
     def _expanded(self, local: Lifted, node: fx.Node) -> Node:
         is_pooled = node in self.tags.pooled  # of operands that are narrow, whatever they have
