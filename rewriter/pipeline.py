@@ -71,9 +71,10 @@ class Rewritten:
 class Work:
     """What goes from pass to pass: the call that is rewritten and how, and what the passes so far have made of it.
 
-    taken: names of kernels that are another module's. left: names of nodes that no chain takes into its epilogue. known: chains of other modules, whose kernels do for what means
-    the same here. done: the pass that ran last. lone: rows that no chain has taken, where they are asked for. needed:
-    sizes that must be fixed, each by the line of the chain that wants it.
+    taken: names of kernels that are another module's. known: chains of other modules, whose kernels do for what means
+    the same here. left: names of nodes that no chain takes into its epilogue. done: the pass that ran last. lone: rows
+    that no chain has taken, where they are asked for. needed: sizes that must be fixed, each by the line of the chain
+    that wants it.
     """
 
     module: Callable
@@ -120,7 +121,7 @@ class Work:
         return Work(*given, self.taken, self.known, bound, self.left)
 
     def without(self, following: Iterable[fx.Node]) -> Work:
-        """As it was traced: these nodes are in no epilogue."""
+        """As it was when it had been traced, with these nodes in no epilogue."""
         left = self.left.union(n.name for n in following)
         start = Work(self.module, self.args, self.kwargs)
         made = {name: getattr(start, name) for name in ("lifted", "lone", "fused", "unfused", "needed", "patched")}
@@ -167,7 +168,7 @@ def through(work: Work, last: str, progress: Callable[[str], None] = lambda stag
 
 
 class _TakesTooMuch(Exception):
-    """A chain fails with what its epilogue takes in, and may do without."""
+    """A chain fails with what its epilogue takes in, and may not without."""
 
     def __init__(self, following: frozenset[fx.Node]):
         super().__init__(f"{len(following)} nodes in an epilogue")
@@ -297,10 +298,11 @@ def _each(items, step: Callable, region_of: Callable, unfused: list[Reason]) -> 
             out.append(step(item))
         except (NotDerivable, NotPlannable, NotEmittable) as reason:
             region = region_of(item)
+            if region.tentative:
+                continue
             if region.following and not isinstance(reason.__cause__, NeedsFixed):
                 raise _TakesTooMuch(region.following) from reason
-            if not region.tentative:
-                unfused.append(Reason(str(reason), site_of(region.outputs[0])))
+            unfused.append(Reason(str(reason), site_of(region.outputs[0])))
     return out
 
 

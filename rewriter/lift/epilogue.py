@@ -29,9 +29,7 @@ MOST_MERGED = 4  # dimensions that lie together as one
 
 @dataclass(frozen=True)
 class Place:
-    """Which element of a result a value's is: the result's index, over the value's axes. `along` are those of the
-    result.
-    """
+    """Which element of a result each of a value's is: that of an index over the value's axes. `along` are the result's."""
 
     result: fx.Node
     along: tuple[Axis, ...]
@@ -151,6 +149,8 @@ class Followers:
     def _is_written_anyway(self, node: fx.Node) -> bool:
         """Whether a value, or a view of it, is returned, multiplied as a matrix or read by an op that stays eager."""
         for user in node.users:
+            if user not in self.local and user.op != "output":
+                continue  # reads a size
             lifted = self.local[user].value if user in self.local else None
             if not isinstance(lifted, Lifted) or contracts(lifted):
                 return True
