@@ -18,7 +18,7 @@ from rewriter.derive.forms import NotDerivable
 from rewriter.derive.normal import is_bilinear, normalise
 from rewriter.derive.prove import Proof, prove
 from rewriter.derive.unmerge import unmerged
-from rewriter.ir import Apply, Node, Output, Program, Where, apply, const, transform, where
+from rewriter.ir import Apply, Load, Node, Origin, Output, Program, Where, apply, const, transform, walk, where
 
 
 def derive(program: Program, masked_rows: str = "match", is_wanted: Callable[[Chain], bool] = lambda _: True) -> Chain:
@@ -73,7 +73,14 @@ def _chain(program: Program, outputs: tuple[Output, ...], waits: bool = False, e
         bodies = [transform(b, lambda n: _zero_by_zero(n, weights)) for b in bodies]
     settled = tuple(replace(o, body=b) for o, b in zip(outputs, bodies))
     notes = tuple(dict.fromkeys(builder.notes))
-    return Chain(program.name, axes.order, tuple(builder.definitions), settled, notes, program.origins)
+    origins = program.origins | _origins_of_epilogues(program, bodies)
+    return Chain(program.name, axes.order, tuple(builder.definitions), settled, notes, origins)
+
+
+def _origins_of_epilogues(program: Program, bodies: list[Node]) -> dict[Node, Origin]:
+    """Where outputs come from that are more than what is reduced: they read tensors."""
+    found = {b: program.origins.get(o.body) for o, b in zip(program.outputs, bodies)}
+    return {b: origin for b, origin in found.items() if origin and any(isinstance(n, Load) for n in walk(b))}
 
 
 def _sums_exponentials(definition: Definition) -> bool:

@@ -481,13 +481,13 @@ class Writer(Inner):
         axes = self.tile(output.over)
         pointer = self._pointer(f"{name}_ptr", name, output.position, axes, scope)
         mask = " & ".join(filter(None, [self.bounds(frozenset(output.over), axes, scope), self._once(output)]))
-        value = text.code if text.axes == axes else f"tl.broadcast_to({spread(text, axes)}, {self.shape(axes)})"
-        if not axes:
-            value = text.code
-        if text.axes == axes and text.level < ATOM:
-            value = f"({value})"
+        value = text.code if text.level >= ATOM else f"({text.code})"
+        if text.axes != axes:
+            value = f"tl.broadcast_to({spread(text, axes)}, {self.shape(axes)})"
         cast = f"{value}.to({name}_ptr.dtype.element_ty)"
-        scope.lines.append(Line(f"tl.store({pointer}, {cast}{f', mask={mask}' if mask else ''})"))
+        origin = None if text.code.isidentifier() else self.origins.of(output.body)
+        code = f"tl.store({pointer}, {cast}{f', mask={mask}' if mask else ''})"
+        scope.lines.append(Line(code, source=origin.source if origin else ""))
 
     def _once(self, output: Output) -> str:
         """Of the programs along a grid axis that an output lacks all have its values: the first writes them."""

@@ -20,6 +20,7 @@ from rewriter.lift.local import LocalLift
 from rewriter.lift.repeated import has_reduction, sources
 from rewriter.lift.tags import contracts
 from rewriter.lift.values import Lifted, positions
+from rewriter.trace.calls import call_name
 from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import modules_of
 
@@ -115,9 +116,12 @@ class Followers:
             if readers and readers <= following | found and node not in closed | following and self._is_made(node):
                 found.add(node)
         for node in self.nodes:  # views of what memory holds stay what they are
-            if node in found and not self.is_arithmetic(node) and not found.intersection(node.all_input_nodes):
+            if node in found and self._is_view(node) and not found.intersection(node.all_input_nodes):
                 found.discard(node)
         return found
+
+    def _is_view(self, node: fx.Node) -> bool:
+        return not self.is_arithmetic(node) and call_name(node) not in ("clone", "contiguous")
 
     def _is_made(self, node: fx.Node) -> bool:
         lifted = self.local[node].value if node in self.local else None

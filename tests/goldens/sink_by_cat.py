@@ -149,6 +149,7 @@ def sink_by_cat_kernel(
 
     x = maximum(m_i, sinks.to(tl.float32))  # [BLOCK_M]
     mask = x == float("-inf")  # [BLOCK_M]
+    # golden_programs.py:56  return weights[..., :-1] @ value
     x_2 = (
         tl.where(mask[:, None], float("nan"), acc)
         / (tl.where(mask, float("nan"), l_i) + tl.exp2((sinks - x) * LOG2E))[:, None]
