@@ -93,7 +93,8 @@ def _show_apply(node: Apply, names: dict[Axis, str]) -> tuple[str, int]:
 
 def show_output(output: Output, names: dict[Axis, str] | None = None) -> str:
     """`out[b, h, m, e] = ...`"""
-    axes = [show(p, names) for p in output.at] or [_axis(a, names or {}) for a in output.axes]
+    single = {a: "0" for a in output.axes if a.extent is Const(1)}
+    axes = [show(p, names) for p in output.at] or [_axis(a, single | (names or {})) for a in output.axes]
     return f"{output.name}[{', '.join(axes)}] = {show(output.body, names)}"
 
 
