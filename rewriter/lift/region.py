@@ -336,7 +336,8 @@ class Cutter:
 
     def _output(self, node: fx.Node, value: Lifted) -> Output:
         body = with_absorption_inside(value.body) if node in self.places else with_absorption(value.body)
-        self.origins.setdefault(body, self.origins[value.body])
+        if value.body in self.origins:
+            self.origins.setdefault(body, self.origins[value.body])
         output = Output(self.names.get(node, node.name), value.axes, body, node.meta["val"].dtype)
         return self.places[node].written(output) if node in self.places else output
 
