@@ -307,6 +307,26 @@ def test_heads_that_are_merged_are_written_so():
         assert_right(result, module, (x,))
 
 
+def grouped(q, k, v):
+    """Groups share a head of keys; written with all heads as one dimension."""
+    scores = torch.einsum("bgrmd,bgnd->bgrmn", q.unflatten(0, (-1, 2)).transpose(1, 2), k) / 4
+    return torch.einsum("bgrmn,bgne->bmgre", scores.softmax(-1), v).flatten(2).tanh()
+
+
+def test_dimensions_that_lie_together_stay_axes_of_their_own():
+    """A tile has all features of one head, as it had before they were merged."""
+    q, k, v = heads(1, 4, 20)
+    args = q, k[:2], v[:2]
+    result = fused(grouped, args)
+    assert ran(result, args) == (1, [])
+    (text,) = (t for n, t in result.sources.items() if n == "kernels/grouped.py")
+    assert (
+        re.search(r"acc = tl\.full\(\[BLOCK_M, BLOCK_E\]", text)
+        and "//" not in text[text.index("m_i[") : text.index("Why")]
+    )
+    assert_right(result, grouped, args)
+
+
 # -- what they read -----------------------------------------------------------------------------------------------------
 
 
