@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from rewriter.check.smaller import Call, other_sizes, short_sizes
@@ -183,7 +183,7 @@ class _Search:
             return []
         hosts: list[Host] = []
         for path, fused in held.items():
-            outputs = max(len(f.region.outputs) for f in fused) if same_results else None
+            outputs = max(len(_results(f)) for f in fused) if same_results else None
             ways = (self._at(p, outputs) for p in _upwards(path, call.path) if p in self.calls)
             smallest = next((way for way in ways if way), [])
             if not smallest:
@@ -216,7 +216,7 @@ class _Search:
             place = len(self.done)
             self.done.append((call, self._or_none(lambda: through(self._begun(call), "derive", self.progress))))
         call, work = self.done[place]
-        if not work or not work.fused or (outputs and max(len(f.region.outputs) for f in work.fused) > outputs):
+        if not work or not work.fused or (outputs and max(len(_results(f)) for f in work.fused) > outputs):
             return None
         if work.done == "derive":  # kernels get their names only now
             begun = replace(work, taken=self._taken, known=self._kernels)
@@ -348,7 +348,7 @@ def _is_plain_layer(module: nn.Module) -> bool:
 
 def _holder(fused: Fused, root: str) -> str:
     """The path of the innermost module in which all of a chain's reductions and results are, whatever follows them."""
-    nodes = fused.region.reducing.union(fused.region.results or fused.region.outputs)
+    nodes = fused.region.reducing.union(_results(fused))
     paths = [modules_of(n) for n in nodes]
     shared = paths[0] if paths else []
     for path in paths[1:]:
@@ -356,6 +356,11 @@ def _holder(fused: Fused, root: str) -> str:
         shared = shared[: next(same, min(len(shared), len(path)))]
     inner = shared[-1] if shared else ""
     return ".".join(filter(None, (root, inner)))
+
+
+def _results(fused: Fused) -> frozenset[fx.Node]:
+    """What a chain would write by itself."""
+    return fused.region.results or frozenset(fused.region.outputs)
 
 
 def _upwards(path: str, root: str) -> list[str]:
