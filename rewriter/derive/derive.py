@@ -78,8 +78,8 @@ def _chain(program: Program, outputs: tuple[Output, ...], waits: bool = False, e
 
 
 def _origins_of_epilogues(program: Program, bodies: list[Node]) -> dict[Node, Origin]:
-    """Where outputs come from that are more than what is reduced: they read tensors."""
-    found = {b: program.origins.get(o.body) for o, b in zip(program.outputs, bodies)}
+    """Where outputs come from that are more than what is reduced: they read tensors, element by element."""
+    found = {b: program.origins.get(o.body) for o, b in zip(program.outputs, bodies) if not b.depth}
     return {b: origin for b, origin in found.items() if origin and any(isinstance(n, Load) for n in walk(b))}
 
 

@@ -189,9 +189,10 @@ class Values:
         for d in chain.definitions:
             roots += [d.predicate, *d.rest] + ([d.shift.exponent, d.shift.phi] if d.shift else [])
         inner = [n for r in self.plan.loops for n in (r.predicate, r.body)]
-        distinct = list(dict.fromkeys([*roots, *inner, *(o.body for o in chain.outputs)]))
+        written = [o.body for o in chain.outputs]
+        distinct = list(dict.fromkeys([*roots, *inner, *written]))
         counts = Counter(c for n in walk(*distinct) for c in n.children)
-        counts.update(roots)
+        counts.update([*roots, *written])
         return counts
 
     def _deserves_name(self, node: Node, text: Text, home: Scope, scope: Scope) -> bool:
