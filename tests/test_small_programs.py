@@ -494,3 +494,13 @@ def test_what_loops_read_is_called_otherwise_than_what_earlier_ones_assign():
     result = fused(window_and_prefix, (*qkv(130, 130), torch.tensor(70), torch.tensor(9)))
     for length in (70, 3, 130):
         assert_right(result, window_and_prefix, (*qkv(130, 130), torch.tensor(length), torch.tensor(9)))
+
+
+def test_weights_that_are_written_and_weighed_again_have_a_name_of_their_own():
+    def again(q, k, v):
+        s = -((q[:, :, None] - k[:, None]) ** 2).sum(-1) / 4
+        p = torch.exp(s - torch.logsumexp(s, -1, keepdim=True))
+        return p, torch.softmax(p, -1) @ v
+
+    result = fused(again, qkv(9, 18))
+    assert_right(result, again, qkv(9, 18))
