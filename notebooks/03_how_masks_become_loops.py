@@ -215,8 +215,10 @@ def seen_by(function, args):
             return lambda *values, **config: given.update(zip(kernel.arg_names, values), **config)
 
     setattr(file, f"{function.__name__}_kernel", Instead())
+    file.PREPARED.clear()  # launches that know the kernel itself
     rewritten(*args)
     setattr(file, f"{function.__name__}_kernel", kernel)
+    file.PREPARED.clear()
     return given
 
 

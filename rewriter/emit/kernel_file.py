@@ -125,7 +125,7 @@ class _KernelView:
             "rows": rows,
             "maps": [m.values() for m in self.maps.values()],
             "grows": plan.grows,
-            "is_band": plan.is_band,
+            "pipelines_cut": plan.pipelines_cut,
             "grid": [self.text(a.extent) for a in plan.grid],
             "grid_decode": [(names.axes[a], self._extent_name(a)) for a in reversed(plan.grid)],
             "offsets": [names.axes[a] for a in plan.features if a in writer.needs_offsets],

@@ -17,6 +17,7 @@ from rewriter.sparsity import Interval, Support
 
 LONG_BLOCK = 64  # positions of a long contraction in one block
 NARROW_BAND = 512  # positions that a mask leaves of each row
+NARROW = 64  # features
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,13 @@ class KernelPlan:
             return False
         widths = [from_poly(plus(to_poly(e.upper), to_poly(e.lower), -1)) for e in ends]
         return all(isinstance(w, Const) and w.value <= NARROW_BAND for w in widths)
+
+    @property
+    def pipelines_cut(self) -> bool:
+        """Whether loads of tiles that masks cut are pipelined: where there are many, and where each has much to load (of
+        two tiles of 64 features a pipeline was slower, of 128 faster, on an H200).
+        """
+        return self.is_band or any(padded(a) > NARROW for a in self.features)
 
     @property
     def long_axes(self) -> tuple[Axis, ...]:

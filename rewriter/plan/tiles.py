@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from rewriter.ir import Axis, Const, Load, walk
+from rewriter.ir import TRUE, Axis, Const, Load, walk
 from rewriter.plan.kernel import Config, KernelPlan, padded
 from rewriter.plan.parts import is_deep
 from rewriter.plan.roles import lone_rows
@@ -88,9 +88,14 @@ def _measured(plan: KernelPlan) -> tuple[Config, ...]:
         return MEASURED_WIDE
     if plan.is_band:
         return MEASURED_BAND
-    if plan.maps:
+    if _is_listed(plan):
         return MEASURED_LISTED
     return MEASURED_PAIRS if _reads_pairs(plan) else MEASURED
+
+
+def _is_listed(plan: KernelPlan) -> bool:
+    """Whether lists of tiles come from what each position has, like the number of its document: short lists."""
+    return bool(plan.maps) and all(m.ranges for m in plan.maps)
 
 
 def _reads_pairs(plan: KernelPlan) -> bool:
@@ -145,11 +150,11 @@ def preferred(plan: KernelPlan) -> Config:
         return _single(width)
     if plan.is_band and width <= 128:
         return Config(64, 32, 4, 2)
-    if plan.maps and width <= 128:
+    if _is_listed(plan) and width <= 128:
         return Config(64, 64, 4, 2 if width <= 64 or _is_padded(plan) else 3)
     if width <= 64:
         return _narrow(plan, width)
-    return Config(128, 64, 4, 2) if width <= 128 else Config(64, 32, 4, 2)
+    return _wide(plan) if width <= 128 else Config(64, 32, 4, 2)
 
 
 def _is_mixed(plan: KernelPlan) -> bool:
@@ -170,6 +175,16 @@ def _narrow(plan: KernelPlan, width: int) -> Config:
     if _reads_pairs(plan):
         return Config(64, 64, 4, 2)
     return Config(64, 128, 4, 2) if width > 32 else Config(64, 64, 4, 3)
+
+
+def _wide(plan: KernelPlan) -> Config:
+    """Of 128 rows, 64 positions and 128 features registers are just enough where nothing else takes any."""
+    if _is_padded(plan):
+        return Config(128, 64, 4, 2)
+    if _reads_pairs(plan):
+        return Config(128, 32, 4, 3)
+    is_masked = any(d.predicate is not TRUE for d in plan.chain.definitions)
+    return Config(64, 64, 4, 3) if is_masked else Config(128, 64, 4, 2)
 
 
 def _is_padded(plan: KernelPlan) -> bool:
