@@ -21,6 +21,7 @@ from rewriter.lift.rounding import with_absorption, with_absorption_inside
 from rewriter.lift.scattered import scattered
 from rewriter.lift.tags import Tags, contracts, tag
 from rewriter.lift.values import Lifted
+from rewriter.lift.widened import Widened
 from rewriter.trace import Dimension, TracedModule
 from rewriter.trace.calls import VIEWS, call_name, value_inputs
 from rewriter.trace.sizes import shape_of
@@ -199,6 +200,7 @@ class Cutter:
         self.origins: dict[Node, Origin] = {}
         self.memo: dict[fx.Node, Lifted] = {}
         self.repeated = Repeated(traced.graph, local)
+        self.widened = Widened(traced.graph, local)
         self.followers = Followers(traced.graph, local)
         self.taken = set(taken)
         self.places: dict[fx.Node, Place] = {}
@@ -444,7 +446,7 @@ class Cutter:
             return False
         if has_reduction(local.body):
             return is_spread and self.repeated.contracts(local)
-        return is_spread or self.repeated.is_cheaper(source)
+        return is_spread or self.repeated.is_cheaper(source) or self.widened.is_read_narrow(source)
 
     def _kept(self, inputs: tuple[fx.Node, ...]) -> dict[fx.Node, str]:
         """Why a wide value is written: what no kernel expresses, or would have to repeat."""

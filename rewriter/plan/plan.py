@@ -11,7 +11,7 @@ from types import MappingProxyType
 import torch
 
 from rewriter.derive import Chain, Definition
-from rewriter.ir import Axis, Const, Load, Node, Output, Param, Ref, Tensor, index, walk
+from rewriter.ir import Apply, Axis, Const, Load, Node, Output, Param, Ref, Tensor, index, walk
 from rewriter.plan.bounds import sweep_support
 from rewriter.plan.candidates import Option, Options, choose
 from rewriter.plan.cost import Nominal, cost_of
@@ -289,8 +289,13 @@ def _turn(output: Output, chain: Chain) -> int:
 
 
 def _operand_dtype(chain: Chain, results: tuple[Tensor, ...]) -> torch.dtype:
-    """The widest floating type among what the user's tensors hold that are reduced; of all, where results are."""
-    reduced = (n.tensor for n in walk(*(n for d in chain.definitions for n in d.roots)) if isinstance(n, Load))
-    users = [t for t in reduced if t not in results] or [t for t in chain.tensors if t not in results]
+    """The widest floating type among what the user's tensors hold that are reduced; of all, where results are. Where
+    fp32 is written, tensors that the user has widened count as that.
+    """
+    reduced = list(walk(*(n for d in chain.definitions for n in d.roots)))
+    loaded = (n.tensor for n in reduced if isinstance(n, Load))
+    users = [t for t in loaded if t not in results] or [t for t in chain.tensors if t not in results]
     floats = [t.dtype for t in users if t.dtype.is_floating_point]
-    return max(floats, key=lambda d: d.itemsize) if floats else torch.float32
+    if any(o.dtype is torch.float32 for o in chain.outputs):
+        floats += [n.dtype for n in reduced if isinstance(n, Apply) and n.op == "cast" and isinstance(n.args[0], Load)]
+    return max((d for d in floats if d.is_floating_point), key=lambda d: d.itemsize, default=torch.float32)
