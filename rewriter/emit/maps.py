@@ -47,6 +47,8 @@ class MapWriter(Values):
     def _compute(self, node: Node, scope: Scope) -> Text:
         if not _is_end(node):
             return super()._compute(node, scope)
+        if node.args[0] == Index(self.found.stream):
+            return self._end_of_tile(node.op)
         text = self.value(node.args[0], scope)
         of_stream = self.found.stream in text.axes
         is_bool = node.dtype is torch.bool
@@ -55,6 +57,14 @@ class MapWriter(Values):
         return Text(
             f"{folded} != 0" if is_bool else folded, (self.tile_axis,) if of_stream else (), 2 if is_bool else 9
         )
+
+    def _end_of_tile(self, op: str) -> Text:
+        """The first or last position of each tile."""
+        block = self.block(self.found.stream)
+        if op == LEAST:
+            return Text(f"tile * {block}", (self.tile_axis,), 6)
+        extent = self.value(self.found.stream.extent, self.prologue)
+        return Text(f"tl.minimum((tile + 1) * {block}, {extent.code}) - 1", (self.tile_axis,), 5)
 
     def _deserves_name(self, node: Node, text: Text, home: Scope, scope: Scope) -> bool:
         return _is_end(node) or super()._deserves_name(node, text, home, scope)

@@ -32,6 +32,7 @@ MEASURED = (
     Config(128, 64, 4, 2),
     Config(64, 64, 4, 3),
     Config(64, 128, 4, 2),
+    Config(128, 64, 4, 3),
     Config(128, 128, 8, 3),
     Config(128, 64, 8, 3),
 )
@@ -45,6 +46,7 @@ MEASURED_PAIRS = (
     Config(64, 32, 4, 3),
     Config(64, 64, 4, 3),
     Config(128, 128, 8, 3),
+    Config(128, 64, 4, 3),
 )
 MEASURED_BAND = (
     Config(64, 32, 4, 2),
@@ -70,6 +72,7 @@ MEASURED_LISTED = (
     Config(64, 64, 4, 3),
     Config(128, 64, 4, 2),
     Config(64, 128, 4, 2),
+    Config(128, 64, 4, 3),
 )
 
 

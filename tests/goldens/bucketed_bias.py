@@ -41,6 +41,7 @@ CONFIGS = (
     dict(BLOCK_M=64, BLOCK_N=32, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=3),
     dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=3),
     dict(BLOCK_M=128, BLOCK_N=128, BLOCK_D=64, BLOCK_E=64, num_warps=8, num_stages=3),
+    dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=64, BLOCK_E=64, num_warps=4, num_stages=3),
 )
 
 
