@@ -356,6 +356,7 @@ _OWN_NAMES = {
     "torch",
 }
 _OWN_NAMES |= {"forward_ad", "triton", "warnings"}
+_OWN_NAMES |= {"has_tma", "json", "laid_out", "lies_in_rows", "lying", "milliseconds", "os", "prepared"}
 
 
 def _is_free(name: str) -> bool:

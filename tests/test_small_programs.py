@@ -192,12 +192,29 @@ def of_sizes(B, M, CONFIG):
     return (B @ M.mT).softmax(-1) @ CONFIG
 
 
+def of_units(ALIGN, TILES, TMA):
+    return (ALIGN @ TILES.mT).softmax(-1) @ TMA
+
+
 @pytest.mark.parametrize(
-    "program", [of_the_state, of_the_file, of_the_tile, of_sizes], ids=lambda program: program.__name__
+    "program", [of_the_state, of_the_file, of_the_tile, of_sizes, of_units], ids=lambda program: program.__name__
 )
 def test_names_of_arguments(program):
     args = r(2, 7, 8), r(2, 9, 8), r(2, 9, 8)
     assert_right(fused(program, args), program, args)
+
+
+def prepared(q, k, v):
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def lying(q, k, v):
+    return (q @ k.mT).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("program", [prepared, lying], ids=lambda program: program.__name__)
+def test_names_of_functions(program):
+    assert_right(fused(program, qkv(7, 9)), program, qkv(7, 9))
 
 
 def test_an_argument_that_hides_what_the_new_forward_calls():

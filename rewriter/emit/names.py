@@ -19,7 +19,7 @@ from rewriter.trace.sizes import renamed
 _RESERVED = set(dir(builtins)) | set(
     "tl triton torch math hashlib Path pid blocks rest start full m_new M N LOG2E ON_NVIDIA NEG_INF POS_INF LOWEST align"
     " few wanted SPLITS launch config milliseconds json os Launch Fastest Boxes lies_in_rows laid_out lists"
-    " prepared PREPARED go alike lying has_tma TMA"
+    " prepared PREPARED go alike lying has_tma TMA ALIGN TILES"
     " TensorDescriptor functools reference LIBRARY OP UNDERFLOW"
     " turn tile tiles some every none flag flags wholes cuts whole_at cut_at low beyond left_out left_out_at".split()
 )
