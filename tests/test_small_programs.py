@@ -204,6 +204,15 @@ def test_names_of_arguments(program):
     assert_right(fused(program, args), program, args)
 
 
+def of_both_cases(q, k, v, a, A):
+    return (q @ k.mT + a - A).softmax(-1) @ v
+
+
+def test_names_that_differ_by_case():
+    args = *(r(2, n, 16).half() for n in (7, 9, 9)), r(7, 9).half(), r(2, 7, 9).half()
+    assert_right(fused(of_both_cases, args), of_both_cases, args, dtype=torch.float16)
+
+
 def prepared(q, k, v):
     return (q @ k.mT).softmax(-1) @ v
 

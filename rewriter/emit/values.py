@@ -246,9 +246,15 @@ class Values:
         boxed = self._boxed(node, box, scope)
         if not box.of_pairs:
             return boxed
-        flag = self.flags.setdefault(box, f"BOXED_{self.boxes[box][0].removesuffix('_boxes').upper()}")
         pointed = self._pointed(node, scope, self.boxes[box][0])
-        return Text(f"{boxed.code} if {flag} else {pointed.code}", boxed.axes, 0, narrow=True)
+        return Text(f"{boxed.code} if {self._flag(box)} else {pointed.code}", boxed.axes, 0, narrow=True)
+
+    def _flag(self, box: Box) -> str:
+        """What says whether boxes of pairs are such at the call: names of tensors may differ by case alone."""
+        if box not in self.flags:
+            wanted = f"BOXED_{self.boxes[box][0].removesuffix('_boxes').upper()}"
+            self.flags[box] = self.names.unique(wanted, set(self.flags.values()))
+        return self.flags[box]
 
     def _pointed(self, node: Load, scope: Scope, boxes: str = "") -> Text:
         """A load through pointers, of a tensor or of what else would be loaded as boxes."""
