@@ -116,6 +116,20 @@ def test_in_half_precision(program):
         torch.testing.assert_close(result.module(*args), wanted, rtol=4e-3, atol=4e-3)
 
 
+def padded_in_front(q, k, v):
+    """Whole tiles that no fill is in are -inf throughout, and come first."""
+    rows, columns = at(q)
+    scores = (q @ k.mT * 0.3).masked_fill(columns < 100, -math.inf)
+    return scores.masked_fill(columns > rows, -1e4).softmax(-1) @ v
+
+
+def test_rows_that_have_seen_nothing_but_inf():
+    result = rewrite(padded_in_front, arguments(padded_in_front, 1, 150, torch.float16))
+    args = arguments(padded_in_front, 2, 260, torch.float16)
+    with said(kernels=1):
+        torch.testing.assert_close(result.module(*args), padded_in_front(*args), rtol=4e-3, atol=4e-3)
+
+
 def test_what_weighs_nothing_is_not_read():
     """Eager multiplies what is there by 0, which NaN shows; a row that sees nothing weighs all of it."""
     q, k, v, keep = arguments(twice, 2, 300)

@@ -36,15 +36,19 @@ def in_bits(scale: str) -> str:
     return f"({scale} * LOG2E)" if scale else "LOG2E"
 
 
-def less(exponent: Text, scale: str, shift: Text, definition: Definition, held: Set[str], half: bool) -> str:
+def less(
+    exponent: Text, scale: str, shift: Text, definition: Definition, held: Set[str], lowest: Set[str], half: bool
+) -> str:
     """exp(exponent · scale − shift); in base 2 the difference is one fused multiply-add an element. `held`: the maxima
-    in bits.
+    in bits; `lowest`: those that start at the lowest number, which in bits would be −inf.
     """
     if not in_base_2(definition, half):
         difference = f"{times(exponent, scale)} - {spread(shift, exponent.axes)}"
         return exponential(Text(difference, exponent.axes, 5), half).code
     if definition.shift.state.name not in held:
-        shift = Text(f"({shift.code} * LOG2E)", shift.axes)
+        in_base = f"{shift.code} * LOG2E"
+        floored = f"tl.maximum({in_base}, LOWEST)" if definition.shift.state.name in lowest else f"({in_base})"
+        shift = Text(floored, shift.axes)
     (exponent,) = widened([exponent], calls=True)
     return f"tl.exp2({exponent.code} * {in_bits(scale)} - {spread(shift, exponent.axes)})"
 

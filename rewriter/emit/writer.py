@@ -378,7 +378,7 @@ class Writer(Inner):
 
     def _exp(self, definition: Definition, exponent: Text, scale: str) -> str:
         shift = Text(self._settled(definition), self._phi_axes(definition))
-        return less(exponent, scale, shift, definition, self.in_bits, self.half)
+        return less(exponent, scale, shift, definition, self.in_bits, self.lowest, self.half)
 
     def _phi_axes(self, definition: Definition) -> tuple[Axis, ...]:
         return self.tile(definition.shift.phi.free)

@@ -196,7 +196,9 @@ def documents_kernel(
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(qk, 1) * (1.0 / 6.324555320336759))  # [BLOCK_M]
         alpha = tl.exp2((m_i - m_new) * LOG2E)  # [BLOCK_M]
-        p = tl.exp2(qk * ((1.0 / 6.324555320336759) * LOG2E) - (m_new * LOG2E)[:, None])  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(
+            qk * ((1.0 / 6.324555320336759) * LOG2E) - tl.maximum(m_new * LOG2E, LOWEST)[:, None]
+        )  # [BLOCK_M, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_M]
         value = value_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_M, BLOCK_E]
