@@ -13,6 +13,8 @@ from test_zoo_compiles import rewritten
 from whole_path import assert_right, fused
 from zoo import Program, Sizes
 
+from rewriter.plan.unroll import TURNS_OF_ALL
+
 DTYPES = (torch.float32, torch.float16)
 
 
@@ -28,6 +30,11 @@ def call(m: int, n: int, few: int = 4, coordinates: int = 3, dtype: torch.dtype 
     return tuple(torch.randn(s, generator=draw).to(dtype) for s in shapes)
 
 
+def counted(turns: str) -> str:
+    """What a loop is counted by whose length the call knows, as a pattern."""
+    return re.escape(f"(tl.static_range if {turns} <= {TURNS_OF_ALL} else tl.range)")
+
+
 def kernel_of(result) -> str:
     return next(text for name, text in result.sources.items() if re.fullmatch(r"kernels/(?!__init__)\w+\.py", name))
 
@@ -36,12 +43,12 @@ def kernel_of(result) -> str:
 def test_loops_that_are_short_in_the_example_are_written_out(dtype):
     result = fused(points, call(20, 33, dtype=dtype))
     text = kernel_of(result)
-    assert re.search(r"\n +for r in tl.static_range\(0, R\):\n +for g in tl.static_range\(0, G\):\n", text)
+    assert re.search(rf"\n +for r in {counted('R * G')}\(0, R\):\n +for g in {counted('G')}\(0, G\):\n", text)
     constant = set(re.findall(r"\n    (\w+): tl.constexpr,", text))
     assert {"R", "G", "stride_q_points_r", "stride_k_points_r", "stride_k_points_g"} <= constant
     assert not constant & {"M", "N", "stride_q_points_m", "stride_k_points_n"}
     assert len(re.findall(r"s\w* = s\w* \+ x \* x", text)) == 2, "one state of both sums, in full tiles and the last"
-    for few, coordinates in ((4, 3), (1, 1), (7, 2)):
+    for few, coordinates in ((4, 3), (1, 1), (7, 2), (13, 3)):
         assert_right(result, points, call(70, 40, few, coordinates, dtype), dtype=dtype)
 
 
@@ -58,7 +65,7 @@ def test_strides_that_grow_with_the_stream_are_no_constants():
 def test_loops_that_are_long_in_the_example_stay():
     result = fused(points, call(20, 33, few=40))
     text = kernel_of(result)
-    assert "for r in range(0, R):" in text and "for g in tl.static_range(0, G):" in text
+    assert "for r in range(0, R):" in text and re.search(rf"for g in {counted('G')}\(0, G\):", text)
     assert_right(result, points, call(30, 20, few=3))
 
 
@@ -73,3 +80,12 @@ def test_what_does_not_move_is_loaded_before_the_stream(tmp_path):
     loads = [line for line in first_loop(compiled(rows, tmp_path / "triton")["ttgir"]) if "tt.load" in line]
     assert sum("tensor<32x!tt.ptr" in line for line in loads) == 12, "a position of the stream, all its points"
     assert not any("tensor<64x!tt.ptr" in line for line in loads), "rows stay where they are"
+
+
+def test_many_turns_at_the_call_stay_a_loop(tmp_path):
+    """Written out, they would take minutes to compile."""
+    program = Program("few_points", "points", lambda: points, lambda sizes, _: call(20, 33), Sizes(2, 33), ())
+    (request,) = rewritten(program, points, tmp_path / "few_points", torch.float16).requests("sm_90")
+    many = replace(request, constexprs=request.constexprs | {"R": 20})
+    few_loops, loops = (compiled(each, tmp_path / "triton")["ttir"].count("scf.for") for each in (request, many))
+    assert loops > few_loops

@@ -10,11 +10,12 @@ from rewriter.derive.factors import without_cast
 from rewriter.emit.expr import ATOM, TRITON_DTYPES, NotEmittable, Text, operand, spread, spread_argument, widened
 from rewriter.emit.scope import Line, Scope
 from rewriter.emit.values import Values
-from rewriter.ir import TRUE, Axis, Index, Load, Node, Reduce
+from rewriter.ir import TRUE, Axis, Const, Index, Load, Node, Reduce, walk
 from rewriter.ir.ops import MONOIDS, neutral_of
 from rewriter.plan import Dot, Loop
 from rewriter.plan.products import operand_dtype
 from rewriter.plan.states import held_dtype
+from rewriter.plan.unroll import TURNS_OF_ALL
 
 INTO = {
     "max": "tl.maximum({0}, {1})",
@@ -85,9 +86,21 @@ class Inner(Values):
         scopes[-1].lines.append(Line(f"{name} = {INTO[loop.node.op].format(name, value.tight(6))}", shape))
         for each, around, inner in reversed(list(zip(loops, scopes, scopes[1:]))):
             extent = self.value(each.axis.extent, self.prologue).code
-            counted = "tl.static_range" if each.unrolled else "range"
-            self._nest(around, f"for {self.names.axes[each.axis]} in {counted}(0, {extent}):", inner)
+            self._nest(around, f"for {self.names.axes[each.axis]} in {self._counted(each)}(0, {extent}):", inner)
         return Text(name, value.axes)
+
+    def _counted(self, loop: Loop) -> str:
+        """What a loop is counted by. One that was short in the example is written out where it is so at the call, too:
+        a kernel of hundreds of turns takes minutes to compile.
+        """
+        if not loop.unrolled:
+            return "range"
+        loops = [loop, *(self.loops[n] for n in walk(loop.body) if n in self.loops)]
+        extents = [axis.extent for axis in dict.fromkeys(each.axis for each in loops if each.unrolled)]
+        if all(isinstance(e, Const) for e in extents):
+            return "tl.static_range"
+        turns = " * ".join(self.value(e, self.prologue).tight(6) for e in extents)
+        return f"(tl.static_range if {turns} <= {TURNS_OF_ALL} else tl.range)"
 
     def _nested(self, loop: Loop) -> list[Loop]:
         """A loop and those inside it that can go on with what it holds: sum_r sum_g x → sum_{r, g} x"""
