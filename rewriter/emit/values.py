@@ -239,7 +239,7 @@ class Values:
     # -- memory ---------------------------------------------------------------------------------------------------
 
     def _load(self, node: Load, scope: Scope) -> Text:
-        box = box_of(self.plan, node)
+        box = box_of(self.plan, node) if self._takes_boxes(scope) else None
         if box is None:
             self.pointed.add(self.names.tensors[node.tensor])
             return self._pointed(node, scope)
@@ -255,6 +255,10 @@ class Values:
             wanted = f"BOXED_{self.boxes[box][0].removesuffix('_boxes').upper()}"
             self.flags[box] = self.names.unique(wanted, set(self.flags.values()))
         return self.flags[box]
+
+    def _takes_boxes(self, scope: Scope) -> bool:
+        """Whether what is loaded there is worth a box."""
+        return True
 
     def _pointed(self, node: Load, scope: Scope, boxes: str = "") -> Text:
         """A load through pointers, of a tensor or of what else would be loaded as boxes."""

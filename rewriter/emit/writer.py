@@ -376,6 +376,10 @@ class Writer(Inner):
         self.loop.lines.append(Line(code, self.shape(score.axes)))
         return Text(name, score.axes)
 
+    def _takes_boxes(self, scope: Scope) -> bool:
+        """After loops nothing hides how long a box takes to come."""
+        return scope is not self.epilogue or self.epilogue is self.prologue
+
     def _exp(self, definition: Definition, exponent: Text, scale: str) -> str:
         shift = Text(self._settled(definition), self._phi_axes(definition))
         return less(exponent, scale, shift, definition, self.in_bits, self.lowest, self.half)
