@@ -243,13 +243,13 @@ class Launch:
         self.compiled(*tensors, *self.others)
 
     def first(self, tensors):
+        """Settles what the others need, and launches it."""
         self.copied = [place for place in self.boxes if not lies_in_rows(tensors[place])]
         for place in self.copied:
             tensors[place] = tensors[place].clone(memory_format=torch.contiguous_format)
         numbers = self.numbers(*tensors)
         if has_tma(tensors[0].device):
-            boxes = self.boxes
-            self.described = [(p, laid_out(tensors[p]) + (sizes,)) for p, sizes in boxes.items()]
+            self.described = [(p, (*laid_out(tensors[p]), sizes)) for p, sizes in self.boxes.items()]
         for place, layout in self.described:
             tensors[place] = TensorDescriptor(tensors[place], *layout)
         compiled = self.kernel[(self.programs,)](*tensors, *numbers, **self.config)
