@@ -347,3 +347,29 @@ def test_sums_in_fp16_are_rounded_once():
     (text,) = (t for n, t in result.sources.items() if n == "kernels/residual.py")
     assert "(x + acc / l_i[:, None]).to(out_ptr.dtype.element_ty)" in text
     assert_right(result, residual, args, dtype=torch.float16)
+
+
+def rounded_after(q, k, v, x):
+    return attend(q, k, v).half().float() * x
+
+
+def rounded_beside(q, k, v, x):
+    return attend(q, k, v) * torch.sigmoid(x).half()
+
+
+def rounded_at_last(q, k, v, x):
+    return attend(q, k, v).half() * torch.sigmoid(x).half()
+
+
+@pytest.mark.parametrize(
+    ("program", "eager"),
+    [(rounded_after, ["_to_copy", "mul"]), (rounded_beside, ["sigmoid", "_to_copy"]), (rounded_at_last, [])],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_what_a_program_rounds_itself_is_rounded(program, eager):
+    """What is finer than that sees it; what is no finer is rounded as coarsely in any case."""
+    args = (*heads(1, 2, 20), r(2, 3, 20, 16))
+    result = fused(program, args)
+    assert ran(result, args) == (1, eager)
+    if program is not rounded_at_last:  # rounds once where eager rounds twice
+        assert_right(result, program, args)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from itertools import permutations
 
+import torch
 from torch import fx
 
 from rewriter.ir import Apply, Axis, Const, Load, Node, Output, apply, index, substitute, walk
@@ -111,9 +112,12 @@ class Followers:
     def made_for(self, following: Set[fx.Node], closed: Set[fx.Node]) -> set[fx.Node]:
         """Arithmetic of which nothing but `following` reads the results: `1 - g`, sigmoid of a gate."""
         found: set[fx.Node] = set()
+        finest: dict[fx.Node, float] = {}  # of the types of what is computed from a value
         for node in reversed(self.nodes):
             readers = set(node.users)
-            if readers and readers <= following | found and node not in closed | following and self._is_made(node):
+            finest[node] = min([_step(node), *(finest[r] for r in readers if r in following | found)])
+            is_for_them = readers and readers <= following | found and node not in closed | following
+            if is_for_them and self._is_made(node) and not (_is_rounded(node) and finest[node] < _step(node)):
                 found.add(node)
         for node in self.nodes:  # views of what memory holds stay what they are
             if node in found and self._is_view(node) and not found.intersection(node.all_input_nodes):
@@ -140,6 +144,8 @@ class Followers:
             return None
         if any(n in outside and n not in places for n in inputs):
             return None
+        if any(_step(node) < _step(n) and _step(n) > _step(places[n].result) for n in inputs if n in places):
+            return None  # it sees what the program has rounded
         found = {self._read_at(places[n], n, load, lifted) for n, load in sources(lifted, self.by_name) if n in places}
         place = found.pop() if len(found) == 1 else None
         if place is None or place.dims is None or not _is_as_large(node, place.result):
@@ -180,6 +186,17 @@ def _is_around(node: fx.Node, result: fx.Node) -> bool:
     """Whether the module whose forward computes a value holds the result, too: calls of others stay calls."""
     around = modules_of(node)
     return modules_of(result)[: len(around)] == around
+
+
+def _step(node: fx.Node) -> float:
+    """How coarse a value's type is; of none that is rounded 0."""
+    dtype = getattr(node.meta.get("val"), "dtype", None)
+    return torch.finfo(dtype).eps if dtype is not None and dtype.is_floating_point else 0.0
+
+
+def _is_rounded(node: fx.Node) -> bool:
+    """Whether a program rounds what it has to a coarser type: `x.half()`."""
+    return any(0 < _step(n) < _step(node) for n in node.all_input_nodes)
 
 
 def _width(node: fx.Node) -> int:
