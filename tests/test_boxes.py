@@ -21,7 +21,7 @@ def inputs(rows: int, columns: int) -> tuple[torch.Tensor, ...]:
 
 @pytest.fixture(scope="module")
 def rewritten(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("boxes") / "package"
+    folder = tmp_path_factory.mktemp("boxes") / "of_pairs"
     result = fused(biased, inputs(40, 80), folder)
     (file,) = (m for m in sys.modules.values() if str(getattr(m, "__file__", "")).startswith(f"{folder}/kernels/bia"))
     return result, file
