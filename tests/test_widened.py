@@ -1,6 +1,7 @@
 """16-bit operands that a program widens: they are read as they are stored where their products are exact."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -65,3 +66,13 @@ def test_operands_are_read_as_stored_where_products_are_exact(program):
     for rows, columns in ((20, 50), (33, 7)):
         args = inputs(count, rows, columns)
         assert_right(result, program, args, dtype=program(*args).dtype)
+
+
+def test_operands_of_two_16_bit_types_are_multiplied_in_one_that_holds_both(tmp_path):
+    """Numbers of bf16 may be too large for fp16."""
+    q, k, v = inputs(3, 20, 50)
+    args = q * 1e-3, k.to(torch.bfloat16) * 1e5, v
+    fused(back_to_16_bits, args, tmp_path / "of_two_types")
+    kernels = f"{tmp_path}/of_two_types/kernels/back"
+    (file,) = (m for m in sys.modules.values() if str(getattr(m, "__file__", "")).startswith(kernels))
+    torch.testing.assert_close(file.launch(*args), back_to_16_bits(*args), atol=2e-3, rtol=0)

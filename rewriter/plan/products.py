@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 
@@ -60,6 +61,6 @@ def _is_matrix(plan: KernelPlan, definition: Definition, values: Node, turn: Axi
 
 
 def operand_dtype(plan: KernelPlan, *operands: Node) -> torch.dtype:
-    """The widest floating type that the operands of one product are stored in."""
+    """The floating type that holds all that the operands of one product are stored in: fp32 for fp16 and bf16."""
     floats = [n.dtype for n in walk(*operands) if isinstance(n, Load) and n.dtype.is_floating_point]
-    return max(floats, key=lambda d: d.itemsize, default=plan.dtype)
+    return reduce(torch.promote_types, floats) if floats else plan.dtype
