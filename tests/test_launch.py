@@ -51,7 +51,21 @@ def test_what_is_compiled_is_given_what_the_first_launch_was(file, monkeypatch):
         launch(dense, other)
     first, *later = kernel.launches
     assert first == ((7,), dense, other, 16, 1, 5, 16, 32)
-    assert later == [first, first]
+    assert later == [((7,), dense.data_ptr(), other.data_ptr(), 16, 1, 5, 16, 32)] * 2
+
+
+def test_a_tensor_that_is_copied_is_copied_each_time(file, monkeypatch):
+    monkeypatch.setattr(file, "has_tma", lambda device: False)
+    kernel, copies = Kernel(), []
+    monkeypatch.setattr(file, "dense", lambda t: copies.append(t.clone()) or copies[-1])
+    launch = file.Launch(kernel, CONFIGS[0], 7, lambda a, b: (), boxes={0: (1, 16)})
+    given = [torch.full((2, 17), value, dtype=torch.float16)[:, 1:] for value in (1.0, 2.0)]
+    for tensor in given:
+        launch(tensor, tensor)
+    assert list(map(torch.equal, copies, given)) == [True, True]
+    first, second = kernel.launches
+    assert first[1] is copies[0] and first[2] is given[0]
+    assert second[1:3] == (copies[1].data_ptr(), given[1].data_ptr())
 
 
 def test_boxes_are_of_the_tensor_at_hand_and_copied_where_rows_are_not_aligned(file, monkeypatch):

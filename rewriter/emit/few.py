@@ -25,7 +25,7 @@ class FewView:
 
     def values(self) -> dict[str, Any]:
         few = self.plan.few
-        beside = next(iter(self.names.tensors.values()))
+        beside = next(iter(self.names.tensors))
         part, merge, *_ = self.kernels
         return {
             "config_name": self.config_name,

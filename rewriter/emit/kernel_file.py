@@ -16,7 +16,7 @@ from rewriter.emit.origins import Origins
 from rewriter.emit.reference import reference_of
 from rewriter.emit.render import render
 from rewriter.emit.scope import Line
-from rewriter.emit.shapes import kept, strides_text, tuple_text
+from rewriter.emit.shapes import allocated, kept, strides_text, tuple_text
 from rewriter.emit.signature import kernel_signature
 from rewriter.emit.values import Descriptor
 from rewriter.emit.writer import Writer
@@ -418,15 +418,15 @@ class _FileView:
             raise NotEmittable("what is written does not lie in memory as its rows do")
         order = list(range(len(extents))) if output.shape else order
         laid = tuple_text([extents[d] for d in order])
-        made = f"torch.empty({laid}, device={self._first()}.device, dtype={output.dtype})"
+        made = allocated(self._first(), self.names, laid, output.dtype)
         if order != sorted(order):
             made += f".permute({', '.join(str(order.index(d)) for d in range(len(order)))})"
         shape = tuple_text([self.text(e) for e in output.shape] or extents)
         view = f".view({shape})" if output.shape else ""
         return {"name": name, "shape": shape, "dtype": str(output.dtype), "made": made, "view": view}
 
-    def _first(self) -> str:
-        return next(iter(self.inputs.values()))
+    def _first(self) -> Tensor:
+        return next(iter(self.inputs))
 
 
 def memory_order(value: torch.Tensor) -> list[int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Set as AbstractSet
 from itertools import groupby
 
+import torch
+
 from rewriter.emit.names import Names, size_text
 from rewriter.ir import Tensor
 
@@ -27,8 +29,12 @@ def strides_text(strides: dict[str, str], aligned: AbstractSet[str]) -> list[str
     return out
 
 
-def kept(tensor: Tensor, names: Names, beside: str) -> dict[str, str]:
+def kept(tensor: Tensor, names: Names, beside: Tensor) -> dict[str, str]:
     """A tensor that one kernel writes for another, on the device of that `beside`."""
     shape = tuple_text([size_text(e, names) for e in tensor.shape])
-    made = f"torch.empty({shape}, device={beside}.device, dtype={tensor.dtype})"
-    return {"name": names.tensors[tensor], "made": made}
+    return {"name": names.tensors[tensor], "made": allocated(beside, names, shape, tensor.dtype)}
+
+
+def allocated(beside: Tensor, names: Names, shape: str, dtype: torch.dtype) -> str:
+    """What makes a tensor on the device of another, which takes less of the host than `torch.empty`."""
+    return f"{names.tensors[beside]}.new_empty({shape}{'' if dtype is beside.dtype else f', dtype={dtype}'})"

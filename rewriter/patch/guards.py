@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +20,11 @@ from rewriter.trace.sizes import relation_text
 
 @dataclass(frozen=True)
 class Guard:
-    """Python text that is true where the kernels apply, and what to say where it is not."""
+    """Python text that is true where the kernels apply, and what to say where it is not. `then`: a line that follows."""
 
     condition: str
     cause: str
+    then: str = ""
 
 
 def guards_of(traced: TracedModule, signature: Signature, sizes: Sizes) -> tuple[Guard, ...]:
@@ -32,10 +34,25 @@ def guards_of(traced: TracedModule, signature: Signature, sizes: Sizes) -> tuple
         training = traced.module.training
         out.append(Guard(f"self.training is {training}", f"the module is {'not ' if training else ''}in training mode"))
     out += [_absent(path) for path in traced.absent]
+    shapes = _shape_names(signature)
     for name, text in signature.leaves.items():
-        out += _tensor_guards(traced.placeholders[name].meta["val"], text)
-        out += [guard for place in sizes.places if place.leaf == text for guard in _size_guard(place, sizes)]
-    return (*out, *_autocast(traced, signature), *_conditions(traced, sizes))
+        out += _tensor_guards(traced.placeholders[name].meta["val"], text, shapes[text])
+    bound = sizes.bound(shapes)
+    out += [guard for said, read in zip(sizes.places, bound.places) for guard in _size_guard(said, read, sizes, bound)]
+    return (*out, *_autocast(traced, signature), *_conditions(traced, sizes, bound))
+
+
+def _shape_names(signature: Signature) -> dict[str, str]:
+    """A name for the shape of each argument, which is read once: `q_shape`."""
+    taken = set(re.findall(r"\w+", signature.text))
+    out: dict[str, str] = {}
+    for text in signature.leaves.values():
+        name = f"{text}_shape" if text.isidentifier() else f"shape_{len(out)}"
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        out[text] = name
+    return out
 
 
 def _absent(path: str) -> Guard:
@@ -61,36 +78,37 @@ def _same(text: str, value: object) -> str:
     return f"{text} is {value!r}" if value is None or isinstance(value, bool) else f"{text} == {value!r}"
 
 
-def _tensor_guards(value: torch.Tensor, text: str) -> list[Guard]:
+def _tensor_guards(value: torch.Tensor, text: str, shape: str) -> list[Guard]:
     return [
         Guard(f"isinstance({text}, torch.Tensor)", f"{text} is no tensor"),
-        Guard(f"{text}.dtype is {value.dtype}", f"{text} is not {value.dtype}"),
-        Guard(f"{text}.dim() == {value.dim()}", f"{text} has not {value.dim()} dimensions"),
+        Guard(f"{text}.dtype is {value.dtype}", f"{text} is not {value.dtype}", f"{shape} = {text}.shape"),
+        Guard(f"len({shape}) == {value.dim()}", f"{text} has not {value.dim()} dimensions"),
     ]
 
 
-def _size_guard(place: Place, sizes: Sizes) -> list[Guard]:
-    wanted = sizes.text(place.extent)
-    if wanted == place.text:
+def _size_guard(said: Place, read: Place, sizes: Sizes, bound: Sizes) -> list[Guard]:
+    """What is said of a place, and what is read where shapes have names."""
+    wanted, extent = bound.text(read.extent), sizes.text(said.extent)
+    if wanted == read.text:
         return []
-    if isinstance(place.extent, Const):
-        return [Guard(f"{place.text} == {wanted}", f"{place.text} is not {wanted}")]
-    if place.broadcasts:
-        return [Guard(f"{place.text} in (1, {wanted})", f"{place.text} is neither 1 nor {wanted}")]
-    return [Guard(f"{place.text} == {wanted}", f"{place.text} differs from {wanted}")]
+    if isinstance(read.extent, Const):
+        return [Guard(f"{read.text} == {wanted}", f"{said.text} is not {extent}")]
+    if read.broadcasts:
+        return [Guard(f"{read.text} in (1, {wanted})", f"{said.text} is neither 1 nor {extent}")]
+    return [Guard(f"{read.text} == {wanted}", f"{said.text} differs from {extent}")]
 
 
-def _conditions(traced: TracedModule, sizes: Sizes) -> list[Guard]:
+def _conditions(traced: TracedModule, sizes: Sizes, bound: Sizes) -> list[Guard]:
     """The user's own branches on sizes, as they were taken."""
-    names = {size.name: text for size, text in sizes.sources.items()}
+    said = {size.name: text for size, text in sizes.sources.items()}
+    read = {size.name: text for size, text in bound.sources.items()}
     out = []
     for found in traced.conditions:
         condition = as_known(traced.graph, found)
-        unknown = [s for s in condition.free_symbols if s.name not in names]
+        unknown = [s for s in condition.free_symbols if s.name not in said]
         if unknown:
             raise RewriteError(f"a branch on a size ({unknown[0]}) that no input has")
         if not condition.free_symbols:
             continue
-        text = relation_text(condition, names)
-        out.append(Guard(text, f"{text} does not hold"))
+        out.append(Guard(relation_text(condition, read), f"{relation_text(condition, said)} does not hold"))
     return out

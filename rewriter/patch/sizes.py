@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from rewriter.ir import Const, Node, Param, apply, transform, walk
@@ -13,16 +13,19 @@ from rewriter.trace.sizes import renamed, shape_of
 
 @dataclass(frozen=True)
 class Place:
-    """One dimension of one argument: its text, its extent, and whether it may be 1 and is then expanded."""
+    """One dimension of one argument: its extent, and whether it may be 1 and is then expanded. `shape` is the text of
+    the argument's.
+    """
 
     leaf: str
     dim: int
     extent: Node
     broadcasts: bool
+    shape: str
 
     @property
     def text(self) -> str:
-        return f"{self.leaf}.shape[{self.dim}]"
+        return f"{self.shape}[{self.dim}]"
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,10 @@ class Sizes:
         steady = next((p.text for p in having if not p.broadcasts), None)
         return steady or f"max({', '.join(p.text for p in having)})"
 
+    def bound(self, shapes: dict[str, str]) -> Sizes:
+        """The same where a name stands for each argument's shape."""
+        return Sizes(tuple(replace(p, shape=shapes[p.leaf]) for p in self.places))
+
     def text(self, node: Node) -> str:
         return renamed(show(node), {p.name: text for p, text in self.sources.items()})
 
@@ -57,7 +64,7 @@ class Sizes:
 def sizes_of(traced: TracedModule, leaves: dict[str, str], broadcast: frozenset[Dimension]) -> Sizes:
     """`leaves`: the text of each placeholder that is an argument."""
     places = [
-        Place(leaves[name], d, extent, (k, d) in broadcast)
+        Place(leaves[name], d, extent, (k, d) in broadcast, f"{leaves[name]}.shape")
         for k, name in enumerate(traced.inputs)
         if name
         for d, extent in enumerate(shape_of(traced.placeholders[name].meta["val"]))

@@ -77,7 +77,7 @@ def parts_of(traced: TracedModule, called: Collection[str]) -> tuple[Part, ...]:
 def _part(module: nn.Module, path: str, matters: frozenset[str]) -> Part:
     """matters: dotted paths of the attributes that forward has read and not made itself."""
     hooks = len(module._forward_hooks) + len(module._forward_pre_hooks) + ("forward" in vars(module))
-    parts = tuple(name for name, _ in module.named_children())
+    parts = tuple(name for name, child in module._modules.items() if child is not None)
     own = {a.rpartition(".")[2] for a in matters if a.rpartition(".")[0] == path}
     state = tuple((name, literal(value)) for name, value in _state(module, own) if name.split(".")[0] in own)
     if not path:  # the host: its hooks run around any forward, and `apply` looks at its class

@@ -53,8 +53,11 @@ def offset_in(entry: Node, axis: Axis) -> Node:
 
 
 def _is_boxed(plan: KernelPlan, tensor: Tensor) -> bool:
-    """Whether a kernel loads boxes: for matrix products of 16-bit operands, tile by tile."""
-    return bool(plan.dots) and not plan.steps and not plan.long_axes and tensor.dtype in (torch.float16, torch.bfloat16)
+    """Whether a kernel loads boxes: for matrix products of 16-bit operands, tile by tile. Few rows wait for memory alone,
+    which pointers read as fast; describing boxes would take longer than a launch.
+    """
+    tiled = bool(plan.dots) and not plan.steps and not plan.long_axes and not any(s.part for s in plan.sweeps)
+    return tiled and tensor.dtype in (torch.float16, torch.bfloat16)
 
 
 def _axis_along(plan: KernelPlan, entry: Node, extent: Node) -> Axis | None:

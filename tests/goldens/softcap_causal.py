@@ -199,6 +199,11 @@ def lies_in_rows(t):
     return t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and not any(s % 8 for s in steps)
 
 
+def dense(t):
+    """A copy whose boxes can be loaded."""
+    return t.clone(memory_format=torch.contiguous_format)
+
+
 def laid_out(t):
     """Its shape and strides as TMA takes them: those of single positions do not matter."""
     return t.shape, [*(s if n > 1 else 8 for s, n in zip(t.stride()[:-1], t.shape)), 1]
@@ -227,21 +232,21 @@ class Launch:
     def __call__(self, *tensors):
         if self.programs == 0:
             return
-        tensors = [*tensors]
         if self.compiled is None:
-            self.first(tensors)
+            self.first([*tensors])
             return
-        for place in self.copied:
-            tensors[place] = tensors[place].clone(memory_format=torch.contiguous_format)
+        if self.copied:
+            tensors = [dense(t) if place in self.copied else t for place, t in enumerate(tensors)]
+        arguments = [t.data_ptr() for t in tensors]  # of a tensor, Triton would ask the driver where it lies
         for place, layout in self.described:
-            tensors[place] = Boxes(tensors[place], *layout)
-        self.compiled(*tensors, *self.others)
+            arguments[place] = Boxes(tensors[place], *layout)
+        self.compiled(*arguments, *self.others)
 
     def first(self, tensors):
         """Settles what the others need, and launches it."""
         self.copied = [place for place in self.boxes if not lies_in_rows(tensors[place])]
         for place in self.copied:
-            tensors[place] = tensors[place].clone(memory_format=torch.contiguous_format)
+            tensors[place] = dense(tensors[place])
         numbers = self.numbers(*tensors)
         if has_tma(tensors[0].device):
             self.described = [(p, (*laid_out(tensors[p]), sizes)) for p, sizes in self.boxes.items()]
@@ -323,14 +328,16 @@ def launch(query, key, value):
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in [query, key, value]):
         raise NotImplementedError("the kernel has no backward: call it under torch.no_grad()")
+    if query.is_cuda and query.get_device() != torch.cuda.current_device():
+        with torch.cuda.device_of(query):
+            return launch(query, key, value)
     alike = (lying(query), lying(key), lying(value))
-    with torch.cuda.device_of(query):
-        go = PREPARED.get(alike)
-        if go is None:
-            if len(PREPARED) == 256:
-                PREPARED.clear()
-            go = PREPARED[alike] = prepared(query, key, value)
-        return go(query, key, value)
+    go = PREPARED.get(alike)
+    if go is None:
+        if len(PREPARED) == 256:
+            PREPARED.clear()
+        go = PREPARED[alike] = prepared(query, key, value)
+    return go(query, key, value)
 
 
 PREPARED = {}  # what launches the kernels for arguments that lie alike
