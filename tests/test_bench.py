@@ -14,6 +14,7 @@ from zoo_checks import unformatted
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "scripts"))
+import bench_suites  # noqa: E402
 from bench_rows import VARIANTS, Row, attention, differential, evoformer, points  # noqa: E402
 
 from rewriter.api import rewrite  # noqa: E402
@@ -66,3 +67,13 @@ def test_a_rehearsal(tmp_path):
     assert row["peer"] == "flashlight" and float(row["ms"]) > 0 and row["tflops"].endswith("GB/s") and not row["note"]
     assert float(row["error"]) < 1e-5
     assert "flashlight" in files["--plot"].read_text()
+
+
+def test_what_is_timed_is_what_runs(tmp_path):
+    """A package that was imported when it was rewritten, too: its kernels are ops by their text."""
+    row = TINY[0]
+    task = bench_suites.Task("rewrite", row.suite, row.name, str(tmp_path), dry=True)
+    bench_suites._rewrite(row, task)
+    package = bench_suites.Package(row, task)
+    package.module(*row.inputs(row.short, dtype=torch.float32))
+    assert all(file.PREPARED for file in package.files.values())

@@ -193,7 +193,7 @@ def compile_request(
         divisible=tuple(
             name
             for name in ((*launch.aligned, *multiples) if launch else types)
-            if not types[name].startswith("tensordesc")
+            if name not in ones and not types[name].startswith("tensordesc")
         ),
     )
 

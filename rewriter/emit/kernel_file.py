@@ -272,11 +272,17 @@ class _KernelView:
             self.pointers, self.boxes, self.writer.strides, self.plan.chain.outputs, self.outputs, self.sizes
         ) | {f"{name}_ptr": "*i32" for name in self._map_names()}
         signature = {name: kind for name, kind in signature.items() if name not in self.fixed}
-        likely = ({"ALIGN": 8} if self.plan.aligns else {}) | dict.fromkeys(sorted(self.fixed), 4)
+        likely = self._dense() | ({"ALIGN": 8} if self.plan.aligns else {}) | dict.fromkeys(sorted(self.fixed), 4)
         own = Entry(
             f"{self.plan.name}_kernel", self.config_name, signature, None, self._instead(), tuple(self.flags), likely
         )
         return [*(Entry(k.function, "", k.signature, k.values, self._instead()) for k in of_maps), own]
+
+    def _dense(self) -> dict[str, int]:
+        """Strides that are 1 where tensors lie as in the example, and outputs row by row."""
+        dense = {f"{name}.stride({tensor.lanes})" for tensor, name in self.pointers.items()}
+        dense |= {f"{self.outputs[o.name]}.stride({len(o.axes) - 1})" for o in self.plan.chain.outputs}
+        return {stride: 1 for stride, text in self.writer.strides.items() if text in dense}
 
     def _instead(self) -> tuple[str, ...]:
         return tuple(f"{k.name}_kernel" for k in self.plan.few.kernels) if self.plan.few else ()

@@ -10,7 +10,8 @@ import torch
 
 from rewriter.emit.expr import Text
 from rewriter.emit.scope import Line, Scope
-from rewriter.ir import Load, Node, walk
+from rewriter.ir import Apply, Index, Load, Node, walk
+from rewriter.ir.integer import from_poly, plus, to_poly
 from rewriter.plan import Sweep
 from rewriter.sparsity import EVERYWHERE
 
@@ -49,7 +50,8 @@ def written_span(values: Values, sweep: Sweep, scope: Scope) -> Span:
         return name
 
     def end(node: Node, fold: str) -> str:
-        return _folded(values.value(node, scope), fold)
+        known = _at_an_end(values, node, fold, scope)
+        return known or _folded(values.value(node, scope), fold)
 
     first, last = "0", extent
     if outer.lower is not None:
@@ -86,6 +88,29 @@ def _of_part(values: Values, sweep: Sweep, first: str, last: str, named: Callabl
     length = named("length", f"tl.cdiv({last}{'' if first == '0' else f' - {first}'}, {block} * {parts}) * {block}")
     begin = named("begin", f"{'' if first == '0' else f'{first} + '}{part} * {length}")
     return begin, named("end", f"tl.minimum({begin} + {length}, {last})")
+
+
+def _at_an_end(values: Values, node: Node, fold: str, scope: Scope) -> str:
+    """The least or greatest value over a tile of rows of what grows with them, without looking at all of them:
+
+    max over m of m + 1  →  start_m + BLOCK_M
+
+    "" where it is not known to grow.
+    """
+    rows = [a for a in values.plan.rows if a in node.free]
+    if not rows:
+        return values.value(node, scope).code
+    if isinstance(node, Apply) and node.op in ("minimum", "maximum"):
+        ends = [_at_an_end(values, a, fold, scope) for a in node.args]
+        return f"tl.{node.op}({', '.join(ends)})" if all(ends) else ""
+    row, rest = rows[0], plus(to_poly(node), to_poly(Index(rows[0])), -1)
+    if len(rows) > 1 or any(row in factor.free for monomial in rest for factor in monomial):
+        return ""
+    terms = [f"start_{values.names.axes[row]}", *([values.block(row)] if fold == "max" else [])]
+    rest = plus(rest, {(): 1}, -1) if fold == "max" else rest
+    number = rest.pop((), 0)
+    terms += [values.value(from_poly(rest), scope).tight(5)] if rest else []
+    return " + ".join(terms) + (f" {'-' if number < 0 else '+'} {abs(number)}" if number else "")
 
 
 def _folded(text: Text, fold: str) -> str:

@@ -441,7 +441,7 @@ def prepared(query, key, weight, value):
     launch_bucketed_bias = Fastest(CONFIGS, bucketed_bias_by, "bucketed_bias", M, B, N)
 
     def go(query, key, weight, value):
-        out = torch.empty((B, 4, M, 64), device=query.device, dtype=torch.float16)
+        out = query.new_empty((B, 4, M, 64))
         launch_bucketed_bias(weight, query, key.permute(0, 1, 3, 2), value, out)
         return out
 
@@ -462,7 +462,7 @@ def _fake(query, key, weight, value):
     M = query.shape[2]
     N = key.shape[3]
     B = query.shape[0]
-    return torch.empty((B, 4, M, 64), device=query.device, dtype=torch.float16)
+    return query.new_empty((B, 4, M, 64))
 
 
 # Another text, another op: an edited kernel is never taken for the one that was written.

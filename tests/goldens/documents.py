@@ -541,7 +541,7 @@ def prepared(ids, ids_2, query, key, value):
         )
 
         def lists(ids, ids_2, query_boxes, key_boxes, value_boxes, out):
-            tile_map = torch.empty((blocks, 3, tiles + 1), device=ids.device, dtype=torch.int32)
+            tile_map = ids.new_empty((blocks, 3, tiles + 1), dtype=torch.int32)
             write_map(ids, ids_2, tile_map)
             return (tile_map,)
 
@@ -561,7 +561,7 @@ def prepared(ids, ids_2, query, key, value):
     launch_documents = Fastest(CONFIGS, documents_by, "documents", M, B, H)
 
     def go(ids, ids_2, query, key, value):
-        out = torch.empty((B, H, M, 40), device=ids.device, dtype=torch.float16)
+        out = ids.new_empty((B, H, M, 40), dtype=torch.float16)
         launch_documents(ids, ids_2, query, key.permute(0, 1, 3, 2), value, out)
         return out
 
@@ -582,7 +582,7 @@ def _fake(ids, ids_2, query, key, value):
     M = ids.shape[2]
     H = query.shape[1]
     B = ids.shape[0]
-    return torch.empty((B, H, M, 40), device=ids.device, dtype=torch.float16)
+    return ids.new_empty((B, H, M, 40), dtype=torch.float16)
 
 
 # Another text, another op: an edited kernel is never taken for the one that was written.

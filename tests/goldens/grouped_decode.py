@@ -118,8 +118,8 @@ def grouped_decode_kernel(
             [1, 1, BLOCK_N, BLOCK_E],
         )
     # What masks leave these rows of the stream, in whole tiles where they cut none.
-    last = tl.minimum(tl.max(offs_m + N + 1 - M, 0), N)
-    cut = tl.maximum(tl.minimum(tl.min(offs_m + N + 1 - M, 0), N) // BLOCK_N * BLOCK_N, 0)
+    last = tl.minimum(start_m + BLOCK_M + N - M, N)
+    cut = tl.maximum(tl.minimum(start_m + N - M + 1, N) // BLOCK_N * BLOCK_N, 0)
     query = query_boxes.load([b, h, start_m, 0]).reshape([BLOCK_M, BLOCK_D])  # [BLOCK_M, BLOCK_D]
     i = h // (H // S14)
     # golden_programs.py:112  i = torch.arange(query.shape[2], device=query.device)[:, None] + key.shape[2] - query.shape[2]
@@ -177,8 +177,8 @@ def grouped_decode_kernel(
 @triton.jit
 def grouped_decode_part_kernel(
     query_ptr,
-    key_boxes,
-    value_boxes,
+    key_ptr,
+    value_ptr,
     part_max_ptr,
     part_sum_ptr,
     part_acc_ptr,
@@ -186,6 +186,14 @@ def grouped_decode_part_kernel(
     stride_query_g,
     stride_query_r,
     stride_query_d,
+    stride_key_b,
+    stride_key_g,
+    stride_key_n,
+    stride_key_d,
+    stride_value_b,
+    stride_value_g,
+    stride_value_n,
+    stride_value_e,
     stride_part_max_part,
     stride_part_max_b,
     stride_part_max_g,
@@ -199,12 +207,6 @@ def grouped_decode_part_kernel(
     stride_part_acc_g,
     stride_part_acc_r,
     stride_part_acc_e,
-    stride_key_b,
-    stride_key_g,
-    stride_key_n,
-    stride_value_b,
-    stride_value_g,
-    stride_value_n,
     M,
     N,
     H,
@@ -212,7 +214,6 @@ def grouped_decode_part_kernel(
     SPLITS,
     R,
     S14,
-    TMA: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -232,19 +233,6 @@ def grouped_decode_part_kernel(
     b = rest
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     offs_e = tl.arange(0, BLOCK_E)  # [BLOCK_E]
-    if not TMA:  # boxes of tensors by plain loads
-        key_boxes = tl.make_tensor_descriptor(
-            key_boxes,
-            [B, S14, N, 64],
-            [stride_key_b, stride_key_g, stride_key_n, 1],
-            [1, 1, BLOCK_N, BLOCK_D],
-        )
-        value_boxes = tl.make_tensor_descriptor(
-            value_boxes,
-            [B, S14, N, 64],
-            [stride_value_b, stride_value_g, stride_value_n, 1],
-            [1, 1, BLOCK_N, BLOCK_E],
-        )
     i = H // S14
     # golden_programs.py:112  i = torch.arange(query.shape[2], device=query.device)[:, None] + key.shape[2] - query.shape[2]
     i_2 = offs_r // i  # [BLOCK_R]
@@ -276,7 +264,13 @@ def grouped_decode_part_kernel(
     for start in range(begin, cut, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         # golden_programs.py:110  key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        key = key_boxes.load([b, g, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
+        key = tl.load(
+            key_ptr
+            + b.to(tl.int64) * stride_key_b
+            + g.to(tl.int64) * stride_key_g
+            + offs_n.to(tl.int64)[:, None] * stride_key_n
+            + offs_d[None, :] * stride_key_d
+        )  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:111  scores = query @ key.mT / math.sqrt(query.shape[-1])
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_R, BLOCK_N]
         m_new = tl.maximum(m_i, tl.max(qk, 1) * (1.0 / 8.0))  # [BLOCK_R]
@@ -285,7 +279,13 @@ def grouped_decode_part_kernel(
         p = tl.exp2(qk * ((1.0 / 8.0) * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_R, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_R]
         # golden_programs.py:110  key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        value = value_boxes.load([b, g, start, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
+        value = tl.load(
+            value_ptr
+            + b.to(tl.int64) * stride_value_b
+            + g.to(tl.int64) * stride_value_g
+            + offs_n.to(tl.int64)[:, None] * stride_value_n
+            + offs_e[None, :] * stride_value_e
+        )  # [BLOCK_N, BLOCK_E]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_R, BLOCK_E]
         m_i = m_new
 
@@ -293,7 +293,15 @@ def grouped_decode_part_kernel(
     for start in tl.range(cut, end, BLOCK_N, num_stages=1):
         offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         # golden_programs.py:110  key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        key = key_boxes.load([b, g, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
+        key = tl.load(
+            key_ptr
+            + b.to(tl.int64) * stride_key_b
+            + g.to(tl.int64) * stride_key_g
+            + offs_n.to(tl.int64)[:, None] * stride_key_n
+            + offs_d[None, :] * stride_key_d,
+            mask=(offs_n[:, None] < N),
+            other=0,
+        )  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:111  scores = query @ key.mT / math.sqrt(query.shape[-1])
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_R, BLOCK_N]
         mask = offs_n[None, :] <= i_3[:, None]  # [BLOCK_R, BLOCK_N]
@@ -304,7 +312,15 @@ def grouped_decode_part_kernel(
         p = tl.exp2(qk_2 * ((1.0 / 8.0) * LOG2E) - (shift * LOG2E)[:, None])  # [BLOCK_R, BLOCK_N]
         l_i = l_i * alpha + tl.sum(p, 1)  # [BLOCK_R]
         # golden_programs.py:110  key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        value = value_boxes.load([b, g, start, 0]).reshape([BLOCK_N, BLOCK_E])  # [BLOCK_N, BLOCK_E]
+        value = tl.load(
+            value_ptr
+            + b.to(tl.int64) * stride_value_b
+            + g.to(tl.int64) * stride_value_g
+            + offs_n.to(tl.int64)[:, None] * stride_value_n
+            + offs_e[None, :] * stride_value_e,
+            mask=(offs_n[:, None] < N),
+            other=0,
+        )  # [BLOCK_N, BLOCK_E]
         acc = tl.dot(p.to(tl.float16), value, acc * alpha[:, None])  # [BLOCK_R, BLOCK_E]
         m_i = m_new
 
@@ -650,14 +666,14 @@ def prepared(query, key, value):
         wanted = FEW["programs"] // tiles or FEW["waves"] // tiles
         SPLITS = max(1, min(wanted, triton.cdiv(N, FEW["least"]), CONFIGS_MERGE[0]["BLOCK_PART"]))
 
-        def grouped_decode_part_numbers(query, key_boxes, value_boxes, part_max, part_sum, part_acc):
+        def grouped_decode_part_numbers(query, key, value, part_max, part_sum, part_acc):
             return (
                 *query.stride()[:4],
+                *key.stride()[:4],
+                *value.stride()[:4],
                 *part_max.stride()[:4],
                 *part_sum.stride()[:4],
                 *part_acc.stride()[:5],
-                *key_boxes.stride()[:3],
-                *value_boxes.stride()[:3],
                 M,
                 N,
                 H,
@@ -665,7 +681,6 @@ def prepared(query, key, value):
                 SPLITS,
                 R,
                 S14,
-                has_tma(key_boxes.device),
             )
 
         def grouped_decode_part_by(config):
@@ -674,10 +689,6 @@ def prepared(query, key, value):
                 config,
                 triton.cdiv(R, config["BLOCK_R"]) * (B) * (S14) * (SPLITS),
                 grouped_decode_part_numbers,
-                boxes={
-                    1: (1, 1, config["BLOCK_N"], config["BLOCK_D"]),
-                    2: (1, 1, config["BLOCK_N"], config["BLOCK_E"]),
-                },
             )
 
         launch_grouped_decode_part = Fastest(
@@ -740,11 +751,11 @@ def prepared(query, key, value):
         launch_grouped_decode = Fastest(CONFIGS, grouped_decode_by, "grouped_decode", M, B, H, N)
 
     def go(query, key, value):
-        out = torch.empty((B, H, M, 64), device=query.device, dtype=torch.float16)
+        out = query.new_empty((B, H, M, 64))
         if grouped_decode_few:
-            part_max = torch.empty((SPLITS, B, S14, R), device=query.device, dtype=torch.float32)
-            part_sum = torch.empty((SPLITS, B, S14, R), device=query.device, dtype=torch.float32)
-            part_acc = torch.empty((SPLITS, B, S14, R, 64), device=query.device, dtype=torch.float32)
+            part_max = query.new_empty((SPLITS, B, S14, R), dtype=torch.float32)
+            part_sum = query.new_empty((SPLITS, B, S14, R), dtype=torch.float32)
+            part_acc = query.new_empty((SPLITS, B, S14, R, 64), dtype=torch.float32)
             launch_grouped_decode_part(query, key, value, part_max, part_sum, part_acc)
             launch_grouped_decode_merge(part_max, part_sum, part_acc, out)
         else:
@@ -770,7 +781,7 @@ def _fake(query, key, value):
     H = query.shape[1]
     B = query.shape[0]
     S14 = key.shape[1]
-    return torch.empty((B, H, M, 64), device=query.device, dtype=torch.float16)
+    return query.new_empty((B, H, M, 64))
 
 
 # Another text, another op: an edited kernel is never taken for the one that was written.

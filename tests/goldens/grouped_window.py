@@ -102,10 +102,10 @@ def grouped_window_kernel(
             [1, BLOCK_N, 1, BLOCK_E],
         )
     # What masks leave these rows of the stream, in whole tiles where they cut none.
-    first = tl.maximum(tl.min(offs_m - 127, 0), 0) // BLOCK_N * BLOCK_N
-    last = tl.minimum(tl.max(offs_m + 1, 0), N)
-    whole = tl.maximum(tl.cdiv(tl.maximum(tl.max(offs_m - 127, 0), 0), BLOCK_N) * BLOCK_N, first)
-    cut = tl.maximum(tl.minimum(tl.min(offs_m + 1, 0), N) // BLOCK_N * BLOCK_N, whole)
+    first = tl.maximum(start_m - 127, 0) // BLOCK_N * BLOCK_N
+    last = tl.minimum(start_m + BLOCK_M, N)
+    whole = tl.maximum(tl.cdiv(tl.maximum(start_m + BLOCK_M - 128, 0), BLOCK_N) * BLOCK_N, first)
+    cut = tl.maximum(tl.minimum(start_m + 1, N) // BLOCK_N * BLOCK_N, whole)
     query = query_boxes.load([b, start_m, h, 0]).reshape([BLOCK_M, BLOCK_D])  # [BLOCK_M, BLOCK_D]
     i = h // 4
 
@@ -404,7 +404,7 @@ def prepared(query, key, value):
     launch_grouped_window = Fastest(CONFIGS, grouped_window_by, "grouped_window", M, B, H, N)
 
     def go(query, key, value):
-        out = torch.empty((B, H, M, 128), device=query.device, dtype=torch.float16).permute(0, 2, 1, 3)
+        out = query.new_empty((B, H, M, 128)).permute(0, 2, 1, 3)
         launch_grouped_window(query, key, value, out)
         return out
 
@@ -427,7 +427,7 @@ def _fake(query, key, value):
     H = query.shape[2]
     B = query.shape[0]
     S0 = key.shape[2]
-    return torch.empty((B, H, M, 128), device=query.device, dtype=torch.float16).permute(0, 2, 1, 3)
+    return query.new_empty((B, H, M, 128)).permute(0, 2, 1, 3)
 
 
 # Another text, another op: an edited kernel is never taken for the one that was written.

@@ -111,9 +111,10 @@ def softcap_causal_kernel(
             [1, 1, BLOCK_N, BLOCK_E],
         )
     # What masks leave these rows of the stream, in whole tiles where they cut none.
-    last = tl.minimum(tl.max(offs_m + 1, 0), M)
-    cut = tl.maximum(tl.minimum(tl.min(offs_m + 1, 0), M) // BLOCK_N * BLOCK_N, 0)
+    last = tl.minimum(start_m + BLOCK_M, M)
+    cut = tl.maximum(tl.minimum(start_m + 1, M) // BLOCK_N * BLOCK_N, 0)
     query = query_boxes.load([b, h, start_m, 0]).reshape([BLOCK_M, BLOCK_D])  # [BLOCK_M, BLOCK_D]
+    i = offs_m + 1  # [BLOCK_M]
 
     m_i = tl.full([BLOCK_M], LOWEST, tl.float32)  # [BLOCK_M]
     l_i = tl.full([BLOCK_M], 0.0, tl.float32)  # [BLOCK_M]
@@ -141,7 +142,7 @@ def softcap_causal_kernel(
         key = key_boxes.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])  # [BLOCK_N, BLOCK_D]
         # golden_programs.py:19  scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
         qk = tl.dot(query, tl.trans(key))  # [BLOCK_M, BLOCK_N]
-        mask = offs_n[None, :] < (offs_m + 1)[:, None]  # [BLOCK_M, BLOCK_N]
+        mask = offs_n[None, :] < i[:, None]  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:20  scores = 30.0 * torch.tanh(scores / 30.0)
         x = tl.where(
             (offs_n[None, :] < M) & mask, fast_tanh(qk * ((1.0 / 8.0) * (1.0 / 30.0))), NEG_INF
@@ -395,7 +396,7 @@ def prepared(query, key, value):
     launch_softcap_causal = Fastest(CONFIGS, softcap_causal_by, "softcap_causal", M, B, H)
 
     def go(query, key, value):
-        out = torch.empty((B, H, M, 64), device=query.device, dtype=torch.float16)
+        out = query.new_empty((B, H, M, 64))
         launch_softcap_causal(query, key.permute(0, 1, 3, 2), value, out)
         return out
 
@@ -416,7 +417,7 @@ def _fake(query, key, value):
     M = query.shape[2]
     H = query.shape[1]
     B = query.shape[0]
-    return torch.empty((B, H, M, 64), device=query.device, dtype=torch.float16)
+    return query.new_empty((B, H, M, 64))
 
 
 # Another text, another op: an edited kernel is never taken for the one that was written.

@@ -416,7 +416,7 @@ def prepared(q_nope, k_nope, q_rope, k_rope, value):
     launch_two_products = Fastest(CONFIGS, two_products_by, "two_products", M, B, H, N)
 
     def go(q_nope, k_nope, q_rope, k_rope, value):
-        out = torch.empty((B, H, M, 128), device=q_nope.device, dtype=torch.float16).permute(0, 2, 1, 3)
+        out = q_nope.new_empty((B, H, M, 128)).permute(0, 2, 1, 3)
         launch_two_products(q_nope, k_nope, q_rope, k_rope, value, out)
         return out
 
@@ -438,7 +438,7 @@ def _fake(q_nope, k_nope, q_rope, k_rope, value):
     N = k_nope.shape[1]
     H = q_nope.shape[2]
     B = q_nope.shape[0]
-    return torch.empty((B, H, M, 128), device=q_nope.device, dtype=torch.float16).permute(0, 2, 1, 3)
+    return q_nope.new_empty((B, H, M, 128)).permute(0, 2, 1, 3)
 
 
 # Another text, another op: an edited kernel is never taken for the one that was written.
