@@ -166,12 +166,16 @@ def test_a_kernel_is_compiled_as_it_was_launched(package):
     assert set(request.divisible) == {"q_ptr", "stride_qm", "stride_vn"}
 
 
-def test_a_kernel_that_was_not_launched_is_compiled_for_aligned_arguments(package):
+def test_a_kernel_that_was_not_launched_is_compiled_for_aligned_arguments_and_dense_rows(package):
     (kernel,) = package.kernels
     request = compile_request(Path(), kernel, kernel.entries[0], None, "sm_90")
-    assert set(request.divisible) == set(kernel.entries[0].signature) == set(request.signature)
+    dense = {name for name, value in request.constexprs.items() if not name.startswith("BLOCK_")}
+    assert dense == {
+        name for name in kernel.entries[0].signature if name in ("stride_qd", "stride_kd", "stride_ve", "stride_out_e")
+    }
+    assert set(request.divisible) == set(request.signature) == set(kernel.entries[0].signature) - dense
+    assert {request.constexprs[name] for name in dense} == {1}
     assert request.options.keys() == {"num_warps", "num_stages"}
-    assert request.constexprs and all(name.startswith("BLOCK_") for name in request.constexprs)
 
 
 def call_of(*shapes: tuple[int, ...]):

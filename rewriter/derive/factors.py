@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rewriter.ir import TRUE, Apply, Axis, Const, Node, Ref, Where, apply, const, walk, where
+from rewriter.ir import TRUE, Apply, Axis, Const, Load, Node, Ref, Where, apply, const, walk, where
 
 Guard = tuple[Node, list[Node]]  # a choice of 0, and the factors inside
 
@@ -216,7 +216,9 @@ def conjuncts(predicate: Node) -> list[Node]:
 
 
 def split_mask(node: Node) -> tuple[Node, Node]:
-    """(predicate, value): `where(p, s, -inf)` and `s + where(p, 0, -inf)` → (p, s), through casts and sums."""
+    """(predicate, value): `where(p, s, -inf)` and `s + where(p, 0, -inf)` → (p, s), through casts and sums; `s + mask` →
+    (mask != -inf, s + mask) where the mask is a tensor that had -inf when it was traced.
+    """
     predicate, kept = TRUE, []
     for term in as_terms(node):
         p, value = _unmasked(term)
@@ -235,6 +237,8 @@ def _unmasked(term: Term) -> tuple[Node, Node]:
         if _is_minus_inf(node.then):
             inner, value = split_mask(node.other)
             return apply("and", apply("not", node.predicate), inner), value
+    if term.sign > 0 and isinstance(node, Load) and node.tensor.masks == -math.inf:
+        return apply("ne", node, const(-math.inf, node.dtype)), node
     return TRUE, node
 
 

@@ -89,7 +89,8 @@ class Tensor:
     """A strided tensor the kernel reads: what crosses the frontier of a region.
 
     Where it is read in another shape than it has, `given` is the one it has. `lanes` is the dimension along which it
-    is dense in memory, if there is one.
+    is dense in memory, if there is one. `masks` is the number by which it masks what it is added to, if it held one
+    when it was traced: -inf, or the lowest of its dtype.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Tensor:
     dtype: torch.dtype
     given: tuple[Node, ...] = ()
     lanes: int | None = None
+    masks: float | None = None
 
     def __repr__(self) -> str:
         return self.name

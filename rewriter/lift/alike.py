@@ -14,7 +14,7 @@ from rewriter.lift.region import Region, site_of
 def meaning_of(region: Region) -> tuple[Hashable, tuple[Tensor, ...]]:
     """(what two regions that may share a kernel have in common, the tensors in the order of that)"""
     tensors = region.program.tensors
-    called = {t: Tensor(f"t{k}", t.shape, t.dtype, t.given, t.lanes) for k, t in enumerate(tensors)}
+    called = {t: Tensor(f"t{k}", t.shape, t.dtype, t.given, t.lanes, t.masks) for k, t in enumerate(tensors)}
     outputs = tuple(_meaning(o, called) for o in region.program.outputs)
     laid_out = tuple((str(site_of(n)), tuple(map(str, n.meta["val"].stride()))) for n in region.outputs)
     return (outputs, laid_out, region.tentative, region.program.lengths), tensors

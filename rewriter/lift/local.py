@@ -46,7 +46,8 @@ def load_of(node: fx.Node) -> Lifted:
     constant = node.meta.get("constant")
     if constant is not None and constant.numel() == 1:
         return Lifted(axes, const(constant.item(), value.dtype))
-    tensor = Tensor(node.name, shape_of(value), value.dtype, lanes=_lanes(value))
+    masks = node.meta.get("masks")
+    tensor = Tensor(node.name, shape_of(value), value.dtype, lanes=_lanes(value), masks=masks)
     return Lifted(axes, Load(tensor, positions(axes)))
 
 

@@ -4,6 +4,11 @@
 
 So tiles in which nothing is kept may wait until the maxima of their rows are known, and are left out unless one of
 those is no larger: in rows in which nothing is kept at all, every fill weighs.
+
+What the lowest number of a dtype is added to is such a fill, too: scores are smaller than its last digit.
+
+    s + where(keep, bias, -3.4e38)    is where(keep, s + bias, -3.4e38)
+    s + mask                          is where(mask != -3.4e38, s + mask, -3.4e38)
 """
 
 from __future__ import annotations
@@ -13,10 +18,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from rewriter.derive import Definition
-from rewriter.ir import Axis, Const, Node, Reduce, Where, apply, cast, transform
+from rewriter.derive.factors import as_terms, without_cast
+from rewriter.ir import Apply, Axis, Const, Load, Node, Reduce, Tensor, Where, apply, cast, const, transform, walk
 from rewriter.plan.parts import moved_definition
 
 SMALL = -1e3  # fills that rows of scores are expected to exceed by far
+ABSORBS = -1e30  # of such a number and less, scores below 1e22 change no digit, in fp32 or bf16
 
 
 @dataclass(frozen=True)
@@ -54,9 +61,11 @@ def fill_of(definitions: tuple[Definition, ...], stream: Axis) -> Fill | None:
 
 
 def _sites(node: Node) -> Iterator[Node]:
-    """Choices between a value and a number, outside reductions, outermost first."""
-    if isinstance(node, Where) and _split(node):
+    """Choices between a value and a number, outside reductions, outermost first: of a sum the whole."""
+    if isinstance(node, (Where, Apply)) and _split(node):
         yield node
+        if isinstance(node, Apply):
+            return
     for child in node.children if not isinstance(node, Reduce) else ():
         yield from _sites(child)
 
@@ -64,6 +73,8 @@ def _sites(node: Node) -> Iterator[Node]:
 def _split(site: Node) -> tuple[Node, Node, Const] | None:
     """where(p, where(q, s, f), f)  →  p & q, s, f"""
     match site:
+        case Apply(op="add" | "sub"):
+            return _absorbed(site)
         case Where(predicate=p, then=kept, other=Const() as number):
             pass
         case Where(predicate=p, then=Const() as number, other=kept):
@@ -74,6 +85,41 @@ def _split(site: Node) -> tuple[Node, Node, Const] | None:
         return None
     inner = _split(kept)
     return (apply("and", p, inner[0]), *inner[1:]) if inner and inner[2] is number else (p, kept, number)
+
+
+def _absorbed(total: Apply) -> tuple[Node, Node, Const] | None:
+    """s + where(p, t, f)  →  p, s + t, f where f absorbs s. Of two such terms the sum overflows."""
+    terms = as_terms(total)
+    found = [(term, low) for term in terms if (low := _low(without_cast(term.node)))]
+    if len(found) != 1 or found[0][0].sign < 0:
+        return None
+    term, (predicate, kept, number) = found[0]
+    if any(_may_be_low(n) for n in walk(*(t.node for t in terms if t is not term))):
+        return None
+    return predicate, _with(total, term.node, kept), number
+
+
+def _low(term: Node) -> tuple[Node, Node, Const] | None:
+    """where(p, t, f)  →  p, t, f where f absorbs scores;  mask  →  mask != f, mask, f where it held such an f"""
+    match term:
+        case Load(tensor=Tensor(masks=float() as low)) if ABSORBS >= low > -math.inf:
+            number = const(low, term.dtype)
+            return apply("ne", term, number), term, number
+        case Where(predicate=p, then=kept, other=Const(value=low) as number) if ABSORBS >= low > -math.inf:
+            return p, kept, number
+        case Where(predicate=p, then=Const(value=low) as number, other=kept) if ABSORBS >= low > -math.inf:
+            return apply("not", p), kept, number
+    return None
+
+
+def _may_be_low(node: Node) -> bool:
+    if isinstance(node, Load):
+        return node.tensor.masks is not None
+    return isinstance(node, Const) and node.dtype.is_floating_point and node.value <= ABSORBS
+
+
+def _with(total: Node, term: Node, value: Node) -> Node:
+    return transform(total, lambda n: cast(value, n.dtype) if n is term else n)
 
 
 def _replaced(definitions: tuple[Definition, ...], by: dict[Node, Node]) -> tuple[Definition, ...]:

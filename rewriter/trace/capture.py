@@ -36,6 +36,7 @@ from rewriter.trace.attributes import watched, without_hooks
 from rewriter.trace.caches import caches
 from rewriter.trace.contexts import any_function, autocasts, masks_as_given, quiet
 from rewriter.trace.idle import loosen_views, without_idle
+from rewriter.trace.masks import mark_masks
 from rewriter.trace.ones import Dimension, enlarge, loose
 from rewriter.trace.sizes import shape_of
 from rewriter.trace.source import is_user_file, origin_of, user_site
@@ -175,6 +176,10 @@ def capture(
     for node in graph.nodes:
         if node.op == "placeholder" and node.name in constants:
             node.meta["constant"] = constants[node.name]
+    held = tensors_of(traced_as)
+    given = {name: leaf for name, leaf in zip(inputs, pytree.tree_leaves((args, kwargs))) if name}
+    given |= {name: held[a.path] for name, a in attributes.items() if not a.is_parameter and a.path in held}
+    mark_masks((n, given[n.name]) for n in graph.nodes if n.op == "placeholder" and n.name in given)
     _refuse_mutation(program)
     return TracedModule(
         module,

@@ -1,0 +1,149 @@
+"""Masks that are added to scores: tensors that hold -inf or the lowest number of their dtype, and choices between 0 and
+such a number. What they hide is left out, as where a program fills it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from library_programs import said
+from test_sparsity import at
+
+from rewriter import rewrite
+from rewriter.trace.masks import masking_number
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+def added(q, k, v, mask):
+    return (q @ k.mT * 0.3 + mask).softmax(-1) @ v
+
+
+def beside_a_bias(q, k, v, mask):
+    rows, columns = at(q)
+    return (q @ k.mT * 0.3 + mask - (rows - columns).abs() * 0.1).softmax(-1) @ v
+
+
+def of_sdpa(q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def sliced(q, k, v, mask):
+    return added(q, k, v, mask[:, :, :, : k.shape[2]])
+
+
+def chosen(q, k, v):
+    rows, columns = at(q)
+    return added(q, k, v, torch.where(columns <= rows, 0.0, LOWEST))
+
+
+def chosen_the_other_way(q, k, v):
+    """A bias where something is kept, and rows that see nothing."""
+    rows, columns = at(q)
+    return added(q, k, v, torch.where(columns > rows - 70, LOWEST, (columns - rows) * 0.1))
+
+
+def upper_triangle(q, k, v):
+    n = q.shape[2]
+    return added(q, k, v, torch.full((n, n), LOWEST, device=q.device).triu(1))
+
+
+def twice(q, k, v, mask):
+    """Where both hide something, their sum is -inf."""
+    rows, columns = at(q)
+    return (q @ k.mT * 0.3 + mask + torch.where(columns <= rows, 0.0, LOWEST)).softmax(-1) @ v
+
+
+def taken_away(q, k, v, mask):
+    return (q @ k.mT * 0.3 - mask.clamp(min=-5.0)).softmax(-1) @ v
+
+
+def mask_of(keep: torch.Tensor, number: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(keep.shape, dtype=dtype).masked_fill(~keep, number)
+
+
+def tensors(count: int, length: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    torch.manual_seed(length)
+    return [torch.randn(count, 2, length, 16, dtype=dtype) for _ in range(3)]
+
+
+def keeps(count: int, length: int) -> torch.Tensor:
+    """Whole tiles are hidden, some rows see nothing, and of a batch nothing is hidden."""
+    keep = torch.rand(count, 1, length, length) < 0.5
+    keep[:, :, :, 64:128] = False
+    keep[:, :, 5:9] = False
+    keep[-1] = True
+    return keep
+
+
+def text_of(result) -> str:
+    (text,) = (text for file, text in result.sources.items() if file.startswith("kernels/") and "__" not in file)
+    return text
+
+
+@pytest.mark.parametrize("number", (-math.inf, LOWEST), ids=("inf", "lowest"))
+@pytest.mark.parametrize("program", (added, beside_a_bias, of_sdpa, sliced, twice), ids=lambda p: p.__name__)
+def test_a_tensor_that_masks_when_it_is_traced(program, number):
+    result = rewrite(program, (*tensors(2, 150), mask_of(keeps(2, 150), number)))
+    assert ("_map_kernel" in text_of(result)) is (program is not twice or number == -math.inf)
+    for count, length in ((2, 150), (1, 37), (3, 260)):
+        # At a call, a mask may hide by the other number, or hold any bias.
+        for mask in (mask_of(keeps(count, length), n) for n in (-math.inf, LOWEST, -1e4, -2.0)):
+            args = (*tensors(count, length), mask)
+            with said(kernels=1):
+                torch.testing.assert_close(result.module(*args), program(*args), rtol=1e-4, atol=2e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("program", (chosen, chosen_the_other_way, upper_triangle), ids=lambda p: p.__name__)
+def test_a_choice_between_zero_and_the_lowest_number(program):
+    result = rewrite(program, tensors(2, 150))
+    assert "    low = tl.max(" in text_of(result) and "    cut = " in text_of(result)
+    for count, length in ((2, 150), (1, 37), (2, 260)):
+        args = tensors(count, length)
+        with said(kernels=1):
+            torch.testing.assert_close(result.module(*args), program(*args), rtol=1e-4, atol=2e-6)
+
+
+def test_what_is_hidden_is_not_read():
+    q, k, v = tensors(1, 300)
+    mask = mask_of(torch.arange(300).expand(1, 1, 300, 300) < 100, LOWEST)
+    result = rewrite(added, (q, k, v, mask))
+    v[:, :, 128:] = math.nan
+    torch.testing.assert_close(result.module(q, k, v, mask), added(q, k, v.nan_to_num(), mask))
+
+
+@pytest.mark.parametrize("mask", (torch.zeros(2, 1, 150, 150), torch.full((2, 1, 150, 150), -1e4)))
+def test_a_bias_makes_no_map(mask):
+    assert "_map_kernel" not in text_of(rewrite(added, (*tensors(2, 150), mask)))
+
+
+def test_half_precision_absorbs_nothing():
+    """-65504 + 20 is another number than -65504 in fp16."""
+    low = torch.finfo(torch.float16).min
+    args = (*tensors(2, 150, torch.float16), mask_of(keeps(2, 150), low, torch.float16))
+    assert "    low = tl.max(" not in text_of(rewrite(added, args))
+
+
+def test_a_mask_that_is_subtracted_hides_nothing():
+    args = (*tensors(2, 150), mask_of(keeps(2, 150), LOWEST))
+    result = rewrite(taken_away, args)
+    assert "_map_kernel" not in text_of(result)
+    torch.testing.assert_close(result.module(*args), taken_away(*args), rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "tensor, number",
+    [
+        (torch.tensor([0.0, -math.inf, LOWEST]), -math.inf),
+        (torch.tensor([0.0, LOWEST]), LOWEST),
+        (torch.tensor([0.0, LOWEST], dtype=torch.float64), None),
+        (torch.tensor([0, -(2**31)], dtype=torch.int32), None),
+        (torch.empty(3, device="meta"), None),
+        (torch.tensor([0.0, math.nan]), None),
+    ],
+)
+def test_by_which_number_a_tensor_masks(tensor, number):
+    assert masking_number(tensor) == number
