@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from library_programs import said
 from test_sparsity import at
+from zoo_checks import held_tensors
 
 from rewriter import rewrite
 from rewriter.trace.masks import masking_number
@@ -147,3 +148,17 @@ def test_a_mask_that_is_subtracted_hides_nothing():
 )
 def test_by_which_number_a_tensor_masks(tensor, number):
     assert masking_number(tensor) == number
+
+
+@pytest.mark.parametrize("number, dtype", [(-math.inf, torch.float16), (LOWEST, torch.float32)])
+def test_a_map_is_of_the_mask_at_hand(number, dtype):
+    """Calls alike in all but the mask share what launches: in 16 bits it is loaded by boxes, and looked at beside."""
+    args = tensors(1, 150, dtype)
+    masks = [mask_of(torch.ones(150, 150).tril(k).triu(k - 40)[None, None] > 0, number, dtype) for k in (0, 60, -60)]
+    result = rewrite(added, (*args, masks[0]))
+    assert not held_tensors(result.sources)
+    for mask in (*masks, masks[0]):
+        args = tensors(1, 150, dtype)
+        with said(kernels=1):
+            out, wanted = result.module(*args, mask), added(*args, mask)
+        torch.testing.assert_close(out, wanted, rtol=4e-3, atol=4e-3, equal_nan=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import symtable
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,7 +75,26 @@ def unformatted() -> Iterator[None]:
 
 @unformatted()
 def rewritten(program: Program, model, dtype: torch.dtype) -> Rewrite:
-    return rewrite(model, at_dtype(program.inputs(program.traced, model), dtype))
+    result = rewrite(model, at_dtype(program.inputs(program.traced, model), dtype))
+    assert not held_tensors(result.sources)
+    return result
+
+
+def held_tensors(sources: dict[str, str]) -> set[str]:
+    """Tensors of the first call that functions inside `prepared` hold: others would be launched with them."""
+    held: set[str] = set()
+    for name, text in sources.items():
+        if name.startswith("kernels/") and "def prepared(" in text:
+            tables = symtable.symtable(text, name, "exec").get_children()
+            (prepared,) = (t for t in tables if t.get_name() == "prepared")
+            tensors = set(re.findall(r"lying\((\w+)\)", text)).intersection(prepared.get_parameters())
+            held |= {free for inner in prepared.get_children() for free in _frees(inner) if free in tensors}
+    return held
+
+
+def _frees(table: symtable.SymbolTable) -> set[str]:
+    own = set(table.get_frees()) if isinstance(table, symtable.Function) else set()
+    return own.union(*map(_frees, table.get_children()))
 
 
 def _is_watched(program: Program, model, sizes: Sizes, inputs: set[tuple[int, ...]]) -> bool:

@@ -237,6 +237,9 @@ def _unmasked(term: Term) -> tuple[Node, Node]:
         if _is_minus_inf(node.then):
             inner, value = split_mask(node.other)
             return apply("and", apply("not", node.predicate), inner), value
+    if term.sign > 0 and isinstance(node, Apply) and node.op == "round16":
+        inner, value = split_mask(node.args[0])
+        return inner, node if inner is TRUE else apply("round16", value)
     if term.sign > 0 and isinstance(node, Load) and node.tensor.masks == -math.inf:
         return apply("ne", node, const(-math.inf, node.dtype)), node
     return TRUE, node

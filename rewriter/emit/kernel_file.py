@@ -138,6 +138,7 @@ class _KernelView:
             "numbers": self._numbers(),
             "tensors": [*self.pointers.values(), *(b.name for b in self.boxes), *self.outputs.values()],
             "passed": [*self.pointers.values(), *(b.seen for b in self.boxes), *self.outputs.values()],
+            "looked_at": [*self.pointers.values(), *map(_called, self.boxes), *self.outputs.values()],
             "boxed": [p for p, b in zip(places, self.boxes) if not b.flag],
             "pairs": [p for p, b in zip(places, self.boxes) if b.flag],
             "programs": self.programs("config", plan.grid),
@@ -433,6 +434,11 @@ class _FileView:
 
     def _first(self) -> Tensor:
         return next(iter(self.inputs))
+
+
+def _called(box: Descriptor) -> str:
+    """The tensor's own name where it is passed as it is: kernels that look at masks may read it, too."""
+    return box.seen if box.seen.isidentifier() else box.name
 
 
 def memory_order(value: torch.Tensor) -> list[int]:
