@@ -124,6 +124,7 @@ class _KernelView:
             "boxes": self.boxes,
             "rows": rows,
             "maps": [m.values() for m in self.maps.values()],
+            "boxes_of": self._boxes_of(),
             "grows": plan.grows,
             "pipelines_cut": plan.pipelines_cut,
             "grid": [self.text(a.extent) for a in plan.grid],
@@ -143,6 +144,15 @@ class _KernelView:
             "programs": self.programs("config", plan.grid),
             "few": self.few and self.few.values(),
         }
+
+    def _boxes_of(self) -> dict[str, str]:
+        """Tensors that it is passed as boxes alone, as maps read them: in the order of their own dimensions."""
+        found = {}
+        for box, passed in zip(self.writer.boxes, self.boxes):
+            own = tuple(sorted(range(len(box.order)), key=box.order.__getitem__))
+            moved = "" if passed.seen == self.tensors[box.tensor] else f".permute{own}"
+            found[self.tensors[box.tensor]] = f"{passed.name}{moved}"
+        return {name: text for name, text in found.items() if name not in self.pointers.values()}
 
     @property
     def helpers(self) -> set[str]:
