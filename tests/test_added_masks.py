@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from library_programs import said
 from test_sparsity import at
 from zoo_checks import held_tensors
+from torch import nn
 
 from rewriter import rewrite
 from rewriter.trace.masks import masking_number
@@ -26,6 +27,11 @@ def added(q, k, v, mask):
 def beside_a_bias(q, k, v, mask):
     rows, columns = at(q)
     return (q @ k.mT * 0.3 + mask - (rows - columns).abs() * 0.1).softmax(-1) @ v
+
+
+def beside_a_bias_first(q, k, v, mask):
+    rows, columns = at(q)
+    return (q @ k.mT * 0.3 - (rows - columns).abs() * 0.5 + mask).softmax(-1) @ v
 
 
 def of_sdpa(q, k, v, mask):
@@ -58,6 +64,14 @@ def twice(q, k, v, mask):
     return (q @ k.mT * 0.3 + mask + torch.where(columns <= rows, 0.0, LOWEST)).softmax(-1) @ v
 
 
+def scaled_after(q, k, v, mask):
+    return ((q @ k.mT + mask) * 0.3).softmax(-1) @ v
+
+
+def beside_another(q, k, v, mask, bias):
+    return (q @ k.mT * 0.3 + mask + bias).softmax(-1) @ v
+
+
 def taken_away(q, k, v, mask):
     return (q @ k.mT * 0.3 - mask.clamp(min=-5.0)).softmax(-1) @ v
 
@@ -86,7 +100,9 @@ def text_of(result) -> str:
 
 
 @pytest.mark.parametrize("number", (-math.inf, LOWEST), ids=("inf", "lowest"))
-@pytest.mark.parametrize("program", (added, beside_a_bias, of_sdpa, sliced, twice), ids=lambda p: p.__name__)
+@pytest.mark.parametrize(
+    "program", (added, beside_a_bias, of_sdpa, sliced, twice, scaled_after), ids=lambda p: p.__name__
+)
 def test_a_tensor_that_masks_when_it_is_traced(program, number):
     result = rewrite(program, (*tensors(2, 150), mask_of(keeps(2, 150), number)))
     assert ("_map_kernel" in text_of(result)) is (program is not twice or number == -math.inf)
@@ -126,6 +142,42 @@ def test_half_precision_absorbs_nothing():
     low = torch.finfo(torch.float16).min
     args = (*tensors(2, 150, torch.float16), mask_of(keeps(2, 150), low, torch.float16))
     assert "    low = tl.max(" not in text_of(rewrite(added, args))
+
+
+@pytest.mark.parametrize("number", (-math.inf, torch.finfo(torch.float16).min), ids=("inf", "lowest"))
+def test_a_mask_of_half_precision_is_looked_at_in_each_call(number):
+    """Tiles of it come as boxes, and what the map reads is the mask of the call, not that of the first."""
+    half = torch.float16
+    result = rewrite(added, (*tensors(2, 150, half), mask_of(keeps(2, 150), -math.inf, half)))
+    assert "_map_kernel" in text_of(result)
+    for mask in [mask_of(keeps(2, 264), n, half) for n in (-math.inf, number, -2.0)]:
+        args = (*tensors(2, 264, half), mask)
+        torch.testing.assert_close(result.module(*args), added(*args), rtol=4e-3, atol=4e-3, equal_nan=True)
+
+
+def test_what_another_tensor_masks_at_a_call():
+    """A bias of the example that is a mask at a call: rows that see nothing are NaN, or have what the two leave."""
+    result = rewrite(beside_another, (*tensors(2, 150), mask_of(keeps(2, 150), LOWEST), torch.randn(2, 1, 150, 150)))
+    assert "    low = tl.max(" in text_of(result)
+    for number in (-math.inf, LOWEST, -1e4):
+        other = mask_of(torch.rand(2, 1, 150, 150) < 0.7, number)
+        args = (*tensors(2, 150), mask_of(keeps(2, 150), LOWEST), other)
+        torch.testing.assert_close(result.module(*args), beside_another(*args), rtol=1e-4, atol=2e-6, equal_nan=True)
+
+
+def test_views_of_a_mask_that_the_model_makes():
+    """What `forward` hands to a module's kernel is a view of the mask that it is given."""
+    layer = nn.MultiheadAttention(32, 2, batch_first=True).eval()
+    x = torch.randn(2, 150, 32)
+    kwargs = {"attn_mask": torch.full((150, 150), -math.inf).triu(1), "need_weights": False}
+    assert "_map_kernel" in text_of(rewrite(layer, (x, x, x), kwargs))
+
+
+def test_a_mask_keeps_the_order_of_sums():
+    """Beside -1e9 a sum is rounded to multiples of 64, and rows that see nothing are what eager's order makes them."""
+    result = rewrite(beside_a_bias_first, (*tensors(2, 150), mask_of(keeps(2, 150), -math.inf)))
+    args = (*tensors(2, 150), mask_of(keeps(2, 150), -1e9))
+    torch.testing.assert_close(result.module(*args), beside_a_bias_first(*args), rtol=1e-4, atol=2e-6)
 
 
 def test_a_mask_that_is_subtracted_hides_nothing():

@@ -216,32 +216,37 @@ def conjuncts(predicate: Node) -> list[Node]:
 
 
 def split_mask(node: Node) -> tuple[Node, Node]:
-    """(predicate, value): `where(p, s, -inf)` and `s + where(p, 0, -inf)` → (p, s), through casts and sums; `s + mask` →
-    (mask != -inf, s + mask) where the mask is a tensor that had -inf when it was traced.
+    """(predicate, value): `where(p, s, -inf)` and `s + where(p, 0, -inf)` → (p, s), through casts, sums, rounding and
+    factors above 0; `s + mask` → (mask != -inf, s + mask) where the mask is a tensor that had -inf when it was traced.
     """
-    predicate, kept = TRUE, []
-    for term in as_terms(node):
+    terms, kept, predicate = as_terms(node), [], TRUE
+    for term in terms:
         p, value = _unmasked(term)
         predicate = apply("and", predicate, p)
         if not _is_zero(value):
             kept.append(Term(term.sign, value))
-    return (predicate, total(kept)) if predicate is not TRUE else (TRUE, node)
+    return predicate, node if predicate is TRUE or kept == terms else total(kept)
 
 
 def _unmasked(term: Term) -> tuple[Node, Node]:
     node = term.node
-    if term.sign > 0 and isinstance(node, Where):
-        if _is_minus_inf(node.other):
-            inner, value = split_mask(node.then)
-            return apply("and", node.predicate, inner), value
-        if _is_minus_inf(node.then):
-            inner, value = split_mask(node.other)
-            return apply("and", apply("not", node.predicate), inner), value
-    if term.sign > 0 and isinstance(node, Apply) and node.op == "round16":
-        inner, value = split_mask(node.args[0])
-        return inner, node if inner is TRUE else apply("round16", value)
-    if term.sign > 0 and isinstance(node, Load) and node.tensor.masks == -math.inf:
-        return apply("ne", node, const(-math.inf, node.dtype)), node
+    if term.sign < 0:
+        return TRUE, node
+    match node:
+        case Where(predicate=p, then=kept, other=low) if _is_minus_inf(low):
+            inner, value = split_mask(kept)
+            return apply("and", p, inner), value
+        case Where(predicate=p, then=low, other=kept) if _is_minus_inf(low):
+            inner, value = split_mask(kept)
+            return apply("and", apply("not", p), inner), value
+        case Load() if node.tensor.masks == -math.inf:
+            return apply("ne", node, const(-math.inf, node.dtype)), node
+        case Apply(op="round16", args=(inside,)):
+            p, value = split_mask(inside)
+            return p, node if value is inside else apply("round16", value)
+        case Apply(op="mul" | "div" as op, args=(inside, Const(value=factor) as by)) if 0 < factor < math.inf:
+            p, value = split_mask(inside)
+            return p, node if value is inside else apply(op, value, by)
     return TRUE, node
 
 

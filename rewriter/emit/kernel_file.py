@@ -124,6 +124,7 @@ class _KernelView:
             "boxes": self.boxes,
             "rows": rows,
             "maps": [m.values() for m in self.maps.values()],
+            "boxes_of": self._boxes_of(),
             "grows": plan.grows,
             "pipelines_cut": plan.pipelines_cut,
             "grid": [self.text(a.extent) for a in plan.grid],
@@ -138,12 +139,20 @@ class _KernelView:
             "numbers": self._numbers(),
             "tensors": [*self.pointers.values(), *(b.name for b in self.boxes), *self.outputs.values()],
             "passed": [*self.pointers.values(), *(b.seen for b in self.boxes), *self.outputs.values()],
-            "looked_at": [*self.pointers.values(), *map(_called, self.boxes), *self.outputs.values()],
             "boxed": [p for p, b in zip(places, self.boxes) if not b.flag],
             "pairs": [p for p, b in zip(places, self.boxes) if b.flag],
             "programs": self.programs("config", plan.grid),
             "few": self.few and self.few.values(),
         }
+
+    def _boxes_of(self) -> dict[str, str]:
+        """Tensors that it is passed as boxes alone, as maps read them: in the order of their own dimensions."""
+        found = {}
+        for box, passed in zip(self.writer.boxes, self.boxes):
+            own = tuple(sorted(range(len(box.order)), key=box.order.__getitem__))
+            moved = "" if passed.seen == self.tensors[box.tensor] else f".permute{own}"
+            found[self.tensors[box.tensor]] = f"{passed.name}{moved}"
+        return {name: text for name, text in found.items() if name not in self.pointers.values()}
 
     @property
     def helpers(self) -> set[str]:
@@ -434,11 +443,6 @@ class _FileView:
 
     def _first(self) -> Tensor:
         return next(iter(self.inputs))
-
-
-def _called(box: Descriptor) -> str:
-    """The tensor's own name where it is passed as it is: kernels that look at masks may read it, too."""
-    return box.seen if box.seen.isidentifier() else box.name
 
 
 def memory_order(value: torch.Tensor) -> list[int]:

@@ -30,7 +30,8 @@ ABSORBS = -1e30  # of such a number and less, scores below 1e22 change no digit,
 class Fill:
     """What a loop may leave out: where the `predicate` does not hold, exponents are numbers.
 
-    kept, filled: the definitions of a sweep where the predicate holds throughout a tile, and where it holds nowhere.
+    kept, filled: the definitions of a sweep where the predicate holds throughout a tile, and where it holds nowhere:
+    numbers, unless a tensor is added to them that may mask, too.
     `floors`: of each maximum, by its name, the number that it must exceed.
     """
 
@@ -56,7 +57,8 @@ def fill_of(definitions: tuple[Definition, ...], stream: Axis) -> Fill | None:
         floors = _floors(filled, stream)
         if stream in predicate.free and floors and all(f.value <= SMALL for f in floors.values()):
             kept = _replaced(definitions, {site: value for site, (_, value, _) in splits.items()})
-            return Fill(predicate, tuple(floors.items()), kept, filled)
+            is_known = not any(isinstance(site, Apply) and _has_tensors(site) for site in splits)
+            return Fill(predicate, tuple(floors.items()), kept, filled if is_known else definitions)
     return None
 
 
@@ -97,6 +99,16 @@ def _absorbed(total: Apply) -> tuple[Node, Node, Const] | None:
     if any(_may_be_low(n) for n in walk(*(t.node for t in terms if t is not term))):
         return None
     return predicate, _with(total, term.node, kept), number
+
+
+def _has_tensors(total: Apply) -> bool:
+    """Whether anything beside the fill is read from memory as it is: at a call it may be as low as the fill, or -inf."""
+    others = [t.node for t in as_terms(total) if not _low(without_cast(t.node))]
+    return any(map(_reads, others))
+
+
+def _reads(node: Node) -> bool:
+    return isinstance(node, Load) or not isinstance(node, Reduce) and any(map(_reads, node.children))
 
 
 def _low(term: Node) -> tuple[Node, Node, Const] | None:

@@ -179,7 +179,7 @@ def capture(
     held = tensors_of(traced_as)
     given = {name: leaf for name, leaf in zip(inputs, pytree.tree_leaves((args, kwargs))) if name}
     given |= {name: held[a.path] for name, a in attributes.items() if not a.is_parameter and a.path in held}
-    mark_masks((n, given[n.name]) for n in graph.nodes if n.op == "placeholder" and n.name in given)
+    mark_masks(graph, given)
     _refuse_mutation(program)
     return TracedModule(
         module,
