@@ -95,8 +95,7 @@ def test_a_kernel_that_is_right_for_whole_tiles_only_is_found(tmp_path, monkeypa
 
 
 def test_a_module_that_falls_back_is_no_success(package):
-    guard = "return changed or _unfit("
-    reason = package.failure("module.py", guard, "return 'of a whim' or _unfit(")
+    reason = package.failure("module.py", "return _unfit(", "return 'of a whim' or _unfit(")
     assert reason == "Model runs its original code: of a whim"
 
 
