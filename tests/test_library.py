@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -75,19 +76,42 @@ def scaled(q, k, v, scale=float("inf"), *, shift=(0.0, 1.0)):
     return torch.softmax((q @ k.mT).clamp(max=scale) * shift[1], -1) @ v
 
 
+def of_pairs(q, kv=None):
+    k, v = (q, q) if kv is None else kv
+    return torch.softmax(q @ k.mT, -1) @ v
+
+
+class Pair(NamedTuple):
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+def of_named(q, kv):
+    return torch.softmax(q @ kv[0].mT, -1) @ kv[1]
+
+
 Q, K, V = tensors(2, 9, 16)
 # A call to rewrite for, calls that run its kernel, and one that does not, with the cause.
 CALLS = {
     "keywords in another order": (attend, ((), {"v": V, "k": K, "q": Q}), [((Q,), {"k": K, "v": V})], None),
     "a list": (gathered, ((Q, K), {"values": [V, V]}), [], ((Q, K), {"values": [V]}, "len(options['values'])")),
     "more positions": (gathered, ((Q, K, V), {}), [], ((Q, K, V, V), {}, "len(tensors) is not 3")),
-    "more keywords": (gathered, ((Q, K, V), {}), [], ((Q, K, V), {"value": K}, "sorted(options) is not []")),
+    "more keywords": (gathered, ((Q, K, V), {}), [], ((Q, K, V), {"value": K}, "set(options) is not set()")),
     "other keywords": (
         gathered,
         ((Q, K, V), {"value": K}),
         [((Q, K, V), {"value": V})],
-        ((Q, K, V), {"values": [K]}, "sorted(options) is not ['value']"),
+        ((Q, K, V), {"values": [K]}, "set(options) is not {'value'}"),
     ),
+    "a pair": (of_pairs, ((Q, (K, V)), {}), [((Q, [K, V]), {})], ((Q,), {}, "kv is no list or tuple")),
+    "a named pair": (of_named, ((Q, Pair(K, V)), {}), [], ((Q, (K, V)), {}, "kv is no Pair")),
+    "keywords in a dict": (
+        lambda q, kv: of_pairs(q, kv and kv.values()),
+        ((Q, {"k": K, "v": V}), {}),
+        [],
+        ((Q, None), {}, "kv is no dict"),
+    ),
+    "a tensor for a number": (scaled, ((Q, K, V, 2.0), {}), [], ((Q, K, V, Q[..., :9]), {}, "scale is not 2.0")),
     "an infinite default": (scaled, ((Q, K, V), {}), [((Q, K, V, torch.inf), {})], ((Q, K, V, 0.5), {}, "scale")),
     "a tuple for a default": (
         scaled,
@@ -125,6 +149,16 @@ def test_names_of_functions_and_classes_do_not_clash_with_ours(name):
     for program in (function, kind().eval()):
         with said(kernels=1):
             close(rewrite(program, (Q, K, V)).module(Q, K, V), function(Q, K, V))
+
+
+def test_arguments_are_called_as_what_guards_read():
+    class Projected(torch.nn.Linear):
+        def forward(self, tensors, changed, own=None, q_shape=None):
+            return attend(super().forward(tensors), changed, own) + q_shape
+
+    module = Projected(16, 16).eval().requires_grad_(False)
+    with said(kernels=1):
+        close(rewrite(module, (Q, K, V, Q)).module(Q, K, V, Q), module(Q, K, V, Q))
 
 
 def test_another_function_is_refused(plain):

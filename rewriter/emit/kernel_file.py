@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -78,7 +79,7 @@ def emit_kernel(region: Region, plan: ChainPlan, source: Source) -> KernelFile:
     view = _FileView(plan, names, kernels, region, source)
     text = render("kernel.py.jinja", **view.values())
     inputs = tuple(view.inputs)
-    entries = tuple(e for k in view.written for e in k.entries())
+    entries = tuple(e for k in view.written for e in k.entries(view.innermost()))
     return KernelFile(plan.name, text, inputs, tuple(view.passed_sizes), plan, entries)
 
 
@@ -275,23 +276,27 @@ class _KernelView:
     def _sizes_of(self, box: Descriptor) -> str:
         return tuple_text([f'config["{s}"]' if s.startswith("BLOCK") else s for s in box.sizes])
 
-    def entries(self) -> list[Entry]:
+    def entries(self, innermost: Mapping[str, int]) -> list[Entry]:
         """Those of the maps, then its own."""
         of_maps = [k for m in self.maps.values() for k in m.kernels]
         signature = kernel_signature(
             self.pointers, self.boxes, self.writer.strides, self.plan.chain.outputs, self.outputs, self.sizes
         ) | {f"{name}_ptr": "*i32" for name in self._map_names()}
         signature = {name: kind for name, kind in signature.items() if name not in self.fixed}
-        likely = self._dense() | ({"ALIGN": 8} if self.plan.aligns else {}) | dict.fromkeys(sorted(self.fixed), 4)
+        likely = (
+            self._dense(innermost) | ({"ALIGN": 8} if self.plan.aligns else {}) | dict.fromkeys(sorted(self.fixed), 4)
+        )
         own = Entry(
             f"{self.plan.name}_kernel", self.config_name, signature, None, self._instead(), tuple(self.flags), likely
         )
         return [*(Entry(k.function, "", k.signature, k.values, self._instead()) for k in of_maps), own]
 
-    def _dense(self) -> dict[str, int]:
-        """Strides that are 1 where tensors lie as in the example, and outputs row by row."""
+    def _dense(self, innermost: Mapping[str, int]) -> dict[str, int]:
+        """Strides that are 1 where tensors lie as in the example; what is not in `innermost` lies row by row."""
         dense = {f"{name}.stride({tensor.lanes})" for tensor, name in self.pointers.items()}
-        dense |= {f"{self.outputs[o.name]}.stride({len(o.axes) - 1})" for o in self.plan.chain.outputs}
+        dense |= {
+            f"{self.outputs[o.name]}.stride({innermost.get(o.name, len(o.axes) - 1)})" for o in self.plan.chain.outputs
+        }
         return {stride: 1 for stride, text in self.writer.strides.items() if text in dense}
 
     def _instead(self) -> tuple[str, ...]:
@@ -330,7 +335,6 @@ class _FileView:
 
     def values(self) -> dict[str, object]:
         names = self.names
-        nodes = {o.name: n for o, n in zip(self.region.program.outputs, self.region.outputs)}
         kernels = [k.values() for k in self.kernels]
         return {
             "source": self.source,
@@ -358,7 +362,7 @@ class _FileView:
             "passed_sizes": [names.sizes.get(p, p.name) for p in self.passed_sizes],
             "seen": [(n, tuple_text([self.text(e) for e in t.shape])) for t, n in self.inputs.items() if t.given],
             "results": [self._result(t) for t in self.plan.results],
-            "outputs": [self._output(o, names.outputs[o.name], nodes[o.name]) for o in self.chain.outputs],
+            "outputs": [self._output(o, names.outputs[o.name], node) for o, node in self._written_as()],
             "reference": reference_of(self.region, names, self.known_sizes),
         }
 
@@ -428,11 +432,7 @@ class _FileView:
         """Shape and allocation; dimensions lie in memory as eager lays them out, so that a `.view` after it still
         works.
         """
-        extents = [self.text(a.extent) for a in output.axes]
-        order = memory_order(node.meta["val"])
-        if output.shape and order != sorted(order):
-            raise NotEmittable("what is written does not lie in memory as its rows do")
-        order = list(range(len(extents))) if output.shape else order
+        extents, order = [self.text(a.extent) for a in output.axes], _order(output, node)
         laid = tuple_text([extents[d] for d in order])
         made = allocated(self._first(), self.names, laid, output.dtype)
         if order != sorted(order):
@@ -441,8 +441,28 @@ class _FileView:
         view = f".view({shape})" if output.shape else ""
         return {"name": name, "shape": shape, "dtype": str(output.dtype), "made": made, "view": view}
 
+    def _written_as(self) -> list[tuple[Output, fx.Node]]:
+        """What is written, and what of the traced graph it is."""
+        nodes = {o.name: n for o, n in zip(self.region.program.outputs, self.region.outputs)}
+        return [(o, nodes[o.name]) for o in self.chain.outputs]
+
+    def innermost(self) -> dict[str, int]:
+        """By the names of outputs, the dimension along which they are dense."""
+        orders = {o.name: _order(o, node) for o, node in self._written_as()}
+        return {name: order[-1] for name, order in orders.items() if order}
+
     def _first(self) -> Tensor:
         return next(iter(self.inputs))
+
+
+def _order(output: Output, node: fx.Node) -> list[int]:
+    """The axes of an output from the outermost to the innermost in memory, where eager has them."""
+    order = memory_order(node.meta["val"])
+    if not output.shape:
+        return order
+    if order != sorted(order):
+        raise NotEmittable("what is written does not lie in memory as its rows do")
+    return list(range(len(output.axes)))
 
 
 def memory_order(value: torch.Tensor) -> list[int]:

@@ -29,7 +29,7 @@ class Guard:
 
 def guards_of(traced: TracedModule, signature: Signature, sizes: Sizes) -> tuple[Guard, ...]:
     """Arguments, training mode, missing attributes, dtypes, ranks and sizes that tracing assumed."""
-    out = [Guard(_same(text, value), f"{text} is not {value!r}") for text, value in signature.constants]
+    out = [Guard(*condition) for condition in signature.conditions]
     if isinstance(traced.module, nn.Module):
         training = traced.module.training
         out.append(Guard(f"self.training is {training}", f"the module is {'not ' if training else ''}in training mode"))
@@ -72,10 +72,6 @@ def _autocast(traced: TracedModule, signature: Signature) -> list[Guard]:
                 Guard(f'{text}.device.type {relation} "{device}"', f"it autocasts on {device} and was traced on {here}")
             )
     return out
-
-
-def _same(text: str, value: object) -> str:
-    return f"{text} is {value!r}" if value is None or isinstance(value, bool) else f"{text} == {value!r}"
 
 
 def _tensor_guards(value: torch.Tensor, text: str, shape: str) -> list[Guard]:

@@ -14,7 +14,7 @@ def is_plain(value: Any) -> bool:
     """Whether `literal` can write the value, and `==` compares it."""
     if type(value) is dict:
         return all(map(is_plain, [*value.keys(), *value.values()]))
-    if type(value) in (list, tuple):
+    if type(value) in (list, tuple, set):
         return all(map(is_plain, value))
     return type(value) in PLAIN and value == value
 
@@ -29,6 +29,8 @@ def literal(value: Any) -> str:
         return "{" + ", ".join(f"{literal(k)}: {literal(v)}" for k, v in value.items()) + "}"
     if type(value) is list:
         return f"[{', '.join(map(literal, value))}]"
+    if type(value) is set:
+        return f"{{{', '.join(sorted(map(literal, value)))}}}" if value else "set()"
     if type(value) is tuple:
         return f"({', '.join(map(literal, value))}{',' * (len(value) == 1)})"
     return repr(value)

@@ -20,13 +20,13 @@ _VARIADIC = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 
 @dataclass(frozen=True)
 class Signature:
-    """`text` is the parameter list; `leaves` maps placeholders to expressions; `constants` are expressions that must
-    not change.
+    """`text` is the parameter list; `leaves` maps placeholders to expressions; `conditions` hold of calls alike: a
+    condition that may need those before it, and what is said where it does not hold.
     """
 
     text: str
     leaves: dict[str, str]
-    constants: tuple[tuple[str, Any], ...]
+    conditions: tuple[tuple[str, str], ...]
     forwarded: str
 
 
@@ -40,9 +40,9 @@ def signature_of(traced: TracedModule) -> Signature:
     if len(paths) != len(leaves):
         raise RewriteError("arguments that are not passed by name or position")
     tensors = {name: text for name, (text, _) in zip(traced.inputs, paths) if name}
-    constants = [*_shapes(signature, bound), *((text, leaf) for text, leaf in paths if not torch.is_tensor(leaf))]
-    written = tuple((text, _written(text, value)) for text, value in constants)
-    return Signature(_parameters(signature), tensors, written, _forwarded(signature))
+    values = [_unchanged(text, leaf) for text, leaf in paths if not torch.is_tensor(leaf)]
+    conditions = (*_shapes(signature, bound), *values)
+    return Signature(_parameters(signature), tensors, conditions, _forwarded(signature))
 
 
 def _leaves(text: str, value: Any) -> list[tuple[str, Any]]:
@@ -50,36 +50,54 @@ def _leaves(text: str, value: Any) -> list[tuple[str, Any]]:
     return [(text + pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(value)[0]]
 
 
-def _shapes(signature: inspect.Signature, bound: inspect.BoundArguments) -> list[tuple[str, Any]]:
+def _shapes(signature: inspect.Signature, bound: inspect.BoundArguments) -> list[tuple[str, str]]:
     """What must be true of arguments beside their leaves: how many there are, and those left at their default."""
     given = set(bound.arguments)
     bound.apply_defaults()
-    out: list[tuple[str, Any]] = []
+    out: list[tuple[str, str]] = []
     for name, value in bound.arguments.items():
-        if name in given or signature.parameters[name].kind in _VARIADIC:
+        if signature.parameters[name].kind in _VARIADIC:
+            out += _contents(name, value)
+        elif name in given:
             out += _containers(name, value)
         else:
-            out.append((name, value))
+            out.append(_unchanged(name, value))
     return out
 
 
-def _containers(text: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """`len(kv)`, `sorted(options)`: another number of tensors would be another program."""
+def _containers(text: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Of lists, dicts and the like that hold leaves: that they are such, and what they hold."""
+    if pytree.tree_is_leaf(value):
+        return
+    if type(value) in (list, tuple):
+        yield f"isinstance({text}, (list, tuple))", f"{text} is no list or tuple"
+    elif isinstance(value, dict):
+        yield f"isinstance({text}, dict)", f"{text} is no dict"
+    else:
+        kind = type(value).__qualname__
+        yield f"type({text}).__qualname__ == {kind!r}", f"{text} is no {kind}"
+    yield from _contents(text, value)
+
+
+def _contents(text: str, value: Any) -> Iterator[tuple[str, str]]:
+    """`len(kv)`, `set(options)`: another number of tensors would be another program."""
     if isinstance(value, dict):
-        yield f"sorted({text})", sorted(value)
-        for key, item in value.items():
-            yield from _containers(f"{text}[{key!r}]", item)
+        yield _unchanged(f"set({text})", set(value))
     elif isinstance(value, (list, tuple)):
-        yield f"len({text})", len(value)
-        for k, item in enumerate(value):
-            yield from _containers(f"{text}[{k}]", item)
+        yield f"len({text}) == {len(value)}", f"len({text}) is not {len(value)}"
+    for path, item in pytree.tree_flatten_with_path(value, is_leaf=lambda held: held is not value)[0]:
+        yield from _containers(text + pytree.keystr(path), item)
 
 
-def _written(text: str, value: Any) -> Any:
-    """A value whose repr can be read back. Raises RewriteError where there is none."""
+def _unchanged(text: str, value: Any) -> tuple[str, str]:
+    """That it has the value. Raises RewriteError where the value's repr can't be read back."""
     if not is_plain(value):
         raise RewriteError(f"{text} is a {type(value).__name__}, which a later call's can't be compared with")
-    return value if repr(value) == literal(value) else Text(literal(value))
+    written = literal(value)
+    if value is None or isinstance(value, bool):
+        return f"{text} is {written}", f"{text} is not {written}"
+    no_tensor = f"not isinstance({text}, torch.Tensor) and " if isinstance(value, (int, float)) else ""
+    return f"{no_tensor}{text} == {written}", f"{text} is not {written}"
 
 
 def _parameters(signature: inspect.Signature) -> str:
