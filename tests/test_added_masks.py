@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from library_programs import said
 from test_sparsity import at
-from zoo_checks import held_tensors
 from torch import nn
+from zoo_checks import held_tensors
 
 from rewriter import rewrite
 from rewriter.trace.masks import masking_number
