@@ -130,3 +130,25 @@ def test_the_first_is_taken_where_the_gpu_is_idle_or_nothing_is_to_be_measured(
 ):
     monkeypatch.setenv("FLASHLIGHT_TUNE", wanted)
     assert chosen(file, programs) == 16 and not gpu
+
+
+def test_parts_lie_in_one_allocation():
+    spec = importlib.util.spec_from_file_location("launched_parts", GOLDEN.with_name("grouped_decode.py"))
+    file = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(file)
+    pieces = file.Pieces(((3, 5), torch.float32), ((2,), torch.int32), ((4, 2), torch.float32))
+    kernel = Kernel()
+    launch = file.Launch(kernel, CONFIGS[0], 7, lambda *tensors: [s for t in tensors for s in t.stride()])
+    for _ in range(2):
+        given = pieces(torch.zeros(1, dtype=torch.float16))
+        launch(*given)
+        at = [t.data_ptr() - given[0].data_ptr() for t in given]
+        assert at == [0, 64, 80] and len({t.allocated.data_ptr() for t in given}) == 1
+    first, second = (launched[1:4] for launched in kernel.launches)
+    assert [(t.shape, t.dtype) for t in first] == [
+        ((3, 5), torch.float32),
+        ((2,), torch.int32),
+        ((4, 2), torch.float32),
+    ]
+    assert second == tuple(t.data_ptr() for t in given)
+    assert kernel.launches[0][4:] == kernel.launches[1][4:] == (5, 1, 1, 2, 1, 16, 32)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from rewriter.emit.names import Names, size_text
-from rewriter.emit.shapes import kept
-from rewriter.ir import Axis, Const, Node, Param
+from rewriter.emit.shapes import tuple_text
+from rewriter.ir import Axis, Const, Node, Param, Tensor
 from rewriter.ir.printer import show
 from rewriter.plan import KernelPlan
 from rewriter.trace.sizes import renamed
@@ -25,7 +25,6 @@ class FewView:
 
     def values(self) -> dict[str, Any]:
         few = self.plan.few
-        beside = next(iter(self.names.tensors))
         part, merge, *_ = self.kernels
         return {
             "config_name": self.config_name,
@@ -39,10 +38,15 @@ class FewView:
             "sizes": [(name, self._computed(size)) for size, name in self._own_sizes().items()],
             "splits": self.names.sizes[few.axis.extent],
             "most": f'{merge.config_name}[0]["BLOCK_{self.names.axes[few.axis].upper()}"]',
-            "states": [kept(t, self.names, beside) for t in (*few.states, *few.results)],
+            "states": [self._piece(t) for t in (*few.states, *few.results)],
+            "beside": self.names.tensors[next(iter(self.names.tensors))],
             "tiles": part.programs(f"{part.config_name}[0]", few.part.grid[:-1]),
             "kernels": [k.values() for k in self.kernels],
         }
+
+    def _piece(self, tensor: Tensor) -> dict[str, str]:
+        shape = tuple_text([size_text(e, self.names) for e in tensor.shape])
+        return {"name": self.names.tensors[tensor], "shape": shape, "dtype": str(tensor.dtype)}
 
     def _extent(self, axis: Axis) -> str:
         text = size_text(axis.extent, self.names)

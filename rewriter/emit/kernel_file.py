@@ -356,6 +356,7 @@ class _FileView:
             "has_boxes": any(k.boxes for k in self.written),
             "has_pairs": any(b.flag for k in self.written for b in k.boxes),
             "has_maps": any(k.maps for k in self.written),
+            "has_parts": any(k.few for k in self.written),
             "tunes": any(k.plan.others for k in self.written),
             "arguments": self._arguments(),
             "sizes": [(names.sizes[p], e) for p, e in self.known_sizes.items()],

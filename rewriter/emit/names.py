@@ -18,13 +18,13 @@ from rewriter.trace.sizes import renamed
 # What every emitted file says by itself, in kernels and around them.
 _RESERVED = set(dir(builtins)) | set(
     "tl triton torch math hashlib Path pid blocks rest start full m_new M N LOG2E ON_NVIDIA NEG_INF POS_INF LOWEST align"
-    " few wanted SPLITS launch config milliseconds json os Launch Fastest Boxes lies_in_rows laid_out lists"
+    " few wanted SPLITS launch config milliseconds json os Launch Fastest Boxes Piece Pieces dense lies_in_rows laid_out lists"
     " prepared PREPARED go alike lying has_tma TMA ALIGN TILES"
     " TensorDescriptor functools reference LIBRARY OP UNDERFLOW"
     " turn tile tiles some every none flag flags wholes cuts whole_at cut_at low beyond left_out left_out_at".split()
 )
 _MADE = re.compile(
-    r"(stride|offs|start|BLOCK|BOXED|write|launch)_|CONFIGS|.*_(ptr|new|kernel|boxes|numbers|by|few)$"
+    r"(stride|offs|start|BLOCK|BOXED|write|launch)_|CONFIGS|.*_(ptr|new|kernel|boxes|numbers|by|few|pieces)$"
 )  # made of names of tensors, axes and state
 
 

@@ -21,6 +21,7 @@ Regenerate: flashlight-rewrite golden_programs.py
 import functools
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -507,6 +508,34 @@ class Boxes(TensorDescriptor):
         pass
 
 
+class Piece:
+    """A tensor within an allocation, of which launches take the address; the first one takes it whole."""
+
+    def __init__(self, allocated, start, shape, dtype):
+        self.allocated, self.start, self.shape, self.dtype = allocated, start, shape, dtype
+
+    def data_ptr(self):
+        return self.allocated.data_ptr() + self.start
+
+    def whole(self):
+        size = math.prod(self.shape) * self.dtype.itemsize
+        return self.allocated[self.start : self.start + size].view(self.dtype).view(self.shape)
+
+
+class Pieces:
+    """Tensors in one allocation, given shapes and dtypes: allocating each takes as long as a launch."""
+
+    def __init__(self, *pieces):
+        self.pieces, self.size = [], 0
+        for shape, dtype in pieces:
+            self.pieces.append((self.size, shape, dtype))
+            self.size += triton.cdiv(math.prod(shape) * dtype.itemsize, 16) * 16
+
+    def __call__(self, beside):
+        allocated = beside.new_empty(self.size, dtype=torch.uint8)
+        return [Piece(allocated, *piece) for piece in self.pieces]
+
+
 class Launch:
     """Launches a kernel by one config for tensors that lie alike: strides, and what Triton compiles, are settled by
     the first ones. Triton itself would look at all arguments each time.
@@ -535,6 +564,7 @@ class Launch:
 
     def first(self, tensors):
         """Settles what the others need, and launches it."""
+        tensors = [t.whole() if isinstance(t, Piece) else t for t in tensors]
         self.copied = [place for place in self.boxes if not lies_in_rows(tensors[place])]
         for place in self.copied:
             tensors[place] = dense(tensors[place])
@@ -665,6 +695,11 @@ def prepared(query, key, value):
         tiles = triton.cdiv(R, CONFIGS_PART[0]["BLOCK_R"]) * (B) * (S14)
         wanted = FEW["programs"] // tiles or FEW["waves"] // tiles
         SPLITS = max(1, min(wanted, triton.cdiv(N, FEW["least"]), CONFIGS_MERGE[0]["BLOCK_PART"]))
+        grouped_decode_pieces = Pieces(
+            ((SPLITS, B, S14, R), torch.float32),
+            ((SPLITS, B, S14, R), torch.float32),
+            ((SPLITS, B, S14, R, 64), torch.float32),
+        )
 
         def grouped_decode_part_numbers(query, key, value, part_max, part_sum, part_acc):
             return (
@@ -753,9 +788,7 @@ def prepared(query, key, value):
     def go(query, key, value):
         out = query.new_empty((B, H, M, 64))
         if grouped_decode_few:
-            part_max = query.new_empty((SPLITS, B, S14, R), dtype=torch.float32)
-            part_sum = query.new_empty((SPLITS, B, S14, R), dtype=torch.float32)
-            part_acc = query.new_empty((SPLITS, B, S14, R, 64), dtype=torch.float32)
+            part_max, part_sum, part_acc = grouped_decode_pieces(query)
             launch_grouped_decode_part(query, key, value, part_max, part_sum, part_acc)
             launch_grouped_decode_merge(part_max, part_sum, part_acc, out)
         else:
