@@ -21,6 +21,7 @@ from torch import fx, nn
 from rewriter.derive import Chain, NotDerivable, derive
 from rewriter.emit import KernelFile, NotEmittable, Source, emit_kernel
 from rewriter.emit.names import Names
+from rewriter.emit.render import helper_names
 from rewriter.errors import Reason, Site
 from rewriter.ir import Axis, Tensor
 from rewriter.ir.printer import show_output, show_program
@@ -356,12 +357,13 @@ _OWN_NAMES = {
     "torch",
 }
 _OWN_NAMES |= {"forward_ad", "triton", "warnings"}
-_OWN_NAMES |= {"has_tma", "json", "laid_out", "lies_in_rows", "lying", "milliseconds", "os", "prepared"}
+_OWN_NAMES |= {"dense", "has_tma", "json", "laid_out", "lies_in_rows", "lying", "milliseconds", "os", "prepared"}
 
 
 def _is_free(name: str) -> bool:
     """Whether a kernel may have the name."""
-    return name.isidentifier() and not (name in _OWN_NAMES or keyword.iskeyword(name) or hasattr(builtins, name))
+    is_taken = name in _OWN_NAMES or name in helper_names() or keyword.iskeyword(name) or hasattr(builtins, name)
+    return name.isidentifier() and not is_taken
 
 
 def _show_chain(chain: Chain, letters: dict[Axis, str]) -> str:

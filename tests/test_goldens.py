@@ -5,6 +5,7 @@ After a change of the emitter: `scripts/test tests/test_goldens.py --update-gold
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib.util
 import random
@@ -18,6 +19,7 @@ from golden_programs import GOLDENS
 
 from rewriter.api import rewrite
 from rewriter.check.numerics import compare, run_float64
+from rewriter.pipeline import _is_free
 
 FOLDER = Path(__file__).parent / "goldens"
 LARGEST = {"B": 3, "H": 3}  # a length may be up to 70: more than one tile, and none full
@@ -31,6 +33,16 @@ def emitted(name: str, folder: Path) -> str:
     sources = rewrite(model, golden.arguments(), out=folder).sources
     assert [file for file in sources if file.startswith("kernels/") and "__" not in file] == [f"kernels/{name}.py"]
     return sources[f"kernels/{name}.py"]
+
+
+@every_golden
+def test_a_kernel_is_called_otherwise_than_what_its_file_defines(name):
+    """Its op is the last function of the file: one of another's name would take that one's place."""
+    tree = ast.parse((FOLDER / f"{name}.py").read_text())
+    *others, own = [n.name for n in tree.body if isinstance(n, ast.FunctionDef)]
+    imported = [a.asname or a.name for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names]
+    mine = [n for n in others if not n.startswith(("_", f"{own}_"))]
+    assert own == name and not any(map(_is_free, [n for n in (*mine, *imported) if n.islower()]))
 
 
 @every_golden

@@ -221,9 +221,19 @@ def lying(q, k, v):
     return (q @ k.mT).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("program", [prepared, lying], ids=lambda program: program.__name__)
+def dense(q, k, v):
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def tanh(q, k, v):
+    return torch.tanh(q @ k.mT).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("program", [prepared, lying, dense, tanh], ids=lambda program: program.__name__)
 def test_names_of_functions(program):
     assert_right(fused(program, qkv(7, 9)), program, qkv(7, 9))
+    args = [t.half()[..., 1:] for t in (r(2, n, 17) for n in (7, 9, 9))]  # rows that boxes can't be loaded of
+    assert_right(fused(program, args), program, args, dtype=torch.float16)
 
 
 def test_an_argument_that_hides_what_the_new_forward_calls():

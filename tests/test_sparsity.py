@@ -259,3 +259,19 @@ def test_weights_are_written_where_a_mask_leaves_nothing_too():
             found = result.module(*args)
     for got, wanted in zip(found, shown(*args), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=2e-6)
+
+
+def apart(q, k, v):
+    """A band whose ends lie anywhere in a tile: as far from the rows as the stream is longer than they are."""
+    rows = torch.arange(q.shape[2], device=q.device)[:, None] + (k.shape[2] - q.shape[2])
+    columns = torch.arange(k.shape[2], device=q.device)[None, :]
+    return masked(q, k, v, (columns <= rows) & (rows - columns < 70))
+
+
+def test_ends_are_exact_wherever_in_a_tile_they_lie():
+    torch.manual_seed(0)
+    result = rewrite(apart, [torch.randn(1, 2, n, 16) for n in (130, 150, 150)])
+    for beyond in (0, 1, 5, 6, 7, 31, 32, 33, 63, 64, 65):
+        args = [torch.randn(1, 2, n, 16) for n in (130, 130 + beyond, 130 + beyond)]
+        with said(kernels=1):
+            torch.testing.assert_close(result.module(*args), apart(*args), rtol=1e-4, atol=2e-6)

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import nn
 from zoo import Program, programs
-from zoo_checks import at_dtype, built, check_at, unformatted
+from zoo_checks import at_dtype, built, check_at, held_tensors, unformatted
 
 from rewriter.api import Rewrite, import_package
 from rewriter.check import compile as check_compile
 from rewriter.check.compile import TARGETS, CompileRequest, CompileResult
 from rewriter.check.launches import Launch, record
 from rewriter.check.run import compile_request
-from rewriter.emit import KernelFile
 from rewriter.command import package_files
+from rewriter.emit import KernelFile
 from rewriter.hosts import rewrite_model
 
 FUSED = [p for p in programs() if p.fused]
@@ -59,6 +59,7 @@ def rewritten(program: Program, model: Any, folder: Path, dtype: torch.dtype | N
     result = rewrite_model(model, args, {}, title=f"Kernels of {folder.name}.")
     assert result.hosts, result.unfused
     sources = package_files(result, program.name)
+    assert not held_tensors(sources)
     for name, text in sources.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)

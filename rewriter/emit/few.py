@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rewriter.emit.names import Names, size_text
-from rewriter.emit.shapes import tuple_text
+from rewriter.emit.shapes import shape_text
 from rewriter.ir import Axis, Const, Node, Param, Tensor
 from rewriter.ir.printer import show
 from rewriter.plan import KernelPlan
@@ -39,14 +39,14 @@ class FewView:
             "splits": self.names.sizes[few.axis.extent],
             "most": f'{merge.config_name}[0]["BLOCK_{self.names.axes[few.axis].upper()}"]',
             "states": [self._piece(t) for t in (*few.states, *few.results)],
-            "beside": self.names.tensors[next(iter(self.names.tensors))],
+            "beside": next(iter(self.names.tensors.values())),
             "tiles": part.programs(f"{part.config_name}[0]", few.part.grid[:-1]),
             "kernels": [k.values() for k in self.kernels],
         }
 
     def _piece(self, tensor: Tensor) -> dict[str, str]:
-        shape = tuple_text([size_text(e, self.names) for e in tensor.shape])
-        return {"name": self.names.tensors[tensor], "shape": shape, "dtype": str(tensor.dtype)}
+        name, shape = self.names.tensors[tensor], shape_text(tensor, self.names)
+        return {"name": name, "shape": shape, "dtype": str(tensor.dtype)}
 
     def _extent(self, axis: Axis) -> str:
         text = size_text(axis.extent, self.names)

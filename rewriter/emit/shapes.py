@@ -31,8 +31,12 @@ def strides_text(strides: dict[str, str], aligned: AbstractSet[str]) -> list[str
 
 def kept(tensor: Tensor, names: Names, beside: Tensor) -> dict[str, str]:
     """A tensor that one kernel writes for another, on the device of that `beside`."""
-    shape = tuple_text([size_text(e, names) for e in tensor.shape])
-    return {"name": names.tensors[tensor], "made": allocated(beside, names, shape, tensor.dtype)}
+    made = allocated(beside, names, shape_text(tensor, names), tensor.dtype)
+    return {"name": names.tensors[tensor], "made": made}
+
+
+def shape_text(tensor: Tensor, names: Names) -> str:
+    return tuple_text([size_text(e, names) for e in tensor.shape])
 
 
 def allocated(beside: Tensor, names: Names, shape: str, dtype: torch.dtype) -> str:

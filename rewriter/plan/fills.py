@@ -114,14 +114,18 @@ def _reads(node: Node) -> bool:
 def _low(term: Node) -> tuple[Node, Node, Const] | None:
     """where(p, t, f)  →  p, t, f where f absorbs scores;  mask  →  mask != f, mask, f where it held such an f"""
     match term:
-        case Load(tensor=Tensor(masks=float() as low)) if ABSORBS >= low > -math.inf:
+        case Load(tensor=Tensor(masks=float() as low)) if _absorbs(low):
             number = const(low, term.dtype)
             return apply("ne", term, number), term, number
-        case Where(predicate=p, then=kept, other=Const(value=low) as number) if ABSORBS >= low > -math.inf:
+        case Where(predicate=p, then=kept, other=Const(value=low) as number) if _absorbs(low):
             return p, kept, number
-        case Where(predicate=p, then=Const(value=low) as number, other=kept) if ABSORBS >= low > -math.inf:
+        case Where(predicate=p, then=Const(value=low) as number, other=kept) if _absorbs(low):
             return apply("not", p), kept, number
     return None
+
+
+def _absorbs(number: float) -> bool:
+    return ABSORBS >= number > -math.inf
 
 
 def _may_be_low(node: Node) -> bool:
