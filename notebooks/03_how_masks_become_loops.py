@@ -255,11 +255,11 @@ assert (by_map >= by_looking.clamp(max=1)).all()
 
 
 # %%
-def dense(q, k, v, keep):
+def of_patches(q, k, v, keep):
     return masked(q, k, v, keep)
 
 
-by_map, by_looking = listed(dense, (q, k, v, patches[None, None])), tiles_of(patches)
+by_map, by_looking = listed(of_patches, (q, k, v, patches[None, None])), tiles_of(patches)
 print_beside(listed=picture(by_map), looked_at=picture(by_looking))
 assert torch.equal(by_map, by_looking)
 
