@@ -30,12 +30,12 @@ SCALES = {"kv_heads": 4, "window": 256, "chunk": 256, "prefix": 256, "cap": 30.0
 OPTIONS = {
     "combo_gemma2": {"head_dim": 128},
     "multi_query_einsum": {"kv_heads": 1},
-    "mla_absorbed": {"kv_rank": 256},  # the latent is a head dim here
     "sliding_both_sides_sdpa": {"window": 128},
     "dilated_remainder": {"window": 8},  # as `dilated_offsets`, whose predicate grows with it
     "dilated_offsets": {"window": 8},
     "cosine_swin_v2": {"window": 16},
     "swin_window": {"window": 7},
+    "vanilla_image_block": {"dim": 512},
     "swin_shifted_block": {"side": 56, "window": 7},
 }
 SIZES = {  # where batch x S x S is not the size of the program: no batch, one head, fixed or unequal lengths
@@ -151,12 +151,12 @@ def eager_mib(module, args: list, setup: Setup) -> float | None:
 
 def made(program: Program, sizes: Sizes, dtype: torch.dtype, setup: Setup):
     """The module (or function) and its arguments, on the device."""
-    options = {"max_len": max(4096, setup.seq)}
+    options = {"dim": setup.dim, "heads": setup.heads, "max_len": max(4096, setup.seq)}
     if not setup.dry:
         names = inspect.getclosurevars(program.build).nonlocals["signature"].parameters
         options |= {k: v for k, v in SCALES.items() if k in names} | OPTIONS.get(program.name, {})
     with torch.device(setup.device):  # drawing on the GPU saves a second a program
-        module = program.build(setup.dim, setup.heads, **options)
+        module = program.build(**options)
         generator = torch.Generator(setup.device).manual_seed(1)
         args = program.inputs(sizes, module, generator)
     if isinstance(module, nn.Module):

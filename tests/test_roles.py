@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from rewriter import rewrite
+from rewriter.ir import Const
 from rewriter.pipeline import rewrite_module
 from rewriter.plan import KernelPlan
 from rewriter.plan.parts import _settled
@@ -71,3 +72,46 @@ def test_a_moment_keeps_its_exponent_where_an_earlier_kernel_has_the_maximum():
     (moment,) = (d for d in fused.chain.definitions if d.shift and d.shift.mass)
     settled = _settled(moment, set())
     assert settled.shift is None and len(settled.rest) == len(moment.rest) + 2
+
+
+def attention(q, k, v):
+    return torch.softmax(q @ k.mT, -1) @ v
+
+
+def test_wide_features_are_in_parts():
+    """Programs have a part each: of queries and values wider than a tile, and of few rows, too."""
+    wide = r(2, 33, 320), r(2, 70, 320), r(2, 70, 512)
+    (kernel,) = kernels(attention, *wide)
+    assert [int(f.extent.value) for f in kernel.features] == [256]
+    assert [int(a.extent.value) for a in kernel.grid if isinstance(a.extent, Const)] == [2]
+    result = rewrite(attention, wide)
+    for inputs in wide, (r(3, 1, 320), r(3, 300, 320), r(3, 300, 512)):
+        wanted, own = attention(*(x.double() for x in inputs)), attention(*inputs)
+        assert (result.module(*inputs) - wanted).norm() <= 2 * (own - wanted).norm()
+
+
+def test_wide_features_of_one_query_are_in_parts():
+    inputs = r(2, 1, 64), r(2, 600, 64), r(2, 600, 384)
+    result = rewrite(attention, inputs)
+    assert "_part_kernel" in result.sources["kernels/attention.py"]
+    wanted, own = attention(*(x.double() for x in inputs)), attention(*inputs)
+    assert (result.module(*inputs) - wanted).norm() <= 2 * (own - wanted).norm()
+
+
+def beside_all_features(q, k, v):
+    out = attention(q, k, v)
+    return out * out.square().mean(-1, keepdim=True).rsqrt()
+
+
+def test_what_reads_all_features_reads_those_of_all_parts():
+    inputs = r(2, 33, 16), r(2, 70, 16), r(2, 70, 512)
+    result = rewrite(beside_all_features, inputs)
+    assert result.report["chains"]
+    wanted, own = beside_all_features(*(x.double() for x in inputs)), beside_all_features(*inputs)
+    assert (result.module(*inputs) - wanted).norm() <= 2 * (own - wanted).norm()
+
+
+def test_wide_features_without_parts_are_reported():
+    report = rewrite(attention, (r(2, 33, 16), r(2, 70, 16), r(2, 70, 257))).report
+    assert not report["chains"]
+    assert "257" in report["unfused"][0]["reason"]

@@ -45,7 +45,7 @@ class _Shared:
 
 
 @dataclass(frozen=True)
-class _Move:
+class Move:
     """Axes replaced by others: `new` in their place, by the positions `by`; `which` is the position of a group."""
 
     new: dict[Axis, tuple[Axis, ...]]
@@ -128,15 +128,15 @@ def _are_all(axis: Axis, size: Node, groups: Node) -> bool:
     return made == to_poly(axis.extent) or size is apply("floordiv", axis.extent, groups)
 
 
-def _move(shared: _Shared, inner: Axis, at: Node) -> _Move:
+def _move(shared: _Shared, inner: Axis, at: Node) -> Move:
     """The shared axis as its groups, and `at` in each of them, which is along `inner`."""
     old, size = shared.axis, shared.size
     if shared.groups is None:
-        return _Move({old: (inner,)}, {old: at}, {})
+        return Move({old: (inner,)}, {old: at}, {})
     group = fresh_axis(shared.groups, "g")
     which = Apply("floordiv", (index(old), size), torch.int64)
     position = apply("add", apply("mul", index(group), size), at)
-    return _Move({old: (group, inner)}, {old: position}, {which: index(group)})
+    return Move({old: (group, inner)}, {old: position}, {which: index(group)})
 
 
 def _fold(plan: KernelPlan, shared: _Shared) -> KernelPlan:
@@ -145,10 +145,10 @@ def _fold(plan: KernelPlan, shared: _Shared) -> KernelPlan:
     move = _move(shared, rows, apply("mod", index(rows), shared.size))
     by = {**move.by, row: apply("floordiv", index(rows), shared.size)}
     new = {shared.axis: tuple(a for a in move.new[shared.axis] if a is not rows), row: (rows,)}
-    return _moved(plan, _Move(new, by, move.which), rows)
+    return _moved(plan, Move(new, by, move.which), rows)
 
 
-def _moved(plan: KernelPlan, move: _Move, rows: Axis) -> KernelPlan:
+def _moved(plan: KernelPlan, move: Move, rows: Axis) -> KernelPlan:
     """The same kernel over other axes."""
     chain, grid = move.chain(plan.chain), move.axes(plan.grid)
 

@@ -31,10 +31,11 @@ from rewriter.plan.parts import (
     is_deep,
     parts_of,
 )
-from rewriter.plan.roles import MAX_FEATURE, can_be_whole, inner_reductions, lone_rows, tile_rows
+from rewriter.plan.roles import can_be_whole, inner_reductions, lone_rows, tile_rows
 from rewriter.plan.tape import tapes_of
 from rewriter.plan.tiles import configs, contenders
 from rewriter.plan.unroll import unrolled
+from rewriter.plan.wide import MAX_FEATURE, in_parts
 from rewriter.sparsity import Support
 
 
@@ -56,14 +57,14 @@ def plan(chain: Chain, name: str, example: Mapping[Param, int] = MappingProxyTyp
     Sizes are settled for the plain structure; what else is considered needs no other. `example`: those of the call
     that was traced, which tell what is few.
     """
-    chain = merged(chain)
+    chain, was = in_parts(merged(chain))
     parts = parts_of(chain)
-    plain = Structure(chain, name, parts)
+    plain = Structure(chain, name, parts, was)
     free = _to_be_fixed(chain).union(_few_per_value(plain, example), _sizes_of_sums(plain))
     free = free.union(*(_sizes_kept_whole(r) for r in plain.roles))
     if free:
         raise NeedsFixed(free)
-    structures = [*_grouped(plain), plain, *_apart(chain, name, parts), *_deep_apart(plain)]
+    structures = [*_grouped(plain), plain, *_apart(plain), *_deep_apart(plain)]
     nominal = Nominal(chain, [a for r in plain.roles for a in r.rows])
     ranked = choose([s.options(nominal) for s in structures])
     kernels = tuple(unrolled(k, example) for k in ranked[0].kernels)
@@ -79,15 +80,16 @@ def _others(kernel: KernelPlan, nominal: Nominal) -> tuple[Config, ...]:
     return tuple(c for c, cost in costs.items() if c != kernel.config and cost.held.may_fit)
 
 
-def _apart(chain: Chain, name: str, parts: list[Part]) -> list[Structure]:
+def _apart(plain: Structure) -> list[Structure]:
     """What is independent in kernels of its own, where that may be faster. Of fp32 operands it is not considered: what
     would speak for it is spilling, and estimates of that say little about the time of products element by element.
     """
-    groups = independent_groups(chain, parts)
-    are_apart = len(set(groups.values())) == len({groups[p.definitions[0].name] for p in parts if p.definitions})
+    chain = plain.chain
+    groups = independent_groups(chain, plain.parts)
+    are_apart = len(set(groups.values())) == len({groups[p.definitions[0].name] for p in plain.parts if p.definitions})
     if are_apart or _operand_dtype(chain, ()) is torch.float32:
         return []
-    return [Structure(chain, name, parts_of(chain, groups))]
+    return [plain.by(groups)]
 
 
 def _deep_apart(plain: Structure) -> list[Structure]:
@@ -96,7 +98,7 @@ def _deep_apart(plain: Structure) -> list[Structure]:
     """
     rows = frozenset().union(*(r.rows for r in plain.roles if len(r.rows) == 1))
     groups = deep_groups(plain.chain, rows)
-    return [Structure(plain.chain, plain.name, parts_of(plain.chain, groups))] if groups else []
+    return [plain.by(groups)] if groups else []
 
 
 def _grouped(plain: Structure) -> list[Structure]:
@@ -108,7 +110,7 @@ def _grouped(plain: Structure) -> list[Structure]:
     if found is None:
         return []
     chain, was = found
-    structure = Structure(chain, plain.name, parts_of(chain), was)
+    structure = Structure(chain, plain.name, parts_of(chain), {n: plain.was.get(old, old) for n, old in was.items()})
     return [] if any(map(_sizes_kept_whole, structure.roles)) else [structure]
 
 
@@ -117,13 +119,17 @@ class Structure:
     the program's values, where they have moved to other axes.
     """
 
-    def __init__(self, chain: Chain, name: str, parts: list[Part], was: Mapping[Node, Node] = MappingProxyType({})):
+    def __init__(self, chain: Chain, name: str, parts: list[Part], was: Mapping[Node, Node]):
         self.chain, self.name, self.was = chain, name, was
         self.chains, self.results = chains_of(chain, parts)
         self.features = features_of(chain)
         self.parts = parts
         self.names = [name] if len(parts) == 1 else [f"{name}_{k + 1}" for k in range(len(parts))]
         self.roles = [_Roles(own, part, self.features) for part, own in zip(parts, self.chains)]
+
+    def by(self, groups: dict[str, int]) -> Structure:
+        """The same with different groups in kernels of their own."""
+        return Structure(self.chain, self.name, parts_of(self.chain, groups), self.was)
 
     def options(self, nominal: Nominal) -> Options:
         """For each kernel what it may be: with its own roles first, each with the tiles for its situation."""
@@ -229,7 +235,7 @@ def _kernel(name: str, chain: Chain, roles: _Roles, results: tuple[Tensor, ...])
     """A kernel before its tile is chosen. Raises NotPlannable."""
     for axis in roles.features:
         if axis.extent.value > MAX_FEATURE:
-            raise NotPlannable(f"a feature axis of {axis.extent.value} is wider than {MAX_FEATURE}")
+            raise NotPlannable(f"a feature axis of {axis.extent.value} is wider than {MAX_FEATURE}, and not in parts")
     sweeps, outputs = _sweeps(chain, roles)
     dtype = _operand_dtype(chain, results)
     return KernelPlan(

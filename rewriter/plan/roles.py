@@ -7,8 +7,8 @@ from rewriter.derive.factors import as_product, depends_on, multiply
 from rewriter.ir import TRUE, Axis, Const, Index, Load, Node, Reduce, fresh_axis, open_reduce, reduce, walk
 from rewriter.plan.kernel import Dot, Loop
 from rewriter.plan.parts import is_operand
+from rewriter.plan.wide import MAX_FEATURE
 
-MAX_FEATURE = 256
 SHORT_ROW = 256  # positions of which several rows make a tile
 
 

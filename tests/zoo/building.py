@@ -100,6 +100,11 @@ def channels_first(sizes, shape, generator):
     return (torch.randn(sizes.batch, shape.dim, sizes.q, generator=generator),)
 
 
+def pixels(sizes, shape, generator):
+    """x [B, dim, 1, S]"""
+    return (torch.randn(sizes.batch, shape.dim, 1, sizes.q, generator=generator),)
+
+
 def token_ids(sizes, shape, generator):
     """token ids [B, S] below 100, of which about one in eight is 0"""
     ids = torch.randint(1, 100, (sizes.batch, sizes.q), generator=generator)

@@ -157,4 +157,13 @@ PROGRAMS = [
         twin="mla_two_products",
         note="keys and values are one tensor; Dqk = 32 + 8, Dv = 32, whatever the dim",
     ),
+    Program(
+        name="mla_absorbed_wide",
+        family="mla",
+        build=built(lambda dim, heads, kv_rank=512: AbsorbedMLA(dim, heads, kv_rank), heads=2),
+        inputs=feed(building.tokens),
+        traced=Sizes(2, 37),
+        others=(Sizes(1, 19),),
+        note="a latent as wide as published: no program holds all of it",
+    ),
 ]

@@ -236,6 +236,28 @@ class ImageSelfAttention(nn.Module):
         return self.gamma * self.out_conv(out) + x
 
 
+class ImageBlock(nn.Module):
+    """As in the autoencoder of latent diffusion: one head as wide as the image has channels."""
+
+    def __init__(self, in_channels):
+        super().__init__()
+        self.norm = nn.GroupNorm(32, in_channels, eps=1e-6)
+        self.q = nn.Conv2d(in_channels, in_channels, kernel_size=1)
+        self.k = nn.Conv2d(in_channels, in_channels, kernel_size=1)
+        self.v = nn.Conv2d(in_channels, in_channels, kernel_size=1)
+        self.proj_out = nn.Conv2d(in_channels, in_channels, kernel_size=1)
+
+    def forward(self, x):
+        h_ = self.norm(x)
+        q, k, v = self.q(h_), self.k(h_), self.v(h_)
+        b, c, h, w = q.shape
+        q = q.reshape(b, c, h * w).permute(0, 2, 1)
+        w_ = torch.bmm(q, k.reshape(b, c, h * w)) * (int(c) ** (-0.5))
+        w_ = F.softmax(w_, dim=2).permute(0, 2, 1)
+        h_ = torch.bmm(v.reshape(b, c, h * w), w_).reshape(b, c, h, w)
+        return x + self.proj_out(h_)
+
+
 def attention(query, key, value):
     "Compute 'Scaled Dot Product Attention': a plain function, no module."
     d_k = query.size(-1)
@@ -358,5 +380,14 @@ PROGRAMS = [
         others=(Sizes(3, 50), Sizes(1, 1, 37)),
         twin="vanilla_einsum",
         note="a plain function",
+    ),
+    Program(
+        name="vanilla_image_block",
+        family="vanilla",
+        build=built(lambda dim, heads: ImageBlock(dim), dim=320),
+        inputs=feed(building.pixels),
+        traced=Sizes(1, 37),
+        others=(Sizes(2, 50),),
+        note="features are channels, 512 of them as published: no program holds as many",
     ),
 ]
