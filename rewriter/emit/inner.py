@@ -8,11 +8,14 @@ import torch
 
 from rewriter.derive.factors import without_cast
 from rewriter.emit.expr import ATOM, TRITON_DTYPES, NotEmittable, Text, operand, spread, spread_argument, widened
+from rewriter.emit.names import Names
+from rewriter.emit.origins import Origins
 from rewriter.emit.scope import Line, Scope
 from rewriter.emit.values import Values
 from rewriter.ir import TRUE, Axis, Const, Index, Load, Node, Reduce, walk
 from rewriter.ir.ops import MONOIDS, neutral_of
-from rewriter.plan import Dot, Loop
+from rewriter.plan import Dot, KernelPlan, Loop
+from rewriter.plan.kernel import Skew
 from rewriter.plan.products import operand_dtype
 from rewriter.plan.states import held_dtype
 from rewriter.plan.unroll import TURNS_OF_ALL
@@ -32,6 +35,10 @@ FOLD["prod"] = "tl.reduce({0}, {1}, product)"
 class Inner(Values):
     """Writes contractions."""
 
+    def __init__(self, plan: KernelPlan, names: Names, origins: Origins):
+        super().__init__(plan, names, origins)
+        self.lanes: dict[Skew, str] = {}
+
     def _reduction(self, node: Reduce, scope: Scope) -> Text:
         if node in self.dots:
             return self._dot(self.dots[node], scope)
@@ -40,14 +47,42 @@ class Inner(Values):
         raise NotEmittable(f"a {node.op} in the epilogue")
 
     def _dot(self, dot: Dot, scope: Scope) -> Text:
-        tile = (dot.rows, dot.columns)
-        code = self._long_product(dot, scope) if dot.long else self._product(dot, scope)
+        tile = (dot.skew.rows, dot.skew.stream) if dot.skew else (dot.rows, dot.columns)
+        code = self._written(dot, scope)
         if not dot.scale:
             return Text(code, tile)
         scale = [self.value(f, scope) for f in dot.scale]
         axes = self._joined([Text(code, tile), *scale])
         factors = " * ".join(operand(t, axes, 6) for t in scale)
         return Text(f"{code} * {factors}", axes, 6)
+
+    def _written(self, dot: Dot, scope: Scope) -> str:
+        if dot.skew:
+            return self._skewed_product(dot, dot.skew, scope)
+        return self._long_product(dot, scope) if dot.long else self._product(dot, scope)
+
+    def _skewed_product(self, dot: Dot, skew: Skew, scope: Scope) -> str:
+        """A contraction for all distances of a tile, of which each pair of a row and a position takes its own."""
+        rows, stream, t = (self.names.axes[a] for a in (skew.rows, skew.stream, skew.axis))
+        block, first = self.block(skew.axis), self.value(skew.rows.extent, self.prologue).tight(5)
+        inner = Scope(scope, skew.axis)
+        start = f"{scope.start_of(skew.stream)} - start_{rows} + {first} - {self.block(skew.rows)}"
+        inner.lines.append(Line(f"offs_{t} = {start} + tl.arange(0, {block})", f"[{block}]"))
+        product, name = self._product(dot, inner), self.names.unique("qt")
+        inner.lines.append(Line(f"{name} = {product}", self.shape((dot.rows, dot.columns))))
+        scope.lines += inner.lines
+        if dot.rows is skew.rows:
+            return f"tl.gather({name}, {self._lanes_of(skew)}, 1)"
+        return f"tl.trans(tl.gather({name}, tl.trans({self._lanes_of(skew)}), 1))"
+
+    def _lanes_of(self, skew: Skew) -> str:
+        """Where among a tile's distances that of each pair is: the same in every tile."""
+        if skew not in self.lanes:
+            self.lanes[skew] = self.names.unique("lanes")
+            of_rows, of_stream = (f"tl.arange(0, {self.block(a)})" for a in (skew.rows, skew.stream))
+            code = f"{of_stream}[None, :] - {of_rows}[:, None] + {self.block(skew.rows)} - 1"
+            self.prologue.lines.append(Line(f"{self.lanes[skew]} = {code}", self.shape((skew.rows, skew.stream))))
+        return self.lanes[skew]
 
     def _product(self, dot: Dot, scope: Scope, onto: str = "") -> str:
         stored = operand_dtype(self.plan, dot.left, dot.right)

@@ -82,6 +82,7 @@ class Names:
             ("defc", [a for k in kernels for a in (*k.features, *k.long_axes)]),
             ("ghr", [a for k in kernels for a in k.streams]),
             ("drgux", [r.axis for k in kernels for r in k.loops]),
+            ("ts", [s.axis for k in (*kernels, *(f.part for f in plan.few)) for s in k.skews]),
             ("r", [a for f in plan.few for a in f.part.rows]),
             (["part"], [f.axis for f in plan.few]),
         ):

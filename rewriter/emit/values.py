@@ -406,10 +406,12 @@ class Values:
     def bounds(self, free: frozenset[Axis], axes: tuple[Axis, ...], scope: Scope) -> str:
         """The mask of a load or store: which lanes are inside the tensor."""
         parts = []
+        distances = {s.axis for s in self.plan.skews}
         for axis in self.plan.tile_axes:
             if axis in free and not self._fills(axis, scope):
                 limit = self.value(axis.extent, self.prologue)
                 inside = spread(self._position(axis), axes)
+                parts += [f"({inside} >= 0)"] if axis in distances else []
                 parts.append(f"({inside} < {limit.tight(5)})")
         return " & ".join(parts)
 

@@ -8,6 +8,7 @@ sympy keeps `floor(j / h)` although 0 ≤ j < h, so the rules that need ranges a
     (a·D + r) // (D·E)  →  a // E          (a·D + r) % (D·E)  →  a % E · D + r     where 0 ≤ r < D
     (x // A) // B   →  x // (A·B)          (x % (A·B)) // A  stays
     (a·C + r) // (b·C)  →  a // b          where 0 ≤ r < C
+    r // D  →  (r + D) // D - 1            r %  D  →  (r + D) % D   where -D ≤ r < D
     min(x, y)       →  x                   where x ≤ y
     x // D · D + x % D  →  x
 """
@@ -72,7 +73,7 @@ def _rejoined(poly: Poly) -> Poly:
             outer = list(monomial)
             outer.remove(rest)
             scale = {tuple(outer): coefficient}
-            whole = times(scale, times({(floordiv(*rest.args),): 1}, to_poly(rest.args[1])))
+            whole = times(scale, times(to_poly(floordiv(*rest.args)), to_poly(rest.args[1])))
             if whole.items() <= poly.items():
                 joined = plus(plus(poly, whole, -1), {monomial: coefficient}, -1)
                 return _rejoined(plus(joined, times(scale, to_poly(rest.args[0]))))
@@ -165,6 +166,10 @@ def _nonnegative(items: frozenset) -> bool:
     choice = next((a for m in poly for a in m if is_extremum(a)), None)
     if choice is not None:
         return _in_its_cases(poly, choice)
+    # An end that depends on another index is taken first: n < m + 1 tells more before m is at an end of its own.
+    inner = _replaced(poly, False, lambda atom: isinstance(atom, Index) and bool(atom.axis.extent.free))
+    if inner is not None and inner != poly:
+        return nonnegative(inner)
     placed = _replaced(poly, False, lambda atom: isinstance(atom, Index))
     if placed is None or placed != poly:
         return placed is not None and nonnegative(placed)
@@ -213,9 +218,34 @@ def proves(op: str, a: Node, b: Node) -> bool:
 
 
 def _split(poly: Poly, divisor: Poly) -> tuple[Poly, Poly] | None:
-    """poly = quotient·divisor + rest for a divisor of one term; None for longer divisors."""
-    if len(divisor) != 1:
-        return ({(): 1}, {}) if poly == divisor else None
+    """poly = quotient·divisor + rest. Of a longer divisor the quotient is that by its first term, or one less, where the
+    rest is less than the divisor; None where it is not.
+    """
+    if len(divisor) == 1:
+        return _split_by_term(poly, divisor)
+    if poly == divisor:
+        return {(): 1}, {}
+    term = max(divisor, key=lambda m: (len(m), [_order(a) for a in m]))
+    many = {m: c - c % divisor[term] for m, c in poly.items() if set(term) <= set(m) and c // divisor[term]}
+    quotient, left = _split_by_term(many, {term: divisor[term]})
+    rest = plus(poly, times(quotient, divisor), -1)
+    if not term or left:
+        return None
+    splits = (quotient, rest), (plus(quotient, {(): -1}), plus(rest, divisor))
+    return next((s for s in splits if _is_rest(s[1], divisor)), None)
+
+
+def _is_rest(rest: Poly, divisor: Poly) -> bool:
+    """0 ≤ rest < divisor"""
+    return nonnegative(rest) and nonnegative(plus(plus(divisor, rest, -1), {(): 1}, -1))
+
+
+def _is_within_one(rest: Poly, divisor: Poly) -> bool:
+    """-divisor ≤ rest < divisor, where it is not known to be a rest."""
+    return not nonnegative(rest) and nonnegative(plus(rest, divisor)) and _is_rest({}, plus(divisor, rest, -1))
+
+
+def _split_by_term(poly: Poly, divisor: Poly) -> tuple[Poly, Poly]:
     (dm, dc), need = next(iter(divisor.items())), Counter()
     need.update(dm)
     quotient: Poly = {}
@@ -266,7 +296,7 @@ def floordiv(a: Node, b: Node) -> Node:
     split = _split(pa, pb)
     if split:
         quotient, rest = split
-        if nonnegative(rest) and nonnegative(plus(plus(pb, rest, -1), {(): 1}, -1)):
+        if _is_rest(rest, pb):
             return from_poly(quotient)
         if nonnegative(plus(pb, rest)) and nonnegative(plus({(): -1}, rest, -1)):
             return from_poly(plus(quotient, {(): -1}))
@@ -279,6 +309,9 @@ def floordiv(a: Node, b: Node) -> Node:
         whole = floordiv(a, from_poly(common))
         if not any(isinstance(n, Apply) and n.op == "floordiv" for m in to_poly(whole) for n in m):
             return floordiv(whole, from_poly(others))
+    if _is_within_one(pa, pb):
+        above = Apply("floordiv", (from_poly(plus(pa, pb)), from_poly(pb)), torch.int64)
+        return from_poly({(above,): 1, (): -1})
     a = from_poly(pa)
     if isinstance(a, Apply) and a.op == "floordiv" and nonnegative(plus(to_poly(a.args[1]), {(): 1}, -1)):
         return floordiv(a.args[0], from_poly(times(to_poly(a.args[1]), pb)))
@@ -295,7 +328,9 @@ def mod(a: Node, b: Node) -> Node:
         return Const(int(a.value) % int(b.value))
     split = _split(pa, pb)
     rest = split[1] if split else pa
-    if not rest or (nonnegative(rest) and nonnegative(plus(plus(pb, rest, -1), {(): 1}, -1))):
+    if _is_within_one(rest, pb):
+        rest = plus(rest, pb)
+    if not rest or _is_rest(rest, pb):
         return from_poly(rest)
     if reduced := _reduced(rest, pb):
         above, below, factor, last = reduced

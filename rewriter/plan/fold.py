@@ -97,7 +97,7 @@ def _shared(plan: KernelPlan, axis: Axis) -> _Shared | None:
         return None
     row, chain = plan.rows[0], plan.chain
     axes = [*(d.axes for d in chain.definitions), *(o.over for o in chain.outputs)]
-    if any((axis in over) != (row in over) for over in axes) or any(d.rows is not row for d in plan.dots):
+    if any((axis in over) != (row in over) for over in axes) or any(d.rows is not row or d.skew for d in plan.dots):
         return None
     return _shared_along(axis, [n for n in _streamed(chain, plan.streams) if not depends_on(n, row)])
 

@@ -24,7 +24,8 @@ NARROW = 64  # features
 class Dot:
     """An inner contraction sum_d left[x, d] · right[y, d] as one matrix product of two tiles; x and y are tile axes.
 
-    A `long` one does not keep d whole: it adds up products of BLOCK_D positions each.
+    A `long` one does not keep d whole: it adds up products of BLOCK_D positions each. Of a skewed one y are distances
+    (`skew`), all that a tile of rows and stream positions has.
     """
 
     node: Reduce
@@ -35,6 +36,16 @@ class Dot:
     right: Node
     scale: tuple[Node, ...]
     long: bool = False
+    skew: Skew | None = None
+
+
+@dataclass(frozen=True)
+class Skew:
+    """Distances n - m + M - 1 of stream positions n to rows m, numbered along `axis`."""
+
+    rows: Axis
+    stream: Axis
+    axis: Axis
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,8 @@ class KernelPlan:
     in a tile, padded to a power of two. `outputs` are written after all sweeps. `others` are tiles that may be faster
     than `config` on a GPU at hand.
 
-    `few` stands in for it where rows are few. `was` has the program's values by those over other axes.
+    `few` stands in for it where rows are few. `was` has the program's values by those over other axes; it is `grouped`
+    where one of those numbers the members of a group.
     """
 
     name: str
@@ -118,6 +130,7 @@ class KernelPlan:
     others: tuple[Config, ...] = ()
     few: Few | None = field(default=None, compare=False)
     was: Mapping[Node, Node] = field(default_factory=dict, compare=False)
+    grouped: bool = False
 
     def padded(self, axis: Axis) -> int:
         return padded(axis)
@@ -127,6 +140,8 @@ class KernelPlan:
         """Positions of every tile axis that one tile has."""
         sizes = dict.fromkeys(self.rows[:1], self.config.block_m) | dict.fromkeys(self.rows[1:], self.config.block_n)
         sizes |= {} if self.steps else dict.fromkeys(self.streams, self.config.block_n)
+        distances = self.config.block_m + self.config.block_n - 1
+        sizes |= dict.fromkeys((s.axis for s in self.skews), 1 << (distances - 1).bit_length())
         return sizes | {a: self.padded(a) for a in self.features} | dict.fromkeys(self.long_axes, LONG_BLOCK)
 
     @property
@@ -167,6 +182,11 @@ class KernelPlan:
         return self.is_band or any(padded(a) > NARROW for a in self.features)
 
     @property
+    def skews(self) -> tuple[Skew, ...]:
+        """Distances that contractions are made for."""
+        return tuple(dict.fromkeys(d.skew for d in self.dots if d.skew))
+
+    @property
     def long_axes(self) -> tuple[Axis, ...]:
         """Contracted axes that are cut into blocks."""
         return tuple(dict.fromkeys(d.axis for d in self.dots if d.long))
@@ -201,7 +221,7 @@ class KernelPlan:
     def tile_axes(self) -> tuple[Axis, ...]:
         """In the order of a tile's dimensions."""
         streams = () if self.steps else self.streams
-        return (*self.rows, *streams, *self.features, *self.long_axes)
+        return (*self.rows, *streams, *(s.axis for s in self.skews), *self.features, *self.long_axes)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from rewriter.plan.tape import tapes_of
 from rewriter.plan.tiles import configs, contenders
 from rewriter.plan.unroll import unrolled
 from rewriter.plan.wide import MAX_FEATURE, in_parts
+from rewriter.plan.within import within
 from rewriter.sparsity import Support
 
 
@@ -57,7 +58,9 @@ def plan(chain: Chain, name: str, example: Mapping[Param, int] = MappingProxyTyp
     Sizes are settled for the plain structure; what else is considered needs no other. `example`: those of the call
     that was traced, which tell what is few.
     """
-    chain, was = in_parts(merged(chain))
+    chain, shown = within(merged(chain))
+    chain, was = in_parts(chain)
+    was = shown | {n: shown.get(old, old) for n, old in was.items()}
     parts = parts_of(chain)
     plain = Structure(chain, name, parts, was)
     free = _to_be_fixed(chain).union(_few_per_value(plain, example), _sizes_of_sums(plain))
@@ -110,7 +113,8 @@ def _grouped(plain: Structure) -> list[Structure]:
     if found is None:
         return []
     chain, was = found
-    structure = Structure(chain, plain.name, parts_of(chain), {n: plain.was.get(old, old) for n, old in was.items()})
+    was = {n: plain.was.get(old, old) for n, old in was.items()}
+    structure = Structure(chain, plain.name, parts_of(chain), was, grouped=True)
     return [] if any(map(_sizes_kept_whole, structure.roles)) else [structure]
 
 
@@ -119,8 +123,8 @@ class Structure:
     the program's values, where they have moved to other axes.
     """
 
-    def __init__(self, chain: Chain, name: str, parts: list[Part], was: Mapping[Node, Node]):
-        self.chain, self.name, self.was = chain, name, was
+    def __init__(self, chain: Chain, name: str, parts: list[Part], was: Mapping[Node, Node], *, grouped: bool = False):
+        self.chain, self.name, self.was, self.grouped = chain, name, was, grouped
         self.chains, self.results = chains_of(chain, parts)
         self.features = features_of(chain)
         self.parts = parts
@@ -141,7 +145,8 @@ class Structure:
         return [option for kernel in kernels for option in _tiled(kernel, nominal)]
 
     def _kernel(self, k: int, roles: _Roles) -> KernelPlan:
-        return replace(_kernel(self.names[k], self.chains[k], roles, self.results), was=self.was)
+        kernel = _kernel(self.names[k], self.chains[k], roles, self.results)
+        return replace(kernel, was=self.was, grouped=self.grouped)
 
     def _alone(self, k: int, own: KernelPlan) -> list[KernelPlan]:
         """A program for each row, where rows share nothing that is streamed: short sums are over whole tiles."""
@@ -184,8 +189,7 @@ class _Roles:
         lone = lone_rows(chain, ordered) if rows is None else rows
         self.rows = tile_rows(chain, ordered) if lone is None else lone
         self.grid = tuple(a for a in ordered if a not in self.rows)
-        tiles = self.rows if len(self.rows) > 1 else (*self.rows, *streams)
-        self.dots, self.loops = inner_reductions(chain, tiles)
+        self.dots, self.loops = inner_reductions(chain, self.rows, streams)
         used = {a for d in chain.definitions for a in d.axes} | {a for o in chain.outputs for a in o.over}
         whole = [d.axis for d in self.dots if not d.long]
         self.features = (*dict.fromkeys(whole), *(a for a in chain.axes if a in features and a in used))

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rewriter.derive import Chain, Definition
 from rewriter.derive.factors import as_product, depends_on, multiply
-from rewriter.ir import TRUE, Axis, Const, Index, Load, Node, Reduce, fresh_axis, open_reduce, reduce, walk
-from rewriter.plan.kernel import Dot, Loop
+from rewriter.ir import (
+    TRUE,
+    Axis,
+    Const,
+    Index,
+    Load,
+    Node,
+    Reduce,
+    apply,
+    const,
+    fresh_axis,
+    index,
+    open_reduce,
+    reduce,
+    substitute,
+    walk,
+)
+from rewriter.plan.kernel import Dot, Loop, Skew
 from rewriter.plan.parts import is_operand
 from rewriter.plan.wide import MAX_FEATURE
 
@@ -111,10 +129,14 @@ def _is_value(factor: Node, definition: Definition, chain: Chain) -> bool:
     return is_operand(factor, definition.stream) and not factor.free & (rows - streamed)
 
 
-def inner_reductions(chain: Chain, tiles: tuple[Axis, ...]) -> tuple[tuple[Dot, ...], tuple[Loop, ...]]:
+def inner_reductions(
+    chain: Chain, rows: tuple[Axis, ...], streams: tuple[Axis, ...]
+) -> tuple[tuple[Dot, ...], tuple[Loop, ...]]:
     """How every reduction inside the definitions and outputs is computed. Contractions of one length share their
     axis.
     """
+    tiles = rows if len(rows) > 1 else (*rows, *streams)
+    skews = [_distances(rows[0], s) for s in streams] if len(rows) == 1 else []
     dots: dict[Reduce, Dot] = {}
     loops: list[Loop] = []
     axes: dict[Node, Axis] = {}
@@ -122,7 +144,7 @@ def inner_reductions(chain: Chain, tiles: tuple[Axis, ...]) -> tuple[tuple[Dot, 
     while todo:
         node = todo.pop(0)
         axis = axes.setdefault(node.axes[0].extent, fresh_axis(node.axes[0].extent, "d"))
-        dot = as_dot(node, tiles, axis)
+        dot = as_dot(node, tiles, axis, skews)
         if dot:
             dots[node] = dot
             continue
@@ -139,23 +161,44 @@ def _loop(node: Reduce) -> Loop:
     return Loop(node, axes[0], predicate, body)
 
 
-def as_dot(node: Reduce, tiles: tuple[Axis, ...], axis: Axis) -> Dot | None:
-    """sum_d left[x, d] · right[y, d] where x and y are tile axes, or None."""
+def as_dot(node: Reduce, tiles: tuple[Axis, ...], axis: Axis, skews: Iterable[Skew] = ()) -> Dot | None:
+    """sum_d left[x, d] · right[y, d] where x and y are tile axes, or distances of such, or None."""
     if node.op != "sum" or len(node.axes) != 1 or node.predicate is not TRUE or node.depth != 1:
         return None
     _, _, body = open_reduce(node, (axis,))
     product = as_product(body)
     factors = [f for f in product.over if axis in f.free]
-    sides = [frozenset(tiles) & f.free for f in factors]
-    if product.under or product.predicate is not TRUE or any(len(s) > 1 for s in sides):
+    if product.under or product.predicate is not TRUE:
         return None
+    skew = None if _is_long(axis) else next((s for s in skews if {s.rows, s.stream} <= node.free), None)
+    if skew:
+        factors, tiles = [_by_distance(f, skew) for f in factors], (*tiles, skew.axis)
+    sides = [frozenset(tiles) & f.free for f in factors]
     found = sorted(frozenset().union(*sides), key=tiles.index)
-    if len(found) != 2:
+    if len(found) != 2 or any(len(s) > 1 for s in sides):
         return None
     left = [f for f, s in zip(factors, sides) if found[1] not in s]
     right = [f for f, s in zip(factors, sides) if found[1] in s]
     scale = tuple(f for f in product.over if axis not in f.free)
-    return Dot(node, axis, *found, multiply(left), multiply(right), scale, _is_long(axis))
+    skew = skew if skew and found[1] is skew.axis else None
+    return Dot(node, axis, *found, multiply(left), multiply(right), scale, _is_long(axis), skew)
+
+
+def _distances(rows: Axis, stream: Axis) -> Skew:
+    return Skew(rows, stream, fresh_axis(apply("sub", apply("add", rows.extent, stream.extent), const(1)), "t"))
+
+
+def _by_distance(factor: Node, skew: Skew) -> Node:
+    """What depends on rows and the stream by their distance alone, as a function of it; else itself.
+
+    weight[min(max(n - m, -6), 6) + 6, d]   →   weight[min(max(t - M + 1, -6), 6) + 6, d]
+    """
+    if not {skew.rows, skew.stream} <= factor.free:
+        return factor
+    before = apply("sub", skew.rows.extent, const(1))
+    moved = apply("sub", apply("add", index(skew.axis), index(skew.rows)), before)
+    out = substitute(factor, {skew.stream: moved})
+    return factor if skew.rows in out.free else out
 
 
 def can_be_whole(loop: Loop) -> bool:

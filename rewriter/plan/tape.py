@@ -13,7 +13,7 @@ import torch
 from rewriter.derive import Definition
 from rewriter.derive.factors import is_float_cast, is_running, without_cast
 from rewriter.ir import TRUE, Axis, Const, Index, Load, Node, Output, Param, Reduce, Ref
-from rewriter.plan.kernel import Dot, KernelPlan, Loop, Sweep
+from rewriter.plan.kernel import Dot, KernelPlan, Loop, Skew, Sweep
 from rewriter.plan.products import Weighed, operand_dtype, weighed
 
 Key = Hashable
@@ -153,6 +153,8 @@ class _Recorder:
         return self.stream is not None and any(self.stream in n.free or is_running(n) for n in nodes)
 
     def _product(self, dot: Dot) -> Key:
+        if dot.skew:
+            return self._skewed(dot, dot.skew)
         size = operand_dtype(self.plan, dot.left, dot.right).itemsize
         around = self.inner
         if dot.long:
@@ -169,6 +171,18 @@ class _Recorder:
             return key
         reads = [key, *self._values(*dot.scale)]
         return self._write(dot.node, "op", dot.node.free, reads, "mul", moves=moves)
+
+    def _skewed(self, dot: Dot, skew: Skew) -> Key:
+        """Of all distances of a tile, then of each pair its own."""
+        size = operand_dtype(self.plan, dot.left, dot.right).itemsize
+        self.again = True
+        operands = self._values(dot.left, dot.right)
+        self.again = False
+        tile, key = frozenset([dot.rows, dot.columns]), ("product", dot.node)
+        free = dot.node.free - {skew.rows, skew.stream} | tile
+        self._write(key, "product", free, operands, over=[*tile, dot.axis], size=size, moves=True)
+        reads = [key, *self._values(*dot.scale)]
+        return self._write(dot.node, "op", dot.node.free, reads, "gather", moves=True)
 
     def _loop(self, loop: Loop) -> Key:
         if loop.whole:

@@ -56,6 +56,14 @@ MEASURED_BAND = (
     Config(64, 32, 4, 3),
     Config(128, 64, 4, 2),
 )
+# Of contractions for distances: each pair finds its own among those of a whole tile, which takes registers.
+SKEWED = (
+    Config(64, 64, 8, 2),
+    Config(64, 32, 8, 2),
+    Config(64, 32, 4, 2),
+    Config(32, 32, 4, 2),
+    Config(64, 64, 4, 2),
+)
 # Of loops that are written out: every position of a tile of the stream takes registers for what they load.
 UNROLLED = (
     Config(64, 32, 4, 2),
@@ -88,6 +96,8 @@ def contenders(plan: KernelPlan) -> tuple[Config, ...]:
 def _measured(plan: KernelPlan) -> tuple[Config, ...]:
     if plan.loops:
         return UNROLLED
+    if plan.skews:
+        return SKEWED
     if max(padded(f) for f in plan.features) > 128:
         return MEASURED_WIDE
     if plan.is_band:
@@ -114,8 +124,8 @@ def configs(plan: KernelPlan) -> tuple[Config, ...]:
     slower.
     """
     first = preferred(plan)
-    # Estimates are of whole streams: they say nothing of narrow bands.
-    if has_deep_tiles(plan) or not plan.dots or plan.dtype is torch.float32 or plan.is_band:
+    # Estimates are of whole streams: they say nothing of narrow bands, nor of how pairs find their distances.
+    if has_deep_tiles(plan) or not plan.dots or plan.dtype is torch.float32 or plan.is_band or plan.skews:
         return (first,)
     deeper = LONG if any(d.long for d in plan.dots) else ()
     return tuple(c for c in dict.fromkeys(_as_high(c, plan) for c in (first, *HALF, *deeper)) if is_sound(c, plan))
@@ -123,7 +133,7 @@ def configs(plan: KernelPlan) -> tuple[Config, ...]:
 
 def _as_high(config: Config, plan: KernelPlan) -> Config:
     """No higher than rows are many, where those are the members of a group and their number is known."""
-    is_known = plan.was and plan.rows and isinstance(plan.rows[0].extent, Const)
+    is_known = plan.grouped and plan.rows and isinstance(plan.rows[0].extent, Const)
     return replace(config, block_m=min(config.block_m, padded(plan.rows[0]))) if is_known else config
 
 
@@ -152,6 +162,8 @@ def preferred(plan: KernelPlan) -> Config:
         return Config(64, wide, 4, 2) if width <= 128 else Config(32, 32, 4, 2)
     if plan.dtype is torch.float32:
         return _single(width)
+    if plan.skews:
+        return Config(64, 64 if width <= 64 else 32, 8, 2)
     if plan.is_band and width <= 128:
         return Config(64, 32, 4, 2)
     if _is_listed(plan) and width <= 128:
