@@ -132,7 +132,26 @@ def column_assigned(q, k, v):
     return torch.relu(s) @ v
 
 
+def what_is_finite(q, k, v):
+    s = q @ k.mT
+    return torch.where(s.isfinite(), torch.relu(s), 0) @ v
+
+
+def first_that_is_masked(q, k, v):
+    """The largest of truth values, and where it is."""
+    is_any, at = (q @ k.mT > 1.0).max(-1)
+    return is_any, at
+
+
+def a_slice_of_which_the_shape_is_read(q, k, v):
+    s = torch.relu(q @ k.mT)
+    return torch.zeros_like(s[..., :1]), s.softmax(-1) @ v
+
+
 PROGRAMS = {
+    what_is_finite: qkv,
+    first_that_is_masked: qkv,
+    a_slice_of_which_the_shape_is_read: qkv,
     diagonal_assigned: qkv,
     next_to_the_diagonal: qkv,
     column_assigned: qkv,

@@ -25,6 +25,7 @@ from rewriter.ir import (
     transform,
     walk,
 )
+from rewriter.ir.build import is_int
 from rewriter.ir.integer import from_poly, plus, proves, to_poly
 from rewriter.ir.ops import MONOIDS
 
@@ -57,11 +58,16 @@ def _contracts(piece: Node, body: Node) -> bool:
 def _boundaries(axis: Axis, body: Node) -> Iterator[Node]:
     """Row-independent positions strictly inside the axis at which a `where` changes from one piece to the next."""
     for node in walk(body):
-        if isinstance(node, Where) and isinstance(node.predicate, Apply) and node.predicate.op in ("lt", "le"):
+        if isinstance(node, Where) and _compares_positions(node.predicate):
             at = _change(axis, node.predicate)
             if at is not None and proves("lt", Const(0), at) and proves("lt", at, axis.extent):
                 if _is_seam(node, axis, at):
                     yield at
+
+
+def _compares_positions(predicate: Node) -> bool:
+    """Whether it is `a < b` (or `a <= b`) of whole numbers."""
+    return isinstance(predicate, Apply) and predicate.op in ("lt", "le") and all(map(is_int, predicate.args))
 
 
 def _change(axis: Axis, predicate: Apply) -> Node | None:

@@ -107,7 +107,10 @@ def aminmax(ctx: Context, x: Lifted, *, dim=None, keepdim=False) -> tuple[Lifted
 def first_position(op: str, axes: tuple[Axis, ...], body: Node) -> Node:
     """The first position of the maximum (or minimum): min of i over those with x[i] == max x.
 
-    Positions are counted row-major over `axes`. Nothing equals a maximum that is NaN: torch then says 0, as here."""
+    Positions are counted row-major over `axes`. Nothing equals a maximum that is NaN: torch then says 0, as here. Truth
+    values are 0 and 1."""
+    if body.dtype is torch.bool:
+        body = cast(body, torch.int32)
     at: Node = Const(0)
     for axis in axes:
         at = apply("add", apply("mul", at, axis.extent), index(axis))

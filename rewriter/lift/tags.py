@@ -19,6 +19,7 @@ from rewriter.lift.ahead import TENTATIVE, Ahead, Moving, Origins, Sides, inheri
 from rewriter.lift.local import LocalLift
 from rewriter.lift.repeated import Repeated, has_reduction, sources
 from rewriter.lift.values import Lifted
+from rewriter.trace.calls import value_inputs
 
 SHORTEST = 4  # positions that are no long side
 Tag = tuple[int, str]
@@ -187,7 +188,7 @@ class _Tagger:
                 _store(source, tags, None)
             return frozenset().union(*(tags.behind(y) for y in weights))
         if _has_lost_a_side(dims, reads, tags) or (not _origins(dims) and _is_chain(lifted, reads, self.moving)):
-            tags.roots.append(node)
+            tags.roots += [node] if any(node in value_inputs(u) for u in node.users) else []
             return frozenset().union(*(_origins(tags.dims.get(y, ())) for y, _ in reads))
         joined = _joined_again(self.repeated.written_out(lifted), self.by_name, dims, tags)
         for source in joined:
