@@ -45,6 +45,7 @@ from rewriter.derive.factors import (
     split_mask,
     total,
 )
+from rewriter.derive.filled import unfilled
 from rewriter.derive.selection import selected
 from rewriter.derive.signs import Signs
 from rewriter.derive.variance import CentredSquare, centred_square, is_mean
@@ -216,6 +217,7 @@ class Form:
         if is_running(rest):
             raise NotDerivable("a mask that depends on a running value")
         self._note("any: max of 0 where a mask holds is 0, and -inf where it holds nowhere")
+        rest = unfilled(rest, (), self.stream).predicate
         seen = self._add("max", rest, (const(0.0),), None, const(0.0))
         return apply("and", rows, apply("eq", seen, const(0.0)))
 
@@ -303,8 +305,14 @@ class Form:
         if aways:
             return self._first_moment(aways, exponent, [*rest, *([lever] if lever else [])], predicate)
         if not exponent:
-            return self._add("sum", predicate, tuple(rest), None, multiply(rest) or const(1.0))
+            return self._unshifted(predicate, tuple(rest))
         return self._exponential(exponent, rest, lever, predicate)
+
+    def _unshifted(self, predicate: Node, factors: tuple[Node, ...]) -> Node:
+        """A sum of products of what no running value changes, without the terms that a mask makes 0."""
+        held = unfilled(predicate, factors, self.stream, self._is_positive)
+        reduced = self._add("sum", held.predicate, held.factors, None, multiply(list(held.factors)) or const(1.0))
+        return held.of_row(reduced)
 
     def _exponential(self, terms: list[Term], rest: list[Node], lever: Node | None, predicate: Node) -> Node:
         """sum exp(e − Φ)·rest, shifted where Φ runs"""
@@ -313,8 +321,7 @@ class Form:
         inner = shift.exponent if shift.phi is const(0.0) else apply("sub", shift.exponent, shift.phi)
         if not is_running(shift.phi):
             rest = [*rest, lever] if lever else rest
-            factors = (apply("exp", inner), *rest)
-            reduced = self._add("sum", predicate, factors, None, multiply(list(factors)))
+            reduced = self._unshifted(predicate, (apply("exp", inner), *rest))
             return reduced if mask is TRUE or not has_refs(shift.phi) else self._of_empty_rows(reduced, shift)
         self._check_shift(shift, predicate)
         reduced = self._add("sum", predicate, tuple(rest), shift, multiply([apply("exp", inner), *rest]))
