@@ -58,6 +58,24 @@ def upper_triangle(q, k, v):
     return added(q, k, v, torch.full((n, n), LOWEST, device=q.device).triu(1))
 
 
+def times_the_lowest(q, k, v):
+    rows, columns = at(q)
+    return added(q, k, v, (columns > rows).to(q.dtype) * LOWEST)
+
+
+def of_ones(q, k, v):
+    """Two triangles of ones, and where their product is none the lowest number."""
+    ones = torch.ones(q.shape[2], q.shape[2], device=q.device)
+    near = ones.triu(-69) * ones.tril()
+    return added(q, k, v, (1.0 - near) * LOWEST)
+
+
+def of_logarithms(q, k, v):
+    """A window: whole numbers, then their logarithms."""
+    ones = torch.ones(q.shape[2], q.shape[2], dtype=torch.int64, device=q.device)
+    return added(q, k, v, ones.tril().triu(-40).log())
+
+
 def twice(q, k, v, mask):
     """Where both hide something, their sum is -inf."""
     rows, columns = at(q)
@@ -122,7 +140,11 @@ def test_a_tensor_that_masks_when_it_is_traced(program, number):
                 torch.testing.assert_close(result.module(*args), program(*args), rtol=1e-4, atol=2e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("program", (chosen, chosen_the_other_way, upper_triangle), ids=lambda p: p.__name__)
+@pytest.mark.parametrize(
+    "program",
+    (chosen, chosen_the_other_way, upper_triangle, times_the_lowest, of_ones),
+    ids=lambda p: p.__name__,
+)
 def test_a_choice_between_zero_and_the_lowest_number(program):
     result = rewrite(program, tensors(2, 150))
     assert "    low = tl.max(" in text_of(result) and "    cut = " in text_of(result)
@@ -130,6 +152,14 @@ def test_a_choice_between_zero_and_the_lowest_number(program):
         args = tensors(count, length)
         with said(kernels=1):
             torch.testing.assert_close(result.module(*args), program(*args), rtol=1e-4, atol=2e-6)
+
+
+def test_logarithms_of_ones_and_zeros():
+    result = rewrite(of_logarithms, tensors(2, 150))
+    assert "    first = " in text_of(result) and "tl.log(" not in text_of(result)
+    for length in (150, 37, 260):
+        args = tensors(1, length)
+        torch.testing.assert_close(result.module(*args), of_logarithms(*args), rtol=1e-4, atol=2e-6)
 
 
 def test_numbers_that_overflow_together_are_no_fill():

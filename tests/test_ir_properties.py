@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -135,6 +136,24 @@ def test_views_of_views_leave_no_division():
     assert apply("floordiv", merged, apply("mul", shorter, Const(4))) is apply("floordiv", Index(e), shorter)
     heads = apply("add", apply("mod", Index(h), Const(2)), apply("floordiv", Index(h), Const(2)))
     assert apply("add", heads, apply("floordiv", Index(h), Const(2))) is Index(h)
+
+
+def test_choices_between_numbers_are_one():
+    """What is computed of ones and zeros is a choice between what it is of 1 and of 0."""
+    p, q = (Load(Tensor(name, (Param("N"),), torch.bool), (Index(Axis("n", Param("N"))),)) for name in "pq")
+    one, zero, low = const(1.0), const(0.0), const(-3e38)
+    ones = where(p, where(q, one, zero), zero)
+    both = apply("and", p, q)
+    assert ones is where(both, one, zero) is apply("mul", where(p, one, zero), where(q, one, zero))
+    assert apply("log", ones) is where(both, zero, const(-math.inf))
+    assert apply("eq", ones, one) is both and apply("ne", ones, one) is apply("not", both)
+    assert apply("mul", apply("cast", p, dtype=torch.float32), low) is where(p, low, zero)
+    assert apply("sub", one, ones) is where(both, zero, one)
+    assert where(p, zero, where(q, one, zero)) is where(apply("and", apply("not", p), q), one, zero)
+    assert where(p, one, where(q, one, zero)) is where(apply("or", p, q), one, zero)
+    sums = apply("add", where(p, one, zero), where(q, one, zero))  # of three numbers
+    assert isinstance(sums, Apply)
+    assert apply("eq", Index(Axis("n", Param("N"))), Const(-100)) is const(False)
 
 
 # Nodes

@@ -36,6 +36,8 @@ def apply(op: str, *args: Node, dtype: torch.dtype | None = None) -> Node:
     dtype = dtype or result_dtype(op, args)
     if all(isinstance(a, Const) for a in args) and op != "cast":
         return _folded(op, args, dtype)
+    if (dtype.is_floating_point or dtype is torch.bool) and (chosen := _of_choices(op, args, dtype)):
+        return chosen
     if not (dtype.is_floating_point or dtype is torch.bool) and all(is_int(a) for a in args):
         return _integer(op, args, dtype)
     if dtype is torch.bool:
@@ -59,6 +61,38 @@ def _folded(op: str, args: tuple[Node, ...], dtype: torch.dtype) -> Node:
     wide = torch.float64 if dtype.is_floating_point else None
     values = [torch.tensor(a.value, dtype=wide if wide and a.dtype.is_floating_point else a.dtype) for a in args]
     return const(OPS[op].torch(*values).item(), dtype)
+
+
+def _of_choices(op: str, args: tuple[Node, ...], dtype: torch.dtype) -> Node | None:
+    """log(where(p, 1, 0))  →  where(p, 0, -inf): of choices between two numbers, and of numbers, where that is one, too"""
+    predicates = dict.fromkeys(p for a in args if (p := _choice(a)[0]) is not TRUE)
+    if op == "cast" and args[0].dtype is torch.bool or not predicates or not all(_choice(a)[1] for a in args):
+        return None
+    first, second = (*predicates, TRUE)[:2]
+
+    def row(of_first: bool) -> Node:
+        return where(second, *(_taken(op, args, {first: of_first, second: b}, dtype) for b in (True, False)))
+
+    made = where(first, row(True), row(False))
+    return made if second is TRUE or dtype is torch.bool or _choice(made)[1] else None
+
+
+def _taken(op: str, args: tuple[Node, ...], at: dict[Node, bool], dtype: torch.dtype) -> Node:
+    """What it is of the numbers that are taken where predicates hold or do not."""
+    made = apply(op, *(then if p is TRUE or at[p] else other for p, then, other in map(_choice, args)), dtype=dtype)
+    return const(0.0, dtype) if made.value == 0 and dtype.is_floating_point else made  # not -0.0
+
+
+def _choice(node: Node) -> tuple[Node, Const | None, Const | None]:
+    """(p, a, b) of where(p, a, b), of p as a number (p, 1, 0), of a number (TRUE, a, a); (TRUE, None, None) of others"""
+    match node:
+        case Const():
+            return TRUE, node, node
+        case Where(predicate=p, then=Const() as a, other=Const() as b):
+            return p, a, b
+        case Apply(op="cast", args=(p,)) if p.dtype is torch.bool:
+            return p, const(1, node.dtype), const(0, node.dtype)
+    return TRUE, None, None
 
 
 def _integer(op: str, args: tuple[Node, ...], dtype: torch.dtype) -> Node:
@@ -100,6 +134,8 @@ def _compared(op: str, a: Node, b: Node) -> Node:
     if integer.proves(op, a, b):
         return TRUE
     if op in negation and integer.proves(*negation[op]):
+        return FALSE
+    if op == "eq" and (integer.proves("lt", a, b) or integer.proves("lt", b, a)):
         return FALSE
     return Apply(op, (a, b), torch.bool)
 
@@ -156,9 +192,29 @@ def where(predicate: Node, then: Node, other: Node) -> Node:
         return apply("and", predicate, then)
     if then is TRUE:
         return apply("or", predicate, other)
+    if then is FALSE:
+        return apply("and", apply("not", predicate), other)
+    if other is TRUE:
+        return apply("or", apply("not", predicate), then)
     if isinstance(predicate, Apply) and predicate.op == "not":
         return where(predicate.args[0], other, then)
-    return Where(predicate, then, other)
+    return _joined(predicate, then, other) or Where(predicate, then, other)
+
+
+def _joined(predicate: Node, then: Node, other: Node) -> Node | None:
+    """where(p, where(q, 1, 0), 0)  →  where(p & q, 1, 0), and the like: of two numbers one choice"""
+    q, a, b = _choice(other if isinstance(then, Const) else then)
+    if a is b or not (isinstance(then, Const) or isinstance(other, Const)):
+        return None
+    if other is b:
+        return where(apply("and", predicate, q), a, b)
+    if other is a:
+        return where(apply("or", apply("not", predicate), q), a, b)
+    if then is a:
+        return where(apply("or", predicate, q), a, b)
+    if then is b:
+        return where(apply("and", apply("not", predicate), q), a, b)
+    return None
 
 
 def reduce(op: str, axes: tuple[Axis, ...], body: Node, predicate: Node = TRUE) -> Node:

@@ -89,21 +89,21 @@ def _split(site: Node) -> tuple[Node, Node, Const] | None:
     return (apply("and", p, inner[0]), *inner[1:]) if inner and inner[2] is number else (p, kept, number)
 
 
-def _absorbed(total: Apply) -> tuple[Node, Node, Const] | None:
+def _absorbed(whole: Apply) -> tuple[Node, Node, Const] | None:
     """s + where(p, t, f)  →  p, s + t, f where f absorbs s. Of two such terms the sum overflows."""
-    terms = as_terms(total)
+    terms = as_terms(whole)
     found = [(term, low) for term in terms if (low := _low(without_cast(term.node)))]
     if len(found) != 1 or found[0][0].sign < 0:
         return None
     term, (predicate, kept, number) = found[0]
     if any(_may_be_low(n) for n in walk(*(t.node for t in terms if t is not term))):
         return None
-    return predicate, _with(total, term.node, kept), number
+    return predicate, _with(whole, term.node, kept), number
 
 
-def _has_tensors(total: Apply) -> bool:
+def _has_tensors(whole: Apply) -> bool:
     """Whether anything beside the fill is read from memory as it is: at a call it may be as low as the fill, or -inf."""
-    others = [t.node for t in as_terms(total) if not _low(without_cast(t.node))]
+    others = [t.node for t in as_terms(whole) if not _low(without_cast(t.node))]
     return any(map(_reads, others))
 
 
@@ -134,8 +134,16 @@ def _may_be_low(node: Node) -> bool:
     return isinstance(node, Const) and node.dtype.is_floating_point and node.value <= ABSORBS
 
 
-def _with(total: Node, term: Node, value: Node) -> Node:
-    return transform(total, lambda n: cast(value, n.dtype) if n is term else n)
+def _with(whole: Node, term: Node, value: Node) -> Node:
+    """The sum with another value in the place of a term: without the term where that is 0."""
+
+    def moved(node: Node) -> Node:
+        match node:
+            case Apply(op="add", args=(x, Const(value=0)) | (Const(value=0), x)):
+                return cast(x, node.dtype)
+        return cast(value, node.dtype) if node is term else node
+
+    return transform(whole, moved)
 
 
 def _replaced(definitions: tuple[Definition, ...], by: dict[Node, Node]) -> tuple[Definition, ...]:
