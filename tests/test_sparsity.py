@@ -231,6 +231,18 @@ def test_tiles_that_a_mask_empties_are_not_read():
     torch.testing.assert_close(result.module(q, k, v, lengths), padded(q, k, v.nan_to_num(), lengths))
 
 
+def test_ends_that_are_loaded_in_64_bits():
+    """Loops count in 32 bits, whatever is loaded."""
+    q, k, v, _ = arguments(padded, 4, 150)
+    lengths = torch.tensor([-(2**40), 2**40, 2**32 + 7, 70])
+    result = rewrite(padded, (q, k, v, lengths))
+    text = result.sources["kernels/padded.py"]
+    assert "last = tl.minimum(tl.maximum(lengths, 0), M).to(tl.int32)" in text and "tl.cast(" not in text
+    torch.testing.assert_close(
+        result.module(q, k, v, lengths), padded(q, k, v, lengths), rtol=1e-4, atol=2e-6, equal_nan=True
+    )
+
+
 def test_a_finite_fill_weighs_in_rows_that_see_nothing_else():
     """All positions of such a row are alike: none may be left out."""
 

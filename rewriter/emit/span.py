@@ -49,15 +49,19 @@ def written_span(values: Values, sweep: Sweep, scope: Scope) -> Span:
         scope.lines.append(Line(f"{name} = {code}", "", said.pop() if said else ""))
         return name
 
-    def end(node: Node, fold: str) -> str:
-        known = _at_an_end(values, node, fold, scope)
-        return known or _folded(values.value(node, scope), fold)
+    def end(node: Node, fold: str, most: str = "") -> str:
+        """Not below 0, or not beyond `most`; in 64 bits neither, so that it is a number of 32."""
+        code = _at_an_end(values, node, fold, scope) or _folded(values.value(node, scope), fold)
+        if _is_wide(node):
+            return f"tl.minimum(tl.maximum({code}, 0), {most or extent}).to(tl.int32)"
+        return f"tl.minimum({code}, {most})" if most else f"tl.maximum({code}, 0)"
 
-    first, last = "0", extent
+    first, last, until = "0", extent, ""
     if outer.lower is not None:
-        first = named("first", f"tl.maximum({end(outer.lower, 'min')}, 0) // {block} * {block}")
+        first = named("first", f"{end(outer.lower, 'min')} // {block} * {block}")
     if outer.upper is not None:
-        last = named("last", f"tl.minimum({end(outer.upper, 'max')}, {extent})")
+        until = end(outer.upper, "max", extent)
+        last = named("last", until)
     if sweep.part:
         said.append(SAID_OF_PART)
         first, last = _of_part(values, sweep, first, last, named)
@@ -65,20 +69,16 @@ def written_span(values: Values, sweep: Sweep, scope: Scope) -> Span:
         return Span(first, last)
     whole = first
     if inner.lower is not None:
-        whole = named(
-            "whole", f"tl.maximum(tl.cdiv(tl.maximum({end(inner.lower, 'max')}, 0), {block}) * {block}, {first})"
-        )
+        whole = named("whole", f"tl.maximum(tl.cdiv({end(inner.lower, 'max')}, {block}) * {block}, {first})")
     most = last if sweep.part else extent
-    upper = most if inner.upper is None else f"tl.minimum({end(inner.upper, 'min')}, {most})"
+    upper = most if inner.upper is None else end(inner.upper, "min", most)
+    upper = last if upper == until else upper
     return Span(first, last, whole, named("cut", f"tl.maximum({upper} // {block} * {block}, {whole})"))
 
 
-def tile_start(sweep: Sweep, name: str) -> str:
-    """Where a tile starts, in 32 bits: a loop between ends that are loaded counts in as many as those have."""
-    ends = [sweep.support.outer, sweep.support.inner] if sweep.support and not sweep.map else []
-    nodes = [n for i in ends if i for n in (i.lower, i.upper) if n is not None]
-    is_wide = any(isinstance(n, Load) and n.dtype is torch.int64 for n in walk(*nodes))
-    return f"tl.cast({name}, tl.int32)" if is_wide else name
+def _is_wide(end: Node) -> bool:
+    """Whether an end is loaded in 64 bits: a loop counts in as many as its ends have."""
+    return any(isinstance(n, Load) and n.dtype is torch.int64 for n in walk(end))
 
 
 def _of_part(values: Values, sweep: Sweep, first: str, last: str, named: Callable[[str, str], str]) -> tuple[str, str]:

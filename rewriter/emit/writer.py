@@ -15,7 +15,7 @@ from rewriter.emit.names import Names
 from rewriter.emit.origins import Origins
 from rewriter.emit.scale import times, without_scale
 from rewriter.emit.scope import Line, Scope
-from rewriter.emit.span import Span, tile_start, written_span
+from rewriter.emit.span import Span, written_span
 from rewriter.emit.weights import fits_half, is_bounded
 from rewriter.ir import TRUE, Apply, Axis, Const, Node, Output, Param, Where, const
 from rewriter.plan import KernelPlan, Sweep
@@ -87,7 +87,7 @@ class Writer(Inner):
         taken, holders = set(self.names.taken), dict(self.holders)
         known = set(straight.known)
         whole = name == "full" and self.sweep.has_whole_tiles
-        start = tile_start(self.sweep, self._tail_start if name == "tail" else "start")
+        start = self._tail_start if name == "tail" else "start"
         self.loop = Scope(straight, self.sweep.stream, tail=name != "full", is_sweep=True, whole=whole, start=start)
         self.definitions = self.sweep.definitions_in(name)
         self.means = {}
@@ -359,11 +359,13 @@ class Writer(Inner):
             texts.insert(1, self._lever(definition, score, scale))
         if len(texts) == 1:
             return texts[0]
-        axes = self._joined(texts)
-        code = " * ".join([spread(texts[0], axes), *(operand(t, axes, 6) for t in texts[1:])])
-        name = self.names.unique("w")
-        self.loop.lines.append(Line(f"{name} = {code}", self.shape(axes)))
-        return Text(name, axes)
+        axes, product = self._joined(texts), Apply("mul", (key, *factors), torch.float32)
+        if product not in self.loop.known or shift.mass:
+            code = " * ".join([spread(texts[0], axes), *(operand(t, axes, 6) for t in texts[1:])])
+            name = self.names.unique("w")
+            self.loop.lines.append(Line(f"{name} = {code}", self.shape(axes)))
+            self.loop.known[product] = Text(name, axes)
+        return self.loop.known[product]
 
     def _lever(self, definition: Definition, score: Text, scale: str) -> Text:
         """exponent − phi, 0 for what takes no part; an exponent of −inf gives NaN, as 0 · −inf does in eager"""
