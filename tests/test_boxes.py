@@ -70,3 +70,18 @@ def test_it_is_never_copied(rewritten, described, monkeypatch):
     out = rewritten[0].module(*args)
     torch.testing.assert_close(out, biased(*args), atol=5e-3, rtol=0)
     assert copied == [tuple(k.shape)] and tuple(bias.shape) not in described
+
+
+def latents(q, c):
+    """Keys that are values as well."""
+    return torch.softmax(torch.einsum("bhmd,bhnd->bhmn", q, c) * 0.25, -1) @ c
+
+
+def test_keys_that_are_values_are_loaded_once():
+    args = inputs(40, 80)[:2]
+    result = fused(latents, args)
+    text = result.sources["kernels/latents.py"]
+    loop = text.partition("    for start in ")[2].partition("\n\n")[0]
+    assert loop.count(".load(") == 1 and "tl.trans(c)" in loop and "tl.dot(p.to(tl.float16), c, " in loop
+    for rows, columns in ((40, 80), (33, 150)):
+        assert_right(result, latents, inputs(rows, columns)[:2], dtype=torch.float16)

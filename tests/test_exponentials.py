@@ -36,6 +36,20 @@ def test_scores_less_their_maximum_in_base_2(fill):
         assert_right(result, two_biases, call(*sizes, torch.float16, fill), dtype=torch.float16)
 
 
+def weights(q, k):
+    return torch.softmax(q @ k.mT * 0.25, -1)
+
+
+def test_weights_that_are_written_take_one_fused_operation_and_one_product():
+    """What is the same for a row is divided by, and multiplied with, once."""
+    result = fused(weights, call(20, 33, torch.float16)[:2])
+    (text,) = (t for name, t in result.sources.items() if re.fullmatch(r"kernels/(?!__init__)\w+\.py", name))
+    written = "tl.exp2(qk * (0.25 * LOG2E) - (m_i * LOG2E)[:, None]) * inverse[:, None]"
+    assert text.count(written) == 2 and text.count("inverse = 1.0 / x") == 1
+    for m, n in ((20, 33), (70, 90)):
+        assert_right(result, weights, call(m, n, torch.float16)[:2], dtype=torch.float16)
+
+
 def test_single_precision_keeps_small_weights():
     result = fused(two_biases, call(20, 33, torch.float32))
     (text,) = (t for name, t in result.sources.items() if re.fullmatch(r"kernels/(?!__init__)\w+\.py", name))

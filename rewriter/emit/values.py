@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,7 +27,7 @@ from rewriter.emit.names import Names, stride_name
 from rewriter.emit.origins import Origins
 from rewriter.emit.scale import without_scale
 from rewriter.emit.scope import Line, Scope
-from rewriter.ir import Apply, Axis, Const, Index, Load, Node, Reduce, Ref, Where, walk
+from rewriter.ir import Apply, Axis, Const, Index, Load, Node, Reduce, Ref, Where, const, substitute, walk
 from rewriter.ir.integer import proves
 from rewriter.lift.rounding import has_fill
 from rewriter.plan import KernelPlan
@@ -122,6 +122,9 @@ class Values:
         if folded:
             return folded
         args = [self.value(a, scope) for a in node.args]
+        if node.op == "div" and self.is_rough(node) and (inverse := self._inverse(node.args[1], args[0], scope)):
+            (over,) = widened(args[:1], calls=True)
+            return Text(f"{over.tight(6)} * {spread(inverse, over.axes)}", over.axes, 6)
         if node.op != "cast":
             numbers = [t for t, a in zip(args, node.args) if not isinstance(a, Const)]
             if any(t.narrow for t in numbers):
@@ -133,6 +136,19 @@ class Values:
         """Whether arithmetic may be as inexact as 16 bits are: of such operands, and no comparison reads the result."""
         return self.half and node not in self.decisive
 
+    def _inverse(self, divisor: Node, over: Text, scope: Scope) -> Text | None:
+        """1 / divisor, where that is one for several elements of a loop's tile: a division costs eight multiplications."""
+        below = self.value(divisor, scope)
+        if scope.axis is None or not below.axes or not set(below.axes) < set(over.axes):
+            return None
+        home, inverse = scope.home(divisor), Apply("div", (const(1.0), divisor), torch.float32)
+        if not home.find(inverse):
+            (below,) = widened([below], calls=True)
+            name = self.names.unique("inverse", home.assigned_after)
+            home.lines.append(Line(f"{name} = 1.0 / {below.tight(7)}", self.shape(below.axes)))
+            home.known[inverse] = Text(name, below.axes)
+        return home.find(inverse)
+
     def _scaled_once(self, node: Node, scope: Scope) -> Text | None:
         """x * a * b → x * (a * b), one multiplication an element, of 16-bit operands where nothing else reads x * a"""
         inner, scale, between = without_scale(node)
@@ -142,13 +158,19 @@ class Values:
         return Text(f"{text.tight(6)} * ({scale})", text.axes, 6) if text.axes else None
 
     def _in_base_two(self, node: Node, scope: Scope) -> Text | None:
-        """exp(x * c - k) → exp2(x * (c * LOG2E) - k * LOG2E), one multiplication less, of 16-bit operands"""
+        """exp(x * c - k) → exp2(x * (c * LOG2E) - k * LOG2E), one multiplication less, of 16-bit operands, for a number k or
+        one for several elements
+        """
         if not (isinstance(node, Apply) and node.op == "exp" and self.is_rough(node)) or has_fill(node, 1e3):
             return None
         exponent, less = without_cast(node.args[0]), ""
         match exponent:
             case Apply(op="sub", args=(x, Const() as k)):
                 exponent, less = x, f" - {constant(k)} * LOG2E"
+            case Apply(op="sub", args=(x, y)) if set() < set(self.tile(y.free)) < set(self.tile(x.free)):
+                (by,) = widened([self.value(y, scope)], calls=True)
+                in_base = Text(f"{by.tight(6)} * LOG2E", by.axes, 6)
+                exponent, less = x, f" - {spread(in_base, self.tile(x.free))}"
         inner, scale, _ = without_scale(exponent)
         text = self.value(inner, scope)
         if not text.axes:
@@ -239,6 +261,8 @@ class Values:
     # -- memory ---------------------------------------------------------------------------------------------------
 
     def _load(self, node: Load, scope: Scope) -> Text:
+        if same := self._loaded_as(node, scope):
+            return same
         box = box_of(self.plan, node) if self._takes_boxes(scope) else None
         if box is None:
             self.pointed.add(self.names.tensors[node.tensor])
@@ -248,6 +272,21 @@ class Values:
             return boxed
         pointed = self._pointed(node, scope, self.boxes[box][0])
         return Text(f"{boxed.code} if {self._flag(box)} else {pointed.code}", boxed.axes, 0, narrow=True)
+
+    def _loaded_as(self, node: Load, scope: Scope) -> Text | None:
+        """The tile of another load here, of the same elements along a feature axis of another name: latents of which keys
+        and values are made.
+        """
+        for other, text in scope.known.items():
+            apart = [(other.free - node.free), (node.free - other.free)] if isinstance(other, Load) else []
+            if not (apart and other.tensor == node.tensor and all(len(a) == 1 for a in apart)):
+                continue
+            (its,), (own,) = apart
+            axes = tuple(own if a == its else a for a in text.axes)
+            are_features = {its, own} <= set(self.plan.features) and axes == self.tile(axes)
+            if are_features and its.extent is own.extent and substitute(other, {its: Index(own)}) is node:
+                return replace(text, axes=axes)
+        return None
 
     def _flag(self, box: Box) -> str:
         """What says whether boxes of pairs are such at the call: names of tensors may differ by case alone."""
