@@ -156,6 +156,13 @@ def test_choices_between_numbers_are_one():
     assert apply("eq", Index(Axis("n", Param("N"))), Const(-100)) is const(False)
 
 
+def test_factors_of_one_are_none():
+    x = Load(Tensor("x", (Const(3),), torch.float32), (Const(0),))
+    assert apply("mul", const(1.0), x) is x is apply("div", apply("mul", x, const(1.0)), const(1.0))
+    half = Load(Tensor("y", (Const(3),), torch.float16), (Const(0),))
+    assert apply("mul", half, const(1.0)).dtype is torch.float32
+
+
 # Nodes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -101,9 +102,11 @@ def apply_text(node: Apply, args: list[Text], axes: tuple[Axis, ...], helpers: s
     """The text of one pointwise op; `helpers` collects functions the file must define."""
     if node.op == "cast":
         return _cast(node, args[0])
+    if node.op == "mod" and not _plain_division(node) and (ones := _ones(node)):
+        return Text(f"{operand(args[0], axes, 5)} & {ones}", axes, 4)
     if node.op in ("floordiv", "mod") and not node.dtype.is_floating_point and not _plain_division(node):
         return _helper({"floordiv": "floor_div", "mod": "floor_mod"}[node.op], args, axes, helpers)
-    if half and node.op == "div" and _reciprocal(node.args[1]):
+    if node.op == "div" and _reciprocal(node.args[1], half):
         return Text(f"{operand(args[0], axes, 6)} * (1.0 / {args[1].code})", axes, 6)
     if node.op in INFIX and not (node.op in IN_FLOATS and node.dtype.is_floating_point):
         symbol, level = INFIX[node.op]
@@ -126,9 +129,14 @@ def exponential(exponent: Text, half: bool) -> Text:
     return Text(f"tl.exp2({exponent.tight(6)} * LOG2E)" if half else f"tl.exp({exponent.code})", exponent.axes)
 
 
-def _reciprocal(divisor: Node) -> bool:
-    """A constant by whose reciprocal 16-bit programs may multiply: a division costs eight multiplications."""
-    return isinstance(divisor, Const) and divisor.value not in (0, float("inf"), float("-inf"))
+def _reciprocal(divisor: Node, half: bool) -> bool:
+    """A constant by whose reciprocal one may multiply: powers of 2, and in 16-bit programs others. A division costs eight
+    multiplications.
+    """
+    if not isinstance(divisor, Const) or divisor.value in (0, math.inf, -math.inf):
+        return False
+    size, exponent = math.frexp(divisor.value)
+    return half or (abs(size) == 0.5 and abs(exponent) < 126)
 
 
 def spread_argument(text: Text, axes: tuple[Axis, ...]) -> str:
@@ -143,6 +151,13 @@ def _helper(name: str, args: list[Text], axes: tuple[Axis, ...], helpers: set[st
 def _plain_division(node: Apply) -> bool:
     """Triton rounds towards zero, torch down: the same for what is proved not to be negative."""
     return nonnegative(to_poly(node.args[0])) and nonnegative(to_poly(node.args[1]))
+
+
+def _ones(node: Apply) -> int:
+    """x % 2 ** k is x & 2 ** k - 1, with the sign that torch gives it; 0 of other divisors"""
+    divisor = node.args[1]
+    is_whole = isinstance(divisor, Const) and not node.dtype.is_floating_point and divisor.value > 1
+    return divisor.value - 1 if is_whole and not divisor.value & (divisor.value - 1) else 0
 
 
 def _cast(node: Apply, arg: Text) -> Text:

@@ -44,7 +44,15 @@ def apply(op: str, *args: Node, dtype: torch.dtype | None = None) -> Node:
         return _logical(op, args)
     if op == "cast":
         return _cast(args[0], dtype)
-    return Apply(op, args, dtype)
+    return _unscaled(op, args, dtype) or Apply(op, args, dtype)
+
+
+def _unscaled(op: str, args: tuple[Node, ...], dtype: torch.dtype) -> Node | None:
+    """x * 1, 1 * x and x / 1  →  x"""
+    match op, args:
+        case ("mul", (x, Const(value=1)) | (Const(value=1), x)) | ("div", (x, Const(value=1))) if x.dtype is dtype:
+            return x
+    return None
 
 
 def result_dtype(op: str, args: tuple[Node, ...]) -> torch.dtype:
