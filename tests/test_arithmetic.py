@@ -27,3 +27,18 @@ def test_powers_of_two_are_divided_by_as_exactly_without_a_division():
     assert "* (1.0 / 8.0)" in text and "/ 3.0" in text and "& 3" in text and "floor_mod" not in text
     for length in (150, 37, 1):
         assert_right(result, every_fourth, tensors(length))
+
+
+def gated(q, k, v, gate):
+    """Each head's part of one gate."""
+    out = (q @ k.mT / 4.0).softmax(-1) @ v
+    return out.transpose(1, 2) * gate.view(*gate.shape[:2], q.shape[1], q.shape[3])
+
+
+def test_where_a_head_s_features_start_is_counted_in_64_bits():
+    """Channels first, a stride is the length: times all channels it may be past 2 ** 31."""
+    args = (*tensors(40), torch.randn(2, 40, 32))
+    result = fused(gated, args)
+    (text,) = (t for name, t in result.sources.items() if name.startswith("kernels/gated"))
+    assert "index = h * 16 + offs_e" in text and "index.to(tl.int64)[None, :] * stride_gate_h" in text
+    assert_right(result, gated, args)

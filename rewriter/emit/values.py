@@ -425,9 +425,9 @@ class Values:
         return stride
 
     def _wide(self, entry: Node, text: Text, axes: tuple[Axis, ...]) -> str:
-        """Positions that a stride may carry past 2³¹ are 64-bit; lanes of a feature are not."""
+        """Positions that a stride may carry past 2³¹ are 64-bit; lanes of a feature are not, where no head is before them."""
         narrow = not text.axes and isinstance(entry, Const)
-        if narrow or (text.axes and set(text.axes) <= set(self.plan.features)):
+        if narrow or (text.axes and entry.free <= frozenset(self.plan.features)):
             return operand(text, axes, 7)
         if not text.axes and entry.free & self.stepped:
             return f"tl.cast({text.code}, tl.int64)"  # a number of Python's where Triton is interpreted
