@@ -145,6 +145,17 @@ def test_what_changes_a_buffer_is_named():
     assert "= k" in lines[caught.value.reason.site.line - first]
 
 
+MEMORY = torch.randn(40, 16)
+
+
+def test_a_tensor_from_around_a_function_is_to_be_passed():
+    def recalled(x):
+        return (x @ MEMORY.mT).softmax(-1) @ MEMORY
+
+    with pytest.raises(RewriteError, match="640 elements that is neither an argument .*: pass it"):
+        rewrite(recalled, (torch.randn(2, 9, 16),))
+
+
 def test_parts_of_the_program_as_arguments_are_refused():
     def program(q, k, v):
         return torch.cond(q.sum() > 4, lambda x: x * 2, lambda x: x * 3, (attend(q, k, v),))

@@ -190,9 +190,12 @@ class TorchPrinter:
         return str(value) if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)) else repr(value)
 
     def constant(self, value: torch.Tensor) -> str:
-        """A tensor the program makes from numbers. Raises RewriteError where it is too long to write down."""
+        """A tensor the program makes from numbers, or finds around it. Raises RewriteError where it is too long to write
+        down.
+        """
         if value.numel() > INLINE:
-            raise RewriteError(f"a constant tensor of {value.numel()} elements made in forward")
+            what = f"a tensor of {value.numel()} elements that is neither an argument nor a parameter or buffer"
+            raise RewriteError(f"{what}: pass it to forward, or register it as a buffer")
         text = re.sub(r"(-?)\b(inf|nan)\b", r'float("\1\2")', str(value.tolist()))
         return f"torch.tensor({text}, dtype={value.dtype}, device={self.device})"
 
