@@ -246,17 +246,18 @@ def _is_within_one(rest: Poly, divisor: Poly) -> bool:
 
 
 def _split_by_term(poly: Poly, divisor: Poly) -> tuple[Poly, Poly]:
+    """Of 3·D by 2·D the quotient is 1, and D the rest."""
     (dm, dc), need = next(iter(divisor.items())), Counter()
     need.update(dm)
     quotient: Poly = {}
     rest: Poly = {}
     for monomial, coefficient in poly.items():
         have = Counter(monomial)
-        if all(have[a] >= k for a, k in need.items()) and coefficient % dc == 0:
-            left = tuple(sorted((have - need).elements(), key=_order))
-            quotient[left] = coefficient // dc
-        else:
-            rest[monomial] = coefficient
+        whole = math.trunc(coefficient / dc) if all(have[a] >= k for a, k in need.items()) else 0
+        if whole:
+            quotient[tuple(sorted((have - need).elements(), key=_order))] = whole
+        if coefficient != whole * dc:
+            rest[monomial] = coefficient - whole * dc
     return quotient, rest
 
 
