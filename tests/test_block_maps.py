@@ -31,6 +31,7 @@ from test_sparsity import (
     n,
     numbers,
 )
+from whole_path import assert_right, fused
 
 from rewriter import rewrite
 from rewriter.derive import Chain, Definition
@@ -327,3 +328,24 @@ def test_a_plan_says_why_there_is_no_map():
     for program, wanted in ((band, "no map of tiles: a band of 17 positions"), (documents, "a map of tiles by ranges")):
         (kernel,) = rewrite_model(program, args, {}).kernels[0].plan.kernels
         assert show_kernel(kernel, {}).endswith(f"; {wanted}")
+
+
+def masked_twice(q, k, v, keep, shared):
+    """Two masks of one stream, of which the second is the same for all of a batch."""
+    weights = (q @ k.mT).masked_fill(~keep[:, None], -torch.inf).softmax(-1)
+    return (3 * weights).masked_fill(~shared, -torch.inf).softmax(-1) @ v
+
+
+def of_two_masks(batch: int, rows: int, columns: int) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(rows)
+    m, n = torch.arange(rows)[:, None], torch.arange(columns)
+    keep = ((m * columns // rows - n).abs() < 9).expand(batch, rows, columns)
+    q, k, v = (torch.randn(batch, 2, length, 16) for length in (rows, columns, columns))
+    return q, k, v, keep.clone(), m * 3 // rows == n * 3 // columns
+
+
+def test_two_maps_of_a_kernel_are_as_large_as_each_has_to_be():
+    result = fused(masked_twice, of_two_masks(3, 70, 100))
+    assert "tile_map_2" in result.sources["kernels/masked_twice.py"]
+    for sizes in (3, 70, 100), (2, 200, 40), (5, 40, 300):
+        assert_right(result, masked_twice, of_two_masks(*sizes))

@@ -159,6 +159,7 @@ class MapView:
         axes, found = self.names.axes, self.found
         return {
             "name": self.name,
+            "number": self._number,
             "kernels": self.kernels,
             "rows": [{"name": axes[a], "extent": self._extent(a)} for a in self.writer.plan.rows],
             "stream": {"name": axes[found.stream], "extent": self._extent(found.stream)},

@@ -24,7 +24,7 @@ _RESERVED = set(dir(builtins)) | set(
     " turn tile tiles some every none flag flags wholes cuts whole_at cut_at low beyond left_out left_out_at".split()
 )
 _MADE = re.compile(
-    r"(stride|offs|start|BLOCK|BOXED|write|launch)_|CONFIGS|.*_(ptr|new|kernel|boxes|numbers|by|few|pieces)$"
+    r"(stride|offs|start|BLOCK|BOXED|write|launch)_|CONFIGS|(blocks|tiles)\d+$|.*_(ptr|new|kernel|boxes|numbers|by|few|pieces)$"
 )  # made of names of tensors, axes and state
 
 
