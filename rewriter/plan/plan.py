@@ -18,7 +18,7 @@ from rewriter.plan.cost import Nominal, cost_of
 from rewriter.plan.few import with_few
 from rewriter.plan.fills import Fill, fill_of
 from rewriter.plan.fold import grouped
-from rewriter.plan.kernel import ChainPlan, Config, KernelPlan, Sweep
+from rewriter.plan.kernel import ChainPlan, Config, KernelPlan, Loop, Sweep
 from rewriter.plan.maps import BlockMap, block_map
 from rewriter.plan.merge import merged
 from rewriter.plan.parts import (
@@ -36,7 +36,7 @@ from rewriter.plan.tape import tapes_of
 from rewriter.plan.tiles import configs, contenders
 from rewriter.plan.unroll import unrolled
 from rewriter.plan.wide import MAX_FEATURE, in_parts
-from rewriter.plan.within import within
+from rewriter.plan.within import divides, within
 from rewriter.sparsity import Support
 
 
@@ -240,6 +240,9 @@ def _kernel(name: str, chain: Chain, roles: _Roles, results: tuple[Tensor, ...])
     for axis in roles.features:
         if axis.extent.value > MAX_FEATURE:
             raise NotPlannable(f"a feature axis of {axis.extent.value} is wider than {MAX_FEATURE}, and not in parts")
+    tiles = {*roles.rows, *(d.stream for d in chain.definitions)}
+    if any(not isinstance(r.axis.extent, Const) and _is_of_another_row(r, tiles) for r in roles.loops):
+        raise NotPlannable("each pair of a row and a position would reduce a row of another value again")
     sweeps, outputs = _sweeps(chain, roles)
     dtype = _operand_dtype(chain, results)
     return KernelPlan(
@@ -255,6 +258,11 @@ def _kernel(name: str, chain: Chain, roles: _Roles, results: tuple[Tensor, ...])
         Config(16, 16, 4, 1),
         dtype,
     )
+
+
+def _is_of_another_row(loop: Loop, tiles: set[Axis]) -> bool:
+    """Whether a row is reduced that each pair finds by a quotient, as of a view whose rows have another length."""
+    return any(divides(n) and len(n.free & tiles) > 1 for n in walk(loop.predicate, loop.body))
 
 
 def _sweeps(chain: Chain, roles: _Roles) -> tuple[tuple[Sweep, ...], tuple[Output, ...]]:

@@ -26,7 +26,7 @@ def _within(definition: Definition, was: dict[Node, Node]) -> Definition:
     end = support_of(definition.predicate, stream).outer.upper
     if end is None or not end.free or not _is_affine(end):
         return definition
-    if not any(_divides(n) and stream in n.free for n in walk(*read)):
+    if not any(divides(n) and stream in n.free for n in walk(*read)):
         return definition
     below = _below(stream, end)
     was |= {new: n for n in walk(*read) if (new := below(n)) is not n and new.children}
@@ -40,8 +40,9 @@ def _below(stream: Axis, end: Node) -> Callable[[Node], Node]:
 
 
 def _is_affine(end: Node) -> bool:
-    return not any(isinstance(n, (Load, Ref)) or _divides(n) for n in walk(end))
+    return not any(isinstance(n, (Load, Ref)) or divides(n) for n in walk(end))
 
 
-def _divides(node: Node) -> bool:
+def divides(node: Node) -> bool:
+    """Whether it is a quotient or a rest of whole numbers."""
     return isinstance(node, Apply) and node.op in ("floordiv", "mod") and not node.dtype.is_floating_point
