@@ -57,3 +57,22 @@ def test_a_number_that_weighs_is_kept(weigh, fill):
 
     args = tuple(torch.randn(2, 40, 8) for _ in range(3))
     assert_right(fused(program, args), program, args)
+
+
+@pytest.mark.parametrize("number", [lambda p: p, lambda p: p.float(), lambda p: p.long()])
+def test_truth_values_that_multiply_leave_tiles_out(number):
+    def window(q, k, v):
+        ahead = torch.arange(k.shape[1]) - torch.arange(q.shape[1])[:, None]
+        return (torch.sigmoid(q @ k.mT) * number(ahead <= 0) * number(ahead > -9)) @ v
+
+    def kept(q, k, v, keep):
+        return (torch.softmax(q @ k.mT, -1) / (q @ k.mT).relu().sum(-1, keepdim=True) * number(keep)) @ v
+
+    result = fused(window, tuple(torch.randn(2, 9, 8) for _ in range(3)))
+    text = next(t for n, t in result.sources.items() if n.endswith("/window.py"))
+    assert "range(first," in text and "range(0, full" not in text
+    assert_right(result, window, tuple(torch.randn(2, 70, 8) for _ in range(3)))
+    keep = torch.rand(2, 40, 40) < 0.6
+    keep[0, 3] = False
+    args = (*(torch.randn(2, 40, 8) for _ in range(3)), keep)
+    assert_right(fused(kept, args), kept, args)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from rewriter.derive.factors import has_refs
+from rewriter.derive.factors import has_refs, is_truth_cast
 from rewriter.ir import (
     FALSE,
     TRUE,
@@ -93,10 +93,12 @@ def _masks(held: Unfilled, stream: Axis) -> Iterator[Node]:
 
 
 def _site(node: Node) -> tuple[Node, Node, Const] | None:
-    """where(p, s, c)  →  p, s, c;  a mask that is added  →  mask != -inf, mask, -inf"""
+    """where(p, s, c)  →  p, s, c;  p as a number  →  p, 1, 0;  a mask that is added  →  mask != -inf, mask, -inf"""
     if not node.dtype.is_floating_point:
         return None
     match node:
+        case Apply(op="cast", args=(p,)) if is_truth_cast(node):
+            return p, const(1.0, node.dtype), const(0.0, node.dtype)
         case Where(predicate=p, then=kept, other=Const() as number):
             return p, kept, number
         case Where(predicate=p, then=Const() as number, other=kept):
