@@ -102,6 +102,22 @@ def taken_away(q, k, v, mask):
     return (q @ k.mT * 0.3 - mask).softmax(-1) @ v
 
 
+def from_ones(keep):
+    return (1.0 - keep[:, None, None].to(torch.float32)) * LOWEST
+
+
+def by_filling(keep):
+    return torch.zeros(keep.shape, device=keep.device).masked_fill(keep == 0, -math.inf)[:, None, None]
+
+
+def by_a_choice(keep):
+    return torch.where(keep.bool(), 0.0, LOWEST)[:, None, None]
+
+
+def by_logarithms(keep):
+    return keep.log()[:, None, None]
+
+
 def mask_of(keep: torch.Tensor, number: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.zeros(keep.shape, dtype=dtype).masked_fill(~keep, number)
 
@@ -205,6 +221,30 @@ def test_views_of_a_mask_that_the_model_makes():
     x = torch.randn(2, 150, 32)
     kwargs = {"attn_mask": torch.full((150, 150), -math.inf).triu(1), "need_weights": False}
     assert "_map_kernel" in text_of(rewrite(layer, (x, x, x), kwargs))
+
+
+@pytest.mark.parametrize("made", (from_ones, by_filling, by_a_choice, by_logarithms), ids=lambda m: m.__name__)
+def test_a_mask_that_the_program_makes_of_little(made):
+    """Of each position of a text: it is computed beside the kernel, which reads it."""
+
+    def program(q, k, v, keep):
+        return added(q, k, v, made(keep))
+
+    def args(length, *kept):
+        return *tensors(len(kept), length), (torch.arange(length) < torch.tensor(kept)[:, None]).long()
+
+    result = rewrite(program, args(150, 150, 30))
+    assert "_map_kernel" in text_of(result)
+    for inputs in (args(150, 150, 30), args(260, 70, 0), args(37, 37), args(37, 1)):
+        with said(kernels=1):
+            torch.testing.assert_close(result.module(*inputs), program(*inputs), rtol=1e-4, atol=2e-6, equal_nan=True)
+
+
+def test_a_bias_that_the_program_makes_of_little_makes_no_map():
+    def program(q, k, v, distances):
+        return added(q, k, v, (distances * -1e4).exp()[:, None, None])
+
+    assert "_map_kernel" not in text_of(rewrite(program, (*tensors(2, 150), torch.rand(2, 150))))
 
 
 def test_a_mask_keeps_the_order_of_sums():

@@ -29,6 +29,21 @@ def test_powers_of_two_are_divided_by_as_exactly_without_a_division():
         assert_right(result, every_fourth, tensors(length))
 
 
+def in_steps(q, k, v):
+    """Of the scores of a row in parts of the largest, that is a whole one."""
+    scores = q @ k.mT
+    return torch.relu(torch.floor(scores / scores.amax(-1, keepdim=True))) @ v
+
+
+def test_what_is_cut_into_steps_is_divided_by_as_eager_does():
+    """The largest times its inverse may be less than 1. Inputs are whole numbers, so that scores are the same in fp16."""
+    args = [x.mul(2).round().half() for x in tensors(150)]
+    result = fused(in_steps, args)
+    (text,) = (t for name, t in result.sources.items() if name.startswith("kernels/in_steps"))
+    assert "inverse" not in text
+    torch.testing.assert_close(result.module(*args), in_steps(*args), rtol=2e-3, atol=2e-3)
+
+
 def gated(q, k, v, gate):
     """Each head's part of one gate."""
     out = (q @ k.mT / 4.0).softmax(-1) @ v

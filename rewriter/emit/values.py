@@ -35,6 +35,7 @@ from rewriter.plan.boxes import Box, box_of, offset_in
 from rewriter.plan.kernel import LONG_BLOCK
 
 MOST_DIMENSIONS = 3  # of a tile
+STEPS = {"floor", "ceil", "round", "floordiv", "truncdiv", "mod", "fmod"}  # a last digit may decide what these give
 
 
 @dataclass(frozen=True)
@@ -464,6 +465,9 @@ class Values:
 
 
 def _decisive(plan: KernelPlan) -> frozenset[Node]:
-    """Values that decide something: what comparisons, indices and whole numbers are made of is computed as eager does."""
-    deciding = (n for n in walk(*plan.chain.roots) if not n.dtype.is_floating_point)
+    """Values that decide something: what comparisons, indices, steps and whole numbers are made of is computed as eager
+    does.
+    """
+    nodes = walk(*plan.chain.roots)
+    deciding = (n for n in nodes if not n.dtype.is_floating_point or isinstance(n, Apply) and n.op in STEPS)
     return frozenset(walk(*deciding))
