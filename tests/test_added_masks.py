@@ -82,6 +82,18 @@ def twice(q, k, v, mask):
     return (q @ k.mT * 0.3 + mask + torch.where(columns <= rows, 0.0, LOWEST)).softmax(-1) @ v
 
 
+def doubled(q, k, v):
+    """The lowest number times two is -inf: rows that see nothing are NaN."""
+    rows, columns = at(q)
+    return (q @ k.mT * 0.3 + torch.where(columns > rows - 60, LOWEST, 0.0) * 2.0).softmax(-1) @ v
+
+
+def doubled_and_divided(q, k, v):
+    rows, columns = at(q)
+    mask = (columns > rows - 60).to(q.dtype) * -60000.0
+    return (q @ k.mT * 0.3 + (mask + mask) / 8.0).softmax(-1) @ v
+
+
 def twice_by_numbers(q, k, v):
     """Where both hide something, their sum is -inf: of rows that see nothing, what one of them hides is left."""
     rows, columns = at(q)
@@ -183,6 +195,19 @@ def test_numbers_that_overflow_together_are_no_fill():
     for length in (150, 260):
         args = tensors(1, length)
         torch.testing.assert_close(result.module(*args), twice_by_numbers(*args), rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "program, dtype", ((doubled, torch.float32), (doubled_and_divided, torch.float16)), ids=("fp32", "fp16")
+)
+def test_numbers_beyond_those_of_a_dtype_are_infinite(program, dtype):
+    result = rewrite(program, tensors(2, 150, dtype))
+    assert "    last = " in text_of(result)
+    for length in (150, 37):
+        args = tensors(1, length, dtype)
+        with said(kernels=1):
+            out = result.module(*args)
+        torch.testing.assert_close(out, program(*args), rtol=4e-3, atol=4e-3, equal_nan=True)
 
 
 def test_what_is_hidden_is_not_read():

@@ -5,6 +5,8 @@ No rule here changes a floating-point result.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from rewriter.ir import integer
@@ -86,9 +88,12 @@ def _of_choices(op: str, args: tuple[Node, ...], dtype: torch.dtype) -> Node | N
 
 
 def _taken(op: str, args: tuple[Node, ...], at: dict[Node, bool], dtype: torch.dtype) -> Node:
-    """What it is of the numbers that are taken where predicates hold or do not."""
+    """What it is of the numbers that are taken where predicates hold or do not: beyond its dtype's an infinity."""
     made = apply(op, *(then if p is TRUE or at[p] else other for p, then, other in map(_choice, args)), dtype=dtype)
-    return const(0.0, dtype) if made.value == 0 and dtype.is_floating_point else made  # not -0.0
+    if not dtype.is_floating_point:
+        return made
+    held = torch.tensor(made.value, dtype=torch.float64).to(dtype).item()
+    return const(held if math.isinf(held) else made.value or 0.0, dtype)  # not -0.0
 
 
 def _choice(node: Node) -> tuple[Node, Const | None, Const | None]:
