@@ -287,3 +287,27 @@ def test_ends_are_exact_wherever_in_a_tile_they_lie():
         args = [torch.randn(1, 2, n, 16) for n in (130, 130 + beyond, 130 + beyond)]
         with said(kernels=1):
             torch.testing.assert_close(result.module(*args), apart(*args), rtol=1e-4, atol=2e-6)
+
+
+def filled_values(q, k, v, lengths):
+    """What lies past the end of a text may be anything: zeros are in its place."""
+    past = at(k)[1].view(1, 1, 1, -1) >= lengths[:, None, None, None]
+    return (q @ k.mT).masked_fill(past, -math.inf).softmax(-1) @ v.masked_fill(past.mT, 0.0)
+
+
+def filled_values_of_weights(q, k, v, lengths):
+    past = at(k)[1].view(1, 1, -1, 1) >= lengths[:, None, None, None]
+    return torch.relu(q @ k.mT) @ torch.where(past, 0.0, v)
+
+
+@pytest.mark.parametrize("program", (filled_values, filled_values_of_weights), ids=lambda p: p.__name__)
+def test_values_that_are_filled_may_be_nan(program):
+    def args(length, *lengths):
+        q, k, v = (torch.randn(len(lengths), 2, length, 16) for _ in range(3))
+        for values, end in zip(v, lengths):
+            values[:, end:] = math.nan
+        return q, k, v, torch.tensor(lengths)
+
+    result = rewrite(program, args(150, 100, 150))
+    for inputs in (args(150, 100, 150), args(72, 5, 40), args(37, 37)):
+        torch.testing.assert_close(result.module(*inputs), program(*inputs), rtol=1e-4, atol=1e-5)

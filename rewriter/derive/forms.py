@@ -44,12 +44,13 @@ from rewriter.derive.factors import (
     quotient,
     split_mask,
     total,
+    without_cast,
 )
 from rewriter.derive.filled import unfilled
 from rewriter.derive.selection import selected
 from rewriter.derive.signs import Signs
 from rewriter.derive.variance import CentredSquare, centred_square, is_mean
-from rewriter.ir import FALSE, TRUE, Apply, Axis, Const, Node, Ref, Where, apply, const, transform, walk, where
+from rewriter.ir import FALSE, TRUE, Apply, Axis, Const, Load, Node, Ref, Where, apply, const, transform, walk, where
 from rewriter.ir.ops import neutral_of
 
 if TYPE_CHECKING:
@@ -162,13 +163,26 @@ class Form:
         if len(parts) > 1:
             terms = [Term(1, self._sum(quotient(p.over, p.under), p.predicate)) for p in parts]
             return total(terms)
-        (product,) = parts
+        product = self._apart(*parts)
         _, rest = self._row_part(product.predicate)
         row_over, over = self._sorted(product.over)
         row_under, under = self._sorted(product.under)
         if row_over or row_under:
             self._note("hoist: factors that do not depend on the stream are taken out of the sum")
         return self._hoisted(self._one_sum(over, under, rest, centred), row_over, row_under, product.guards)
+
+    def _apart(self, product: Product) -> Product:
+        """where(p, x · v, 0)  →  where(p, x · where(p, v, 0), 0): of a matrix product's operand that is read, what counts
+        as 0 may be NaN.
+        """
+
+        def of(factor: Node) -> Node:
+            inside = [p for p, inside in product.guards if factor in inside and self.stream in p.free <= factor.free]
+            is_operand = any(f.free - factor.free for f in product.over if depends_on(f, self.stream))
+            is_read = isinstance(without_cast(factor), Load) and is_operand
+            return where(conjunction(inside), factor, const(0.0, factor.dtype)) if is_read else factor
+
+        return replace(product, over=[of(f) for f in product.over])
 
     def _selecting(self, product: Product) -> Product:
         """float(x == R) · v  →  where(x == R, v, 0) where R is the running extremum of x"""
@@ -311,7 +325,9 @@ class Form:
     def _unshifted(self, predicate: Node, factors: tuple[Node, ...]) -> Node:
         """A sum of products of what no running value changes, without the terms that a mask makes 0."""
         held = unfilled(predicate, factors, self.stream, self._is_positive)
-        reduced = self._add("sum", held.predicate, held.factors, None, multiply(list(held.factors)) or const(1.0))
+        apart = {v: f for f in factors if isinstance(f, Where) for v in (f.then, f.other)}
+        rest = tuple(apart.get(f, f) for f in held.factors)
+        reduced = self._add("sum", held.predicate, rest, None, multiply(list(rest)) or const(1.0))
         return held.of_row(reduced)
 
     def _exponential(self, terms: list[Term], rest: list[Node], lever: Node | None, predicate: Node) -> Node:
