@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from test_sparsity import at
 from whole_path import assert_right, fused
@@ -57,3 +58,23 @@ def test_where_a_head_s_features_start_is_counted_in_64_bits():
     (text,) = (t for name, t in result.sources.items() if name.startswith("kernels/gated"))
     assert "index = h * 16 + offs_e" in text and "index.to(tl.int64)[None, :] * stride_gate_h" in text
     assert_right(result, gated, args)
+
+
+def of_the_largest(q, k, v):
+    weights = (q @ k.mT).softmax(-1)
+    return (weights * (weights / weights.amax(-1, keepdim=True) >= 1)) @ v
+
+
+def within_a_distance(q, k, v):
+    distances = (q[:, :, None] - k[:, None]).square().sum(-1).sqrt()
+    return torch.where(distances / 3 < 1.5, (-distances).exp(), 0) @ v
+
+
+@pytest.mark.parametrize("program", [of_the_largest, within_a_distance], ids=lambda p: p.__name__)
+def test_what_decides_is_divided_to_the_nearest(program):
+    """Triton's own division and root may be off in the last place: of the largest x, x / x has to be 1."""
+    args = tuple(torch.randn(2, 37, 16) for _ in range(3))
+    result = fused(program, args)
+    assert_right(result, program, args)
+    (text,) = (t for name, t in result.sources.items() if name == f"kernels/{program.__name__}.py")
+    assert "tl.div_rn(" in text and ("tl.sqrt_rn(" in text or program is of_the_largest)

@@ -98,8 +98,14 @@ def operand(text: Text, axes: tuple[Axis, ...], level: int) -> str:
     return spread(text, axes)
 
 
-def apply_text(node: Apply, args: list[Text], axes: tuple[Axis, ...], helpers: set[str], half: bool) -> Text:
-    """The text of one pointwise op; `helpers` collects functions the file must define."""
+# Of what decides something: Triton's own may be off by two units in the last place, so that x / x is not 1.
+ROUNDED = {"div": "tl.div_rn", "sqrt": "tl.sqrt_rn"}
+
+
+def apply_text(
+    node: Apply, args: list[Text], axes: tuple[Axis, ...], helpers: set[str], half: bool, decides: bool = False
+) -> Text:
+    """The text of one pointwise op; `helpers` collects functions the file must define. decides: what reads it compares."""
     if node.op == "cast":
         return _cast(node, args[0])
     if node.op == "mod" and not _plain_division(node) and (ones := _ones(node)):
@@ -108,6 +114,8 @@ def apply_text(node: Apply, args: list[Text], axes: tuple[Axis, ...], helpers: s
         return _helper({"floordiv": "floor_div", "mod": "floor_mod"}[node.op], args, axes, helpers)
     if node.op == "div" and _reciprocal(node.args[1], half):
         return Text(f"{operand(args[0], axes, 6)} * (1.0 / {args[1].code})", axes, 6)
+    if decides and node.op in ROUNDED and all(a.dtype.is_floating_point for a in node.args):
+        return Text(f"{ROUNDED[node.op]}({', '.join(spread_argument(a, axes) for a in args)})", axes)
     if node.op in INFIX and not (node.op in IN_FLOATS and node.dtype.is_floating_point):
         symbol, level = INFIX[node.op]
         tighter = level + (symbol in COMPARISONS)  # Python chains them: a <= b == 0 is a <= b and b == 0

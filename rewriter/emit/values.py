@@ -14,6 +14,7 @@ from rewriter.derive.factors import without_cast
 from rewriter.emit.expr import (
     ATOM,
     INFIX,
+    ROUNDED,
     NotEmittable,
     Text,
     apply_text,
@@ -129,9 +130,10 @@ class Values:
         if node.op != "cast":
             numbers = [t for t, a in zip(args, node.args) if not isinstance(a, Const)]
             if any(t.narrow for t in numbers):
-                args = widened(args, node.op not in INFIX or all(t.narrow for t in numbers))
+                calls = node.op not in INFIX or node.op in ROUNDED and node in self.decisive
+                args = widened(args, calls or all(t.narrow for t in numbers))
         axes = self._joined(args)
-        return apply_text(node, args, axes, self.helpers, self.is_rough(node))
+        return apply_text(node, args, axes, self.helpers, self.is_rough(node), node in self.decisive)
 
     def is_rough(self, node: Node) -> bool:
         """Whether arithmetic may be as inexact as 16 bits are: of such operands, and no comparison reads the result."""

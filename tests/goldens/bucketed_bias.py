@@ -121,7 +121,9 @@ def bucketed_bias_kernel(
         # golden_programs.py:70  distance = distance.abs()
         distance = tl.abs(i)  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:72  far = torch.log(distance.float() / near) / math.log(self.farthest / near) * (half - near)
-        far = tl.log(distance.to(tl.float32) * (1.0 / 8.0)) / 2.772588722239781 * 8.0  # [BLOCK_M, BLOCK_N]
+        far = (
+            tl.div_rn(tl.log(distance.to(tl.float32) * (1.0 / 8.0)), 2.772588722239781) * 8.0
+        )  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:73  far = torch.clamp(near + far.long(), max=half - 1)
         far = tl.minimum(far.to(tl.int64) + 8, 15)  # [BLOCK_M, BLOCK_N]
         index = side + tl.where(distance < 8, distance, far)  # [BLOCK_M, BLOCK_N]
@@ -155,7 +157,9 @@ def bucketed_bias_kernel(
         # golden_programs.py:70  distance = distance.abs()
         distance = tl.abs(i)  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:72  far = torch.log(distance.float() / near) / math.log(self.farthest / near) * (half - near)
-        far = tl.log(distance.to(tl.float32) * (1.0 / 8.0)) / 2.772588722239781 * 8.0  # [BLOCK_M, BLOCK_N]
+        far = (
+            tl.div_rn(tl.log(distance.to(tl.float32) * (1.0 / 8.0)), 2.772588722239781) * 8.0
+        )  # [BLOCK_M, BLOCK_N]
         # golden_programs.py:73  far = torch.clamp(near + far.long(), max=half - 1)
         far = tl.minimum(far.to(tl.int64) + 8, 15)  # [BLOCK_M, BLOCK_N]
         index = side + tl.where(distance < 8, distance, far)  # [BLOCK_M, BLOCK_N]
