@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from integers import value_of
 from whole_path import assert_right, fused
 
+from rewriter import rewrite
 from rewriter.ir import Index, Param, apply, const, fresh_axis, index
 
 CLIP = 6
@@ -32,7 +33,7 @@ def of_queries(q, k, v, table, _):
 
 def of_both(q, k, v, table, other):
     at = ahead(q, k).clamp(-CLIP, CLIP) + CLIP
-    both = torch.einsum("bmd,mnd->bmn", q, table[at]) + torch.einsum("bnd,mnd->bmn", k, other[at.flip(-1).flip(-1)])
+    both = torch.einsum("bmd,mnd->bmn", q, table[at]) + torch.einsum("bnd,mnd->bmn", k, other[2 * CLIP - at])
     return (q @ k.mT + both).softmax(-1) @ v
 
 
@@ -118,6 +119,40 @@ def test_shifts_are_distances(program):
         assert_right(result, program, of(length))
     (text,) = (t for name, t in result.sources.items() if re.fullmatch(r"kernels/(?!__init__).*\.py", name))
     assert "tl.gather(qt" in text and " // (" not in text and "static_range" not in text
+
+
+def test_distances_of_few_rows():
+    """Each part of a stream has distances of its own."""
+    result = fused(of_keys, inputs(1, 600, torch.float16))
+    (text,) = (t for name, t in result.sources.items() if name == "kernels/of_keys.py")
+    assert "tl.gather(qt" in text.partition("def of_keys_part_kernel(")[2].partition("@triton.jit")[0]
+    for rows, columns in (1, 600), (2, 1000), (70, 150):
+        assert_right(result, of_keys, inputs(rows, columns, torch.float16), dtype=torch.float16)
+
+
+def padded_to_distances(table, length):
+    """Of nine distances those that are more than 4 have zeros."""
+    return F.pad(table, (0, 0, length - 5, length - 5))
+
+
+def of_weights(x, table, keep):
+    """VITS: embeddings of distances meet rows, and weights by distance: a view with rows one longer, and the other way."""
+    length = x.shape[-2]
+    found = F.pad(x @ padded_to_distances(table, length).mT, (0, 1)).flatten(-2)
+    found = F.pad(found, (0, length - 1)).view(*x.shape[:-2], length + 1, 2 * length - 1)[..., :length, length - 1 :]
+    weights = (x @ x.flip(-1).mT + found).masked_fill(keep == 0, -1e4).softmax(-1)
+    flat = F.pad(F.pad(weights, (0, length - 1)).flatten(-2), (length, 0))
+    by_distance = flat.view(*x.shape[:-1], 2 * length)[..., 1:]
+    return weights @ x + by_distance @ padded_to_distances(table, length)
+
+
+def test_a_row_is_not_reduced_again_for_each_pair():
+    """A softmax of which each pair would find the row by a quotient takes as long as rows are many, for each pair."""
+    args = torch.randn(2, 2, 37, 16), torch.randn(9, 16), torch.ones(2, 1, 37, 37)
+    result = rewrite(of_weights, args)
+    assert not result.report["chains"]
+    assert any("reduce a row of another value again" in u["reason"] for u in result.report["unfused"])
+    torch.testing.assert_close(result.module(*args), of_weights(*args))
 
 
 def test_quotients_below_an_end_that_depends_on_a_row():

@@ -30,7 +30,7 @@ from rewriter.ir import (
     where,
 )
 
-LINEAR = ("add", "sub", "mul", "div", "maximum", "minimum", "neg")
+ARITHMETIC = ("add", "sub", "mul", "div", "maximum", "minimum", "neg")
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class _Fill:
         site = _site(node)
         if site and site[0] is self.p:
             return site[2]
-        return self._simplified(node) if isinstance(node, Apply) and node.op in LINEAR else node
+        return self._simplified(node) if isinstance(node, Apply) and node.op in ARITHMETIC else node
 
     def _simplified(self, node: Apply) -> Node:
         if not node.dtype.is_floating_point or all(isinstance(a, Const) for a in node.args):

@@ -6,10 +6,10 @@ import torch
 
 from rewriter.derive import Definition
 from rewriter.derive.chain import moments_first
-from rewriter.derive.factors import conjuncts, multiply, without_cast
+from rewriter.derive.factors import multiply, without_cast
 from rewriter.emit.bits import decay, in_bits, less, maxima_in_bits, maxima_that_shift
 from rewriter.emit.expr import ATOM, TRITON_DTYPES, NotEmittable, Text, operand, spread, spread_argument, widened
-from rewriter.emit.fills import written_low
+from rewriter.emit.fills import left_of, written_low
 from rewriter.emit.inner import FOLD, INTO, Inner, as_held, held_dtype, neutral_text
 from rewriter.emit.names import Names
 from rewriter.emit.origins import Origins
@@ -17,7 +17,7 @@ from rewriter.emit.scale import times, without_scale
 from rewriter.emit.scope import Line, Scope
 from rewriter.emit.span import Span, written_span
 from rewriter.emit.weights import fits_half, is_bounded
-from rewriter.ir import TRUE, Apply, Axis, Const, Node, Output, Param, Where, apply, const
+from rewriter.ir import TRUE, Apply, Axis, Const, Node, Output, Param, Where, const
 from rewriter.plan import KernelPlan, Sweep
 from rewriter.plan.products import Weighed, operand_dtype, weighed
 
@@ -84,8 +84,7 @@ class Writer(Inner):
 
     def _write_segment(self, name: str, straight: Scope) -> None:
         """One form of a loop's body. Both use the same names, so that a reader sees what differs."""
-        taken, holders = set(self.names.taken), dict(self.holders)
-        known = set(straight.known)
+        taken, holders, known = set(self.names.taken), dict(self.holders), set(straight.known)
         whole = name == "full" and self.sweep.has_whole_tiles
         start = self._tail_start if name == "tail" else "start"
         self.loop = Scope(straight, self.sweep.stream, tail=name != "full", is_sweep=True, whole=whole, start=start)
@@ -226,10 +225,8 @@ class Writer(Inner):
             return
         if product:
             weight = self._weight(definition, list(product.weights))
-            bounded = fits_half(definition, product)
-            self._matrix_sum(
-                definition, state, rescale, weight, self._left_of(product.values, definition), bounded, self.loop
-            )
+            values = left_of(product.values, definition) if self.loop.whole else product.values
+            self._matrix_sum(definition, state, rescale, weight, values, fits_half(definition, product), self.loop)
             return
         axes = self.tile(definition.axes)
         if self._counts(definition):
@@ -240,15 +237,6 @@ class Writer(Inner):
             weight = Text(f"{weight.tight(ATOM)}.to(tl.float16).to(tl.float32)", weight.axes)
         folded = self._folded("sum", weight)
         self.loop.lines.append(Line(f"{state} = {rescale} + {operand(folded, axes, 6)}", self.shape(axes)))
-
-    def _left_of(self, values: Node, definition: Definition) -> Node:
-        """What a choice takes in tiles in which all of the predicate holds."""
-        held = set(conjuncts(definition.predicate))
-        if self.loop.whole and isinstance(values, Where) and held.issuperset(conjuncts(values.predicate)):
-            return values.then
-        if self.loop.whole and isinstance(values, Where) and apply("not", values.predicate) in held:
-            return values.other
-        return values
 
     def _narrowed(self, definition: Definition) -> torch.dtype | None:
         """The 16 bits of weights that the sweep both sums and multiplies. Without a running maximum the largest is not 1:

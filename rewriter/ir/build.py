@@ -1,6 +1,6 @@
 """Constructors that keep values in normal form: integers as polynomials, constants folded, trivial choices taken.
 
-No rule here changes a floating-point result.
+No rule here changes a floating-point result, but for the sign of a zero.
 """
 
 from __future__ import annotations

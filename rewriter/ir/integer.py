@@ -253,7 +253,8 @@ def _split_by_term(poly: Poly, divisor: Poly) -> tuple[Poly, Poly]:
     rest: Poly = {}
     for monomial, coefficient in poly.items():
         have = Counter(monomial)
-        whole = math.trunc(coefficient / dc) if all(have[a] >= k for a, k in need.items()) else 0
+        whole = abs(coefficient) // abs(dc) if all(have[a] >= k for a, k in need.items()) else 0
+        whole = whole if coefficient * dc > 0 else -whole
         if whole:
             quotient[tuple(sorted((have - need).elements(), key=_order))] = whole
         if coefficient != whole * dc:
